@@ -1,0 +1,45 @@
+"""Rotate language models so that they survive 4-bit quantization, exactly.
+
+Importing fastrot registers its names with transformers, so that ``from_pretrained`` knows rotated
+checkpoints.
+"""
+
+from fastrot.api import apply, plan
+from fastrot.checks import AlreadyRotatedError
+from fastrot.hadamard import HadamardSizeError, hadamard_matrix
+from fastrot.handle import Handle
+from fastrot.integrations.transformers import register
+from fastrot.kernels import hadamard_transform
+from fastrot.mapping import Architecture, Mapping, NormMapping, UnknownArchitectureError
+from fastrot.patterns import NoMatchError
+from fastrot.edits import Plan
+from fastrot.removal import remove
+from fastrot.resolve import UncoveredParameterError
+from fastrot.rotation import Rotation
+from fastrot.transform_config import TransformArgs, TransformConfig, TransformScheme
+from fastrot.version import __version__
+
+__all__ = [
+    "AlreadyRotatedError",
+    "Architecture",
+    "HadamardSizeError",
+    "Handle",
+    "Mapping",
+    "NoMatchError",
+    "NormMapping",
+    "Plan",
+    "Rotation",
+    "TransformArgs",
+    "TransformConfig",
+    "TransformScheme",
+    "UncoveredParameterError",
+    "UnknownArchitectureError",
+    "__version__",
+    "apply",
+    "hadamard_matrix",
+    "hadamard_transform",
+    "plan",
+    "remove",
+]
+
+register()

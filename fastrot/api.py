@@ -1,0 +1,242 @@
+"""``fastrot.plan`` and ``fastrot.apply``: the whole way from arguments to a rotated model."""
+
+import copy
+from collections.abc import Mapping as MappingABC
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastrot.checks import AlreadyRotatedError, check_attention, check_model
+from fastrot.fuse import Journal, execute
+from fastrot.fuse.journal import Undo
+from fastrot.handle import Handle
+from fastrot.integrations.transformers import mark
+from fastrot.mapping import Mapping, NormMapping, as_mapping, as_norm_mapping, find_architecture
+from fastrot.online import install
+from fastrot.edits import Plan
+from fastrot.record import applied_groups, with_application
+from fastrot.resolve import head_dim_of, resolve
+from fastrot.transform_config import (
+    ATTENTION_LOCATIONS,
+    ROTATIONS,
+    parse_precision,
+    parse_transform_config,
+    spinquant_config,
+)
+
+
+def plan(
+    model: nn.Module,
+    rotations: str | Sequence[str] = ("R1", "R2"),
+    *,
+    transform_type: str = "hadamard",
+    randomize: bool = False,
+    block_size: int | MappingABC[str, int] | None = None,
+    seed: int = 0,
+    precision: torch.dtype | str | None = None,
+    mappings: Mapping | MappingABC[str, Any] | None = None,
+    norm_mappings: Sequence[NormMapping | MappingABC[str, Any]] | None = None,
+    transform_config: Any = None,
+) -> Plan:
+    """What :func:`apply` would do, without touching the model. Arguments as there."""
+    check_model(model)
+    norms = None if norm_mappings is None else tuple(map(as_norm_mapping, norm_mappings))
+    if transform_config is not None:
+        config = parse_transform_config(transform_config)
+        mapping = None
+        if norms is None:
+            norms = _known_norms(model)
+    else:
+        wanted = _parse_rotations(rotations)
+        mapping, norms = _roles(model, mappings, norms)
+        config = spinquant_config(
+            mapping,
+            wanted,
+            transform_type=transform_type,
+            randomize=randomize,
+            block_sizes=_block_sizes(model, mapping, wanted, block_size),
+            precision=parse_precision(precision or torch.float32),
+        )
+    twice = [name for name in config.config_groups if name in applied_groups(model.config)]
+    if twice:
+        raise AlreadyRotatedError(
+            f"{' and '.join(twice)} is already on this {type(model).__name__}; a second time would "
+            "undo or scramble it; start from the original weights"
+        )
+    dtype = parse_precision(precision or torch.float64)
+    result = resolve(model, config, norms, _parse_seed(seed), mapping, dtype)
+    for site in result.sites:
+        if site.location in ATTENTION_LOCATIONS:
+            check_attention(site.module, model.get_submodule(site.module))
+    return result
+
+
+def apply(
+    model: nn.Module,
+    rotations: str | Sequence[str] = ("R1", "R2"),
+    *,
+    transform_type: str = "hadamard",
+    randomize: bool = False,
+    block_size: int | MappingABC[str, int] | None = None,
+    seed: int = 0,
+    precision: torch.dtype | str | None = None,
+    mappings: Mapping | MappingABC[str, Any] | None = None,
+    norm_mappings: Sequence[NormMapping | MappingABC[str, Any]] | None = None,
+    transform_config: Any = None,
+    undo: Undo = "auto",
+    progress: bool = False,
+) -> Handle:
+    """Rotate a language model in place, without changing the function it computes.
+
+    Args:
+        model: a transformers causal language model in float64, float32, bfloat16 or float16, its
+            weights in memory.
+        rotations: some of R1 (residual stream, fused), R2 (value heads, fused), R3 (queries and
+            keys after RoPE, online) and R4 (input of the down projection, online and fused), in
+            any letter case.
+        transform_type: ``hadamard``, ``random-hadamard`` (seeded signs) or ``random-matrix``
+            (uniformly random orthogonal; any size, dense and slow online).
+        randomize: a rotation of its own for every layer in R2, R3 and R4 (``hadamard`` then draws
+            signs, as one fixed matrix can't differ).
+        block_size: block-diagonal rotations with blocks of this size for R1 and R4; R2 and R3
+            always span one head. A dict gives each rotation its own, ``{"R4": 256}``.
+        seed: of everything random.
+        precision: dtype of the arithmetic, float64 or float32; online it is at least that of the
+            activations. Default: float64 on weights, float32 on activations.
+        mappings: the roles of a model that fastrot's table does not list.
+        norm_mappings: its norms and their readers.
+        transform_config: compressed-tensors' ``TransformConfig`` (object or dict); replaces
+            ``rotations``, ``transform_type``, ``randomize``, ``block_size`` and ``mappings``. It may
+            describe any transform on any linear module, so it is its author who answers for
+            exactness. Its ``precision`` is that of online arithmetic.
+        undo: where originals are kept until the end, in case of an error: ``memory`` (twice the
+            rotated weights, fastest), ``disk`` (a temporary file; no more memory than the largest
+            single weight), or ``auto``: memory if there is enough.
+        progress: show a progress bar.
+
+    Returns:
+        A handle: what was done (prints as a table), the transform configuration, ``remove()``.
+
+    Raises:
+        ValueError: the model, a size or an argument does not allow it. The model is untouched, bit
+            for bit, after this or any other exception.
+        TypeError: an argument of the wrong type.
+        OSError: no room for the undo journal.
+    """
+    made = plan(
+        model,
+        rotations,
+        transform_type=transform_type,
+        randomize=randomize,
+        block_size=block_size,
+        seed=seed,
+        precision=precision,
+        mappings=mappings,
+        norm_mappings=norm_mappings,
+        transform_config=transform_config,
+    )
+    written = [model.get_parameter(name) for name in made.parameters]
+    nbytes = sum(parameter.numel() * parameter.element_size() for parameter in written)
+    device = written[0].device if written else torch.device("cpu")
+    with Journal(nbytes, undo, device) as journal:
+        config = _own_config(model, journal)
+        execute(model, made, journal, progress)
+        install(model, made.sites, journal)
+        if any(edit.source for edit in made.edits):
+            _forget_ties(model, config, journal)
+        config.fastrot = with_application(config, made)
+        if made.sites:
+            mark(config)
+    return Handle(model, made)
+
+
+def _parse_rotations(rotations: str | Sequence[str]) -> tuple[str, ...]:
+    names = (rotations,) if isinstance(rotations, str) else tuple(rotations)
+    wanted = []
+    for name in names:
+        upper = name.upper() if isinstance(name, str) else name
+        if upper not in ROTATIONS:
+            near = get_close_matches(str(name).upper(), ROTATIONS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"rotation {name!r} is not one of {', '.join(ROTATIONS)}{hint}")
+        if upper in wanted:
+            raise ValueError(f"rotation {upper} is named twice in {names}")
+        wanted.append(upper)
+    if not wanted:
+        raise ValueError(f"rotations is empty; name some of {', '.join(ROTATIONS)}")
+    return tuple(name for name in ROTATIONS if name in wanted)
+
+
+def _parse_seed(seed: int) -> int:
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed must be an int, got {seed!r}")
+    return seed
+
+
+def _roles(
+    model: nn.Module,
+    mappings: Mapping | MappingABC[str, Any] | None,
+    norms: tuple[NormMapping, ...] | None,
+) -> tuple[Mapping, tuple[NormMapping, ...]]:
+    if mappings is None:
+        row = find_architecture(model.config.model_type)
+        return row.mapping, row.norms if norms is None else norms
+    if norms is None:
+        norms = _known_norms(model)
+    return as_mapping(mappings), norms
+
+
+def _known_norms(model: nn.Module) -> tuple[NormMapping, ...]:
+    try:
+        return find_architecture(model.config.model_type).norms
+    except ValueError:
+        return ()
+
+
+def _block_sizes(
+    model: nn.Module,
+    mapping: Mapping,
+    wanted: Sequence[str],
+    block_size: int | MappingABC[str, int] | None,
+) -> dict[str, int | None]:
+    head_dim = head_dim_of(model, mapping) if {"R2", "R3"}.intersection(wanted) else None
+    sizes: dict[str, int | None] = {"R1": None, "R2": head_dim, "R3": head_dim, "R4": None}
+    given = block_size if isinstance(block_size, MappingABC) else {}
+    if isinstance(block_size, int) and not isinstance(block_size, bool):
+        given = {"R1": block_size, "R4": block_size}
+    elif block_size is not None and not isinstance(block_size, MappingABC):
+        raise TypeError(f"block_size must be an int or a dict, got {block_size!r}")
+    for name, size in given.items():
+        upper = str(name).upper()
+        if upper not in ROTATIONS:
+            raise ValueError(f"block_size names {name!r}, which is not one of {', '.join(ROTATIONS)}")
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"block_size of {upper} must be a positive int, got {size!r}")
+        if upper in ("R2", "R3") and head_dim is not None and head_dim % size:
+            raise ValueError(f"block_size={size} of {upper} does not divide head_dim {head_dim}")
+        sizes[upper] = size
+    return sizes
+
+
+def _own_config(model: nn.Module, journal: Journal) -> Any:
+    """Give the model a configuration of its own: another model may have been built from the same."""
+    copies: dict[int, Any] = {}
+    config = copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        old = module.__dict__.get("config")
+        if id(old) in copies:
+            journal.set(module, "config", copies[id(old)])
+    return config
+
+
+def _forget_ties(model: nn.Module, config: Any, journal: Journal) -> None:
+    config.tie_word_embeddings = False
+    text = config.get_text_config()
+    text.tie_word_embeddings = False
+    for module in model.modules():
+        if getattr(module, "all_tied_weights_keys", None):
+            keys = module.get_expanded_tied_weights_keys(all_submodels=True)
+            journal.set(module, "all_tied_weights_keys", keys)

@@ -1,0 +1,149 @@
+"""``Plan``: what happens to each parameter and module of a model, as data."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fastrot.rotation import Rotation
+from fastrot.transform_config import TransformConfig
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Multiply a parameter along one dimension by a norm's ``weight + offset``."""
+
+    dim: int
+    norm: str
+    offset: float
+
+    def __str__(self) -> str:
+        return f"· {self.norm}" + (f" + {self.offset:g}" if self.offset else "")
+
+
+@dataclass(frozen=True)
+class Rotate:
+    """Multiply the vectors along one dimension of a parameter by a rotation: ``v → v Q``."""
+
+    dim: int
+    rotation: Rotation
+    inverse: bool
+    group: str
+
+    def __str__(self) -> str:
+        return f"{self.group}{'ᵀ' if self.inverse else ''} dim {self.dim} ({self.rotation})"
+
+
+@dataclass(frozen=True)
+class WeightEdit:
+    """All factors of one parameter, in order: read once, computed in ``dtype``, written once.
+
+    Attributes:
+        parameter: its full name.
+        steps: the factors.
+        dtype: float64 or float32.
+        source: the parameter with which this one is tied; it is untied first.
+    """
+
+    parameter: str
+    steps: tuple[Scale | Rotate, ...]
+    dtype: torch.dtype
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class NormReset:
+    """A norm whose scale moved into its readers: fill its weight with ``1 - offset``."""
+
+    parameter: str
+    value: float
+
+
+@dataclass(frozen=True)
+class OnlineSite:
+    """A rotation that acts at run time.
+
+    Attributes:
+        module: full name of the module.
+        location: ``input``, ``output``, ``q_attn`` or ``k_cache``.
+        rotation: acts on the last dimension.
+        inverse: use the transpose.
+        group: name of the scheme it comes from.
+        dtype: of the arithmetic, at least that of the activations.
+    """
+
+    module: str
+    location: str
+    rotation: Rotation
+    inverse: bool
+    group: str
+    dtype: torch.dtype = torch.float32
+
+    def __str__(self) -> str:
+        return f"{self.group}{'ᵀ' if self.inverse else ''} {self.location} ({self.rotation})"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`fastrot.apply` does to a model; ``str(plan)`` is a table.
+
+    Attributes:
+        model_class: class of the model it was made for.
+        edits: one per parameter.
+        resets: the norms that become scale-free.
+        sites: the online rotations.
+        transform_config: the same rotations in compressed-tensors' schema.
+        seed: the source of all randomness.
+        shapes: shape of every parameter that is written.
+    """
+
+    model_class: str
+    edits: tuple[WeightEdit, ...]
+    resets: tuple[NormReset, ...]
+    sites: tuple[OnlineSite, ...]
+    transform_config: TransformConfig
+    seed: int
+    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of all parameters that are written."""
+        return (*(e.parameter for e in self.edits), *(r.parameter for r in self.resets))
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """One dict per parameter or module: name, shape, operations."""
+        for edit in self.edits:
+            operations = [str(step) for step in edit.steps]
+            if edit.source is not None:
+                operations.insert(0, f"untied from {edit.source}")
+            yield {
+                "name": edit.parameter,
+                "shape": self.shapes[edit.parameter],
+                "operations": operations,
+            }
+        for reset in self.resets:
+            yield {
+                "name": reset.parameter,
+                "shape": self.shapes[reset.parameter],
+                "operations": [f"set to {reset.value:g}"],
+            }
+        for site in self.sites:
+            yield {"name": site.module, "shape": "online", "operations": [str(site)]}
+
+    def __str__(self) -> str:
+        cells = [
+            (row["name"], _size(row["shape"]), "; ".join(row["operations"])) for row in self.rows()
+        ]
+        widths = [max(len(cell[i]) for cell in [*cells, ("", "", "")]) for i in range(2)]
+        groups = ", ".join(self.transform_config.config_groups)
+        head = (
+            f"{self.model_class}: {groups}, seed {self.seed}; {len(self.edits)} weights rotated, "
+            f"{len(self.resets)} norms folded, {len(self.sites)} online"
+        )
+        lines = [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in cells]
+        return "\n".join([head, *lines])
+
+
+def _size(shape: tuple[int, ...] | str) -> str:
+    return shape if isinstance(shape, str) else "x".join(map(str, shape))

@@ -1,0 +1,33 @@
+"""``Handle``: what :func:`fastrot.apply` did, and the way to take its online part off."""
+
+from typing import Any
+
+from torch import nn
+
+from fastrot.edits import Plan
+from fastrot.removal import remove
+
+
+class Handle:
+    """The result of :func:`fastrot.apply`; ``print(handle)`` shows the plan as a table.
+
+    Attributes:
+        model: the rotated model.
+        plan: what was done, as data.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan):
+        self.model = model
+        self.plan = plan
+
+    @property
+    def transform_config(self) -> dict[str, Any]:
+        """The rotations in the schema of compressed-tensors' ``TransformConfig``."""
+        return self.plan.transform_config.to_dict()
+
+    def remove(self) -> None:
+        """Take the online rotations of this application off, see :func:`fastrot.remove`."""
+        remove(self.model, list(dict.fromkeys(site.group for site in self.plan.sites)))
+
+    def __str__(self) -> str:
+        return str(self.plan)

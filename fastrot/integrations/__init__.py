@@ -1,0 +1,1 @@
+"""Where fastrot meets other libraries' extension points."""

@@ -1,0 +1,81 @@
+"""Online rotations through ``save_pretrained`` and ``from_pretrained``.
+
+A checkpoint with online rotations names the quantization method ``fastrot`` in its config.json,
+which makes transformers call :class:`FastrotQuantizer` while it loads. As transformers only warns
+of a method it does not know, the checkpoint also asks for the experts implementation ``fastrot``:
+a transformers without fastrot refuses that, for dense models too, instead of computing nonsense.
+"""
+
+from typing import Any
+
+from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from fastrot.fuse import Journal
+from fastrot.online import IMPLEMENTATIONS, attention_forward, install
+from fastrot.record import QUANT_METHOD, online_sites
+
+GUARD = "experts_implementation"
+
+
+class FastrotConfig(QuantizationConfigMixin):
+    """The marker in config.json; what was done stands beside it under ``fastrot``."""
+
+    def __init__(self, **kwargs: Any):
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
+
+
+class FastrotQuantizer(HfQuantizer):
+    """Puts the recorded online rotations on a model that is being loaded. Nothing is quantized."""
+
+    requires_calibration = False
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        with Journal(0) as journal:
+            install(model, online_sites(model), journal)
+        return model
+
+    def postprocess_model(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        """Leave the model as :func:`fastrot.apply` would: rotated, but not "quantized"."""
+        self.remove_quantization_config(model)
+        mark(model.config)
+        return model
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        """Everything is saved by ordinary means."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Rotations are linear and differentiable."""
+        return True
+
+
+def mark(config: Any) -> None:
+    """Mark a configuration as that of a model with online rotations."""
+    config.quantization_config = FastrotConfig()
+    setattr(config, GUARD, QUANT_METHOD)
+
+
+def unmark(config: Any) -> None:
+    """Take the marks of :func:`mark` away: no online rotation is left."""
+    for name in ("quantization_config", GUARD):
+        if hasattr(config, name):
+            delattr(config, name)
+
+
+def register() -> None:
+    """Register names with transformers; called once by ``import fastrot``."""
+    register_quantization_config(QUANT_METHOD)(FastrotConfig)
+    register_quantizer(QUANT_METHOD)(FastrotQuantizer)
+    ALL_EXPERTS_FUNCTIONS.register(QUANT_METHOD, ALL_EXPERTS_FUNCTIONS["grouped_mm"])
+    for base in IMPLEMENTATIONS:
+        ALL_ATTENTION_FUNCTIONS.register(f"fastrot_{base}", attention_forward(base))
+        ALL_MASK_ATTENTION_FUNCTIONS.register(
+            f"fastrot_{base}", ALL_MASK_ATTENTION_FUNCTIONS[base]
+        )

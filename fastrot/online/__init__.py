@@ -1,0 +1,14 @@
+"""The online part of a plan: rotations of activations, as submodules that can be taken off."""
+
+from fastrot.online.attention import IMPLEMENTATIONS, attention_forward
+from fastrot.online.install import install, installed, uninstall
+from fastrot.online.rotation import OnlineRotation
+
+__all__ = [
+    "IMPLEMENTATIONS",
+    "OnlineRotation",
+    "attention_forward",
+    "install",
+    "installed",
+    "uninstall",
+]

@@ -1,0 +1,102 @@
+"""Puts online rotations on a model and takes them off."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fastrot.online.attention import PREFIX, rotate_keys
+from fastrot.online.rotation import OnlineRotation
+from fastrot.edits import OnlineSite
+from fastrot.transform_config import ATTENTION_LOCATIONS
+
+
+class Undo(Protocol):
+    """What :func:`install` needs of a journal."""
+
+    def set(self, owner: Any, attribute: str, value: Any) -> None:
+        """Set an attribute so that it can be taken back."""
+
+    def on_error(self, action: Callable[[], object]) -> None:
+        """Remember what takes a change back."""
+
+
+def install(model: nn.Module, sites: Sequence[OnlineSite], journal: Undo) -> None:
+    """Add a submodule ``fastrot_<location>`` and its hook for every site.
+
+    Args:
+        model: the model the sites were resolved for.
+        sites: the online part of a plan.
+        journal: is told how each step is taken back.
+    """
+    for site in sites:
+        module = model.get_submodule(site.module)
+        weight = next(module.parameters(), torch.empty(0))
+        rotation = OnlineRotation(site, weight.device, weight.dtype)
+        journal.set(module, f"fastrot_{site.location}", rotation.train(module.training))
+        if site.location == "output":
+            handle = module.register_forward_hook(_rotate_output)
+            journal.on_error(handle.remove)
+        elif site.location == "input":
+            handle = module.register_forward_pre_hook(_rotate_input, with_kwargs=True)
+            journal.on_error(handle.remove)
+        elif site.location == "k_cache":
+            handle = module.register_forward_pre_hook(rotate_keys, with_kwargs=True)
+            journal.on_error(handle.remove)
+        else:
+            _set_implementation(module, journal)
+
+
+def installed(model: nn.Module) -> Iterator[tuple[nn.Module, str, OnlineRotation]]:
+    """All online rotations of a model: the module, the location, the rotation."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, OnlineRotation):
+                yield module, name.removeprefix("fastrot_"), child
+
+
+def uninstall(model: nn.Module, groups: Sequence[str]) -> None:
+    """Take the online rotations of these groups off, hooks and submodules, and nothing else."""
+    for module, location, rotation in installed(model):
+        if rotation.group in groups:
+            delattr(module, f"fastrot_{location}")
+            _drop_hook(module, location)
+    if not any(location in ATTENTION_LOCATIONS for _, location, _ in installed(model)):
+        for module in model.modules():
+            config = getattr(module, "config", None)
+            name = getattr(config, "_attn_implementation", None)
+            if isinstance(name, str) and name.startswith(PREFIX):
+                config._attn_implementation = name.removeprefix(PREFIX)
+
+
+def _set_implementation(module: nn.Module, journal: Undo) -> None:
+    config: Any = module.config
+    name = config._attn_implementation
+    if not name.startswith(PREFIX):
+        journal.set(config, "_attn_implementation", PREFIX + name)
+
+
+def _drop_hook(module: nn.Module, location: str) -> None:
+    # Handles do not survive deepcopy and pickle; the functions do.
+    function = {"input": _rotate_input, "output": _rotate_output, "k_cache": rotate_keys}
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if hook is function.get(location):
+                del hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _rotate_input(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    rotation: Any = module.fastrot_input
+    if args:
+        return (rotation(args[0]), *args[1:]), kwargs
+    return args, {**kwargs, "input": rotation(kwargs["input"])}
+
+
+def _rotate_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    rotation: Any = module.fastrot_output
+    result: Tensor = rotation(output)
+    return result

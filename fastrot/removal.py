@@ -1,0 +1,77 @@
+"""``fastrot.remove``: take online rotations off again, and keep the function."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from torch import nn
+
+from fastrot.fuse import Journal, execute
+from fastrot.integrations.transformers import unmark
+from fastrot.online import installed, uninstall
+from fastrot.edits import Plan, Rotate, WeightEdit
+from fastrot.record import applications, without_groups
+from fastrot.resolve import resolve
+from fastrot.transform_config import FUSED_LOCATIONS, TransformConfig
+
+
+def remove(model: nn.Module, groups: Iterable[str] | None = None) -> None:
+    """Take online rotations off a model; it goes on computing the same function.
+
+    R3 has no counterpart in the weights and leaves without a trace. R4 has one: the down
+    projections are rotated back, which rounds them once more. R1 and R2 stay fused.
+
+    Args:
+        model: rotated by :func:`fastrot.apply`, or loaded from such a checkpoint.
+        groups: the rotations to take off, for example ``["R4"]``; default, all that are online.
+
+    Raises:
+        ValueError: a group that is not online on this model, or whose weights were rotated on the
+            same side again by another one, so that it can't be undone alone.
+    """
+    plans = [
+        (name, resolve(model, TransformConfig({name: scheme}), (), seed))
+        for seed, config in applications(getattr(model, "config", None))
+        for name, scheme in config.config_groups.items()
+    ]
+    online = [name for name, plan in plans if plan.sites]
+    wanted = list(online if groups is None else groups)
+    missing = [name for name in wanted if name not in online]
+    if missing or not wanted:
+        raise ValueError(
+            f"{' and '.join(missing) or 'nothing'} is online on this {type(model).__name__}; "
+            f"online: {', '.join(online) or 'none'}"
+        )
+    _check_commutes(plans, wanted)
+    undone = [(name, _inverse(plan)) for name, plan in plans if name in wanted]
+    written = {edit.parameter for _, plan in undone for edit in plan.edits}
+    weights = [model.get_parameter(name) for name in written]
+    with Journal(sum(w.numel() * w.element_size() for w in weights)) as journal:
+        for _, plan in undone:
+            execute(model, plan, journal)
+    uninstall(model, wanted)
+    model.config.fastrot = without_groups(model.config, wanted)
+    if not any(True for _ in installed(model)):
+        unmark(model.config)
+
+
+def _inverse(plan: Plan) -> Plan:
+    def back(edit: WeightEdit) -> WeightEdit:
+        steps = [replace(s, inverse=not s.inverse) for s in edit.steps if isinstance(s, Rotate)]
+        return replace(edit, steps=tuple(reversed(steps)))
+
+    return replace(plan, edits=tuple(map(back, plan.edits)), sites=())
+
+
+def _check_commutes(plans: list[tuple[str, Plan]], wanted: list[str]) -> None:
+    sides: dict[tuple[str, int], str] = {}
+    for name, plan in plans:
+        for edit in plan.edits:
+            for step in edit.steps:
+                if not isinstance(step, Rotate):
+                    continue
+                other = sides.setdefault((edit.parameter, step.dim), name)
+                if other != name and (other in wanted) != (name in wanted):
+                    raise ValueError(
+                        f"{other} and {name} both rotated dimension {step.dim} of "
+                        f"{edit.parameter}; neither can be taken off alone"
+                    )

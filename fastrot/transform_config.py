@@ -1,0 +1,208 @@
+"""The transform configuration, in the schema of compressed-tensors' ``TransformConfig``.
+
+R1 to R4 are such a configuration, written from a :class:`~fastrot.mapping.Mapping`; a user's own
+takes the same way through the plan.
+
+With row vectors and ``T`` the matrix of the scheme (its transpose if ``inverse``):
+
+================  =======================  =====================================
+location          where                    meaning
+================  =======================  =====================================
+``input``         online, module input     x → x T
+``output``        online, module output    y → y T
+``q_attn``        online, after RoPE       q → q T, every head
+``k_cache``       online, before caching   k → k T, every head
+``weight_input``  fused                    W → W Tᵀ, so that (x T)(W Tᵀ)ᵀ = x Wᵀ
+``weight_output`` fused                    W → Tᵀ W and b → b T, so that y → y T
+================  =======================  =====================================
+"""
+
+from collections.abc import Mapping as MappingABC
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any
+
+import torch
+
+from fastrot.mapping import Mapping
+from fastrot.rotation import KINDS
+
+FUSED_LOCATIONS = ("weight_input", "weight_output")
+ATTENTION_LOCATIONS = ("q_attn", "k_cache")
+LOCATIONS = ("input", "output", *FUSED_LOCATIONS, *ATTENTION_LOCATIONS)
+ROTATIONS = ("R1", "R2", "R3", "R4")
+PRECISIONS = (torch.float64, torch.float32)
+
+
+@dataclass(frozen=True)
+class TransformArgs:
+    """Where a transform acts.
+
+    Attributes:
+        targets: patterns of modules, see :mod:`fastrot.mapping`.
+        location: one of :data:`LOCATIONS`.
+        inverse: use the transpose.
+        ignore: patterns of modules that are left out of ``targets``.
+    """
+
+    targets: tuple[str, ...]
+    location: str
+    inverse: bool = False
+    ignore: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("targets", "ignore"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+        location = getattr(self.location, "value", self.location)
+        object.__setattr__(self, "location", location)
+        if location not in LOCATIONS:
+            raise ValueError(f"location {location!r} is not one of {', '.join(LOCATIONS)}")
+
+
+@dataclass(frozen=True)
+class TransformScheme:
+    """One rotation and all places where it acts.
+
+    Attributes:
+        type: a :data:`~fastrot.rotation.RotationKind`.
+        apply: the places.
+        randomize: a rotation of its own for every decoder layer.
+        requires_grad: learned transforms; refused, fastrot does not train rotations.
+        head_dim: block size; None takes the whole dimension.
+        precision: dtype of online arithmetic, at least that of the activations; fused arithmetic
+            has a dtype of its own, float64 unless :func:`fastrot.apply` is told otherwise.
+    """
+
+    type: str
+    apply: tuple[TransformArgs, ...] = ()
+    randomize: bool = False
+    requires_grad: bool = False
+    head_dim: int | None = None
+    precision: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        if self.type not in KINDS:
+            raise ValueError(f"transform type {self.type!r} is not one of {', '.join(KINDS)}")
+        if self.requires_grad:
+            raise ValueError("requires_grad=True: fastrot does not learn rotations; set it to False")
+        object.__setattr__(self, "precision", parse_precision(self.precision))
+        apply = tuple(_parse(TransformArgs, args, "apply") for args in self.apply)
+        object.__setattr__(self, "apply", apply)
+
+
+@dataclass(frozen=True)
+class TransformConfig:
+    """Named schemes; R1 to R4 carry their names."""
+
+    config_groups: dict[str, TransformScheme]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data that compressed-tensors' ``TransformConfig`` validates."""
+        groups = {name: asdict(scheme) for name, scheme in self.config_groups.items()}
+        for group in groups.values():
+            group["precision"] = str(group["precision"])
+            group["apply"] = [
+                {**args, "targets": list(args["targets"]), "ignore": list(args["ignore"])}
+                for args in group["apply"]
+            ]
+        return {"config_groups": groups}
+
+
+def parse_precision(value: torch.dtype | str) -> torch.dtype:
+    """float64 or float32, from a dtype or its name.
+
+    Raises:
+        ValueError: anything else: rotating in 16 bits would round after every step.
+    """
+    parsed = getattr(torch, value.removeprefix("torch."), value) if isinstance(value, str) else value
+    if parsed not in PRECISIONS:
+        raise ValueError(f"precision={value} is not torch.float64 or torch.float32")
+    return parsed
+
+
+def parse_transform_config(value: Any) -> TransformConfig:
+    """A configuration from itself, a dict, or compressed-tensors' pydantic object.
+
+    Raises:
+        ValueError: unknown or missing fields, unknown types or locations.
+        TypeError: something that is no configuration at all.
+    """
+    if isinstance(value, TransformConfig):
+        return value
+    data = _as_dict(value, "transform_config")
+    groups = data.get("config_groups")
+    if set(data) != {"config_groups"} or not isinstance(groups, MappingABC) or not groups:
+        raise ValueError(
+            "transform_config needs exactly one field, 'config_groups', with at least one scheme; "
+            f"got {', '.join(map(str, data)) or 'nothing'}"
+        )
+    return TransformConfig(
+        {str(name): _parse(TransformScheme, scheme, str(name)) for name, scheme in groups.items()}
+    )
+
+
+def spinquant_config(
+    mapping: Mapping,
+    rotations: Sequence[str],
+    *,
+    transform_type: str,
+    randomize: bool,
+    block_sizes: MappingABC[str, int | None],
+    precision: torch.dtype,
+) -> TransformConfig:
+    """R1 to R4 of SpinQuant (arXiv 2405.16406, figure 1) as a configuration.
+
+    Args:
+        mapping: the roles.
+        rotations: some of :data:`ROTATIONS`.
+        transform_type: kind of every rotation.
+        randomize: one rotation per layer for R2, R3 and R4; R1 acts on the one residual stream.
+        block_sizes: block of each rotation; None is the whole dimension.
+        precision: of online arithmetic.
+    """
+    out, into = "weight_output", "weight_input"
+    readers = (*mapping.attn_q, *mapping.attn_k, *mapping.attn_v, *mapping.mlp_in, *mapping.lm_head)
+    writers = (*mapping.embedding, *mapping.attn_o, *mapping.mlp_out)
+    places = {
+        "R1": (TransformArgs(writers, out), TransformArgs(readers, into, inverse=True)),
+        "R2": (TransformArgs(mapping.attn_v, out), TransformArgs(mapping.attn_o, into, inverse=True)),
+        "R3": (TransformArgs(mapping.attn, "q_attn"), TransformArgs(mapping.attn, "k_cache")),
+        "R4": (
+            TransformArgs(mapping.mlp_out, "input"),
+            TransformArgs(mapping.mlp_out, into, inverse=True),
+        ),
+    }
+    return TransformConfig(
+        {
+            name: TransformScheme(
+                type=transform_type,
+                apply=places[name],
+                randomize=randomize and name != "R1",
+                head_dim=block_sizes[name],
+                precision=precision,
+            )
+            for name in rotations
+        }
+    )
+
+
+def _as_dict(value: Any, where: str) -> dict[str, Any]:
+    if hasattr(value, "model_dump"):
+        value = value.model_dump()
+    if not isinstance(value, MappingABC):
+        raise TypeError(f"{where}: expected a dict, got {type(value).__name__}")
+    return dict(value)
+
+
+def _parse(cls: type[Any], value: Any, where: str) -> Any:
+    if isinstance(value, cls):
+        return value
+    data = _as_dict(value, where)
+    known = {field.name: field for field in fields(cls)}
+    unknown = sorted(set(data) - set(known))
+    missing = [n for n, f in known.items() if f.default is MISSING and n not in data]
+    if unknown or missing:
+        problem = f"unknown {', '.join(unknown)}" if unknown else f"missing {', '.join(missing)}"
+        raise ValueError(f"transform_config, {where}: {problem}; fields: {', '.join(known)}")
+    return cls(**data)
