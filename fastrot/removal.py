@@ -37,9 +37,9 @@ def remove(model: nn.Module, groups: Iterable[str] | None = None) -> None:
     wanted = list(online if groups is None else groups)
     missing = [name for name in wanted if name not in online]
     if missing or not wanted:
+        what = f"{' and '.join(missing)} is not" if missing else "no rotation is"
         raise ValueError(
-            f"{' and '.join(missing) or 'nothing'} is online on this {type(model).__name__}; "
-            f"online: {', '.join(online) or 'none'}"
+            f"{what} online on this {type(model).__name__} (online: {', '.join(online) or 'none'})"
         )
     _check_commutes(plans, wanted)
     undone = [(name, _inverse(plan)) for name, plan in plans if name in wanted]

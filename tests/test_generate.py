@@ -1,0 +1,110 @@
+"""Greedy decoding emits the same tokens, whatever holds the keys."""
+
+import copy
+
+import pytest
+import torch
+from helpers import random_ids, tiny
+from test_exact import MODEL_TYPES, ROTATIONS
+from transformers import DynamicCache, StaticCache
+
+import fastrot
+
+KINDS_OF_CACHE = {
+    "dynamic": {},
+    "static": {"cache_implementation": "static"},
+    "none": {"use_cache": False},
+    "beams": {"num_beams": 3},
+}
+
+
+@pytest.fixture(scope="module", params=MODEL_TYPES)
+def pair(request):
+    model = tiny(request.param, dtype=torch.float32)
+    rotated = copy.deepcopy(model)
+    fastrot.apply(rotated, ROTATIONS, transform_type="random-hadamard", randomize=True)
+    return model, rotated
+
+
+def padded_batch(model):
+    ids = random_ids(model, 3, 12, seed=3)
+    mask = torch.ones_like(ids)
+    for row, length in enumerate((5, 0, 9)):
+        ids[row, :length] = 0
+        mask[row, :length] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def generate(model, inputs, **kwargs):
+    return model.generate(
+        **inputs, max_new_tokens=64, min_new_tokens=64, do_sample=False, pad_token_id=0, **kwargs
+    )
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("cache", KINDS_OF_CACHE)
+def test_same_64_tokens(pair, cache, attention):
+    model, rotated = (copy.deepcopy(m) for m in pair)
+    model.set_attn_implementation(attention)
+    rotated.set_attn_implementation(f"fastrot_{attention}")
+    inputs = padded_batch(model)
+    expected = generate(model, inputs, **KINDS_OF_CACHE[cache])
+    assert torch.equal(generate(rotated, inputs, **KINDS_OF_CACHE[cache]), expected)
+
+
+def cached_keys(model, ids, cache):
+    with torch.no_grad():
+        for token in ids.split(1, dim=1):
+            model(token, past_key_values=cache, use_cache=True)
+    return [layer.keys[:, :, : ids.shape[1]].clone() for layer in cache.layers]
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+def test_keys_are_cached_rotated_exactly_once(pair, kind):
+    """The cache holds k R: every key is rotated when it comes, and never again."""
+    model, rotated = pair
+    ids = random_ids(model, 2, 6, seed=4)
+
+    def cache(m):
+        if kind == "dynamic":
+            return DynamicCache(config=m.config)
+        return StaticCache(config=m.config, max_cache_len=8)
+
+    plain = cached_keys(model, ids, cache(model))
+    keys = cached_keys(rotated, ids, cache(rotated))
+    for layer, before, after in zip(rotated.model.layers, plain, keys, strict=True):
+        rotation = layer.self_attn.fastrot_k_cache.rotation
+        torch.testing.assert_close(after, rotation.apply(before), rtol=0, atol=2e-5)
+        assert (after - before).abs().max() > 1e-2
+
+
+@pytest.mark.slow
+def test_compiled_in_one_graph(pair):
+    model, rotated = pair
+    inputs = padded_batch(model)
+    compiled = torch.compile(copy.deepcopy(rotated), fullgraph=True)
+    with torch.no_grad():
+        expected = rotated(**inputs).logits
+        got = compiled(**inputs).logits
+        cache = StaticCache(config=rotated.config, max_cache_len=16)
+        static = compiled(**inputs, past_key_values=cache, use_cache=True).logits
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(static, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_another_attention_implementation_is_refused_at_run_time(pair):
+    rotated = copy.deepcopy(pair[1])
+    rotated.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match=r"set_attn_implementation\('fastrot_sdpa'\)"):
+        rotated(**padded_batch(rotated))
+
+
+def test_two_models_are_strangers(pair):
+    """The rotated model in the same process leaves its original alone."""
+    model, rotated = pair
+    inputs = padded_batch(model)
+    before = model(**inputs).logits
+    rotated(**inputs)
+    assert torch.equal(model(**inputs).logits, before)
+    assert model.config._attn_implementation == "sdpa"
+    assert not any("fastrot" in name for name, _ in model.named_modules())

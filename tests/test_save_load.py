@@ -1,0 +1,137 @@
+"""Rotated models on disk: the same logits bit for bit, or a loud refusal."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import logits, random_ids, relative_error, tiny
+from test_exact import MODEL_TYPES, ROTATIONS
+from transformers import AutoModelForCausalLM
+
+import fastrot
+from fastrot.rotation import KINDS
+
+LOAD = "from transformers import AutoModelForCausalLM as A; m = A.from_pretrained({!r}{})"
+
+
+def in_a_new_process(code):
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_round_trip_is_bit_for_bit(model_type, kind, dtype, tmp_path):
+    # From disk, as buffers that are not saved come in float32 then, in every dtype.
+    model = save_and_load(tiny(model_type, tied=True, dtype=dtype), tmp_path / "original")
+    ids = random_ids(model, 2, 12, seed=0)
+    fastrot.apply(model, ROTATIONS, transform_type=kind, randomize=True, seed=7)
+    once = save_and_load(model, tmp_path / "once")
+    twice = save_and_load(once, tmp_path / "twice")
+    for loaded in (once, twice):
+        assert torch.equal(logits(loaded, ids), logits(model, ids))
+        assert loaded.state_dict().keys() == model.state_dict().keys()
+        assert loaded.config.fastrot == model.config.fastrot
+    tokens = [
+        m.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0)
+        for m in (model, once)
+    ]
+    assert torch.equal(*tokens)
+
+
+def save_and_load(model, folder, **kwargs):
+    model.save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto", **kwargs).eval()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_attention_implementation_can_be_chosen_while_loading(attention, tmp_path):
+    model = tiny("llama")
+    ids = random_ids(model, 2, 12, seed=0)
+    before = logits(model, ids)
+    fastrot.apply(model, ROTATIONS)
+    loaded = save_and_load(model, tmp_path, attn_implementation=attention)
+    assert loaded.config._attn_implementation == f"fastrot_{attention}"
+    assert relative_error(logits(loaded, ids), before) < 1e-5
+
+
+@pytest.mark.slow
+def test_without_fastrot_online_rotations_fail_loudly(tmp_path):
+    folders = []
+    for rotations in (("R3",), ("R4",), ROTATIONS):
+        model = tiny("llama")
+        fastrot.apply(model, rotations)
+        folders.append(str(tmp_path / "-".join(rotations)))
+        model.save_pretrained(folders[-1])
+    attempts = f"""
+import sys
+from transformers import AutoModelForCausalLM
+def load():
+    for folder in {folders!r}:
+        for choice in ({{}}, {{"attn_implementation": "sdpa"}}, {{"attn_implementation": "eager"}}):
+            try:
+                AutoModelForCausalLM.from_pretrained(folder, **choice)
+                yield "loaded"
+            except ValueError as error:
+                yield "refused" if "fastrot" in str(error) else repr(error)
+assert set(load()) == {{"refused"}}, set(load())
+import fastrot
+assert set(load()) == {{"loaded"}}, set(load())
+"""
+    result = in_a_new_process(attempts)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+def test_a_fused_checkpoint_is_an_ordinary_one(tmp_path):
+    model = tiny("qwen3", tied=True)
+    ids = random_ids(model, 2, 12, seed=0)
+    fastrot.apply(model, ("R1", "R2"))
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert not {"quantization_config", "experts_implementation"}.intersection(config)
+    assert config["tie_word_embeddings"] is False
+    torch.save({"ids": ids, "logits": logits(model, ids)}, tmp_path / "expected.pt")
+    code = LOAD.format(str(tmp_path), "") + (
+        f"; import sys, torch; e = torch.load({str(tmp_path / 'expected.pt')!r})"
+        "; assert 'fastrot' not in sys.modules"
+        "; assert torch.equal(m(e['ids']).logits, e['logits'])"
+    )
+    result = in_a_new_process(code)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_loaded_model_knows_what_was_done(tmp_path):
+    model = tiny("llama")
+    fastrot.apply(model, ("R1", "R4"))
+    loaded = save_and_load(model, tmp_path)
+    with pytest.raises(fastrot.AlreadyRotatedError, match="R4 is already on this"):
+        fastrot.apply(loaded, "R4")
+    fastrot.apply(loaded, "R3")
+    again = save_and_load(loaded, tmp_path / "again")
+    ids = random_ids(model, 2, 12, seed=0)
+    assert torch.equal(logits(again, ids), logits(loaded, ids))
+
+
+@pytest.mark.slow
+def test_remove_after_loading_leaves_an_ordinary_checkpoint(tmp_path):
+    model = tiny("llama")
+    ids = random_ids(model, 2, 12, seed=0)
+    before = logits(model, ids)
+    fastrot.apply(model, ROTATIONS, transform_type="random-hadamard")
+    loaded = save_and_load(model, tmp_path)
+    fastrot.remove(loaded)
+    assert relative_error(logits(loaded, ids), before) < 1e-5
+    loaded.save_pretrained(tmp_path / "plain")
+    assert in_a_new_process(LOAD.format(str(tmp_path / "plain"), "")).returncode == 0
+
+
+def test_a_newer_format_is_refused(tmp_path):
+    model = tiny("llama")
+    fastrot.apply(model, "R4")
+    model.config.fastrot["format"] = 2
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="format 2.*install a newer fastrot"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)

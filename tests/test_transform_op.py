@@ -1,0 +1,141 @@
+"""``hadamard_transform`` as a torch operator: tracing, gradients, layouts, refusals."""
+
+import pytest
+import torch
+
+import fastrot
+from fastrot.hadamard import hadamard_matrix
+
+CPU_IMPLS = ("reference", "cpu")
+SIZES = (1, 2, 12, 28, 64, 80, 96, 896)
+
+
+def dense(x, size, scale=1.0, signs=None, transpose=False):
+    """The oracle: float64 matrices along the last dimension."""
+    matrix = torch.from_numpy(hadamard_matrix(size)).double()
+    if signs is not None:
+        matrix = signs.double()[:, None] * matrix
+    blocks = x.double().unflatten(-1, (-1, size))
+    return (blocks @ (matrix.T if transpose else matrix)).flatten(-2) * scale
+
+
+@pytest.mark.parametrize("impl", CPU_IMPLS)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("transpose", [False, True])
+def test_integers_are_exact(impl, size, transpose):
+    generator = torch.Generator().manual_seed(size)
+    x = torch.randint(-4, 5, (3, 2 * size), generator=generator).float()
+    signs = torch.randint(0, 2, (size,), generator=generator).mul(2).sub(1).to(torch.int8)
+    got = fastrot.hadamard_transform(
+        x, block_size=size, signs=signs, transpose=transpose, impl=impl
+    )
+    matrix = torch.from_numpy(hadamard_matrix(size)).double()
+    if transpose:
+        expected = (x.double().unflatten(-1, (-1, size)) @ matrix.T) * signs
+    else:
+        expected = (x.double().unflatten(-1, (-1, size)) * signs) @ matrix
+    assert torch.equal(got.double(), expected.flatten(-2))
+
+
+@pytest.mark.parametrize("impl", CPU_IMPLS)
+@pytest.mark.parametrize("dim", [0, 1, 2, -1, -2])
+def test_every_dimension(impl, dim):
+    x = torch.randn(12, 24, 8, dtype=torch.float64)
+    size = {0: 12, 1: 12, 2: 8, -1: 8, -2: 12}[dim]
+    got = fastrot.hadamard_transform(x, 0.5, dim=dim, block_size=size, impl=impl)
+    expected = dense(x.movedim(dim, -1), size, 0.5).movedim(-1, dim)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.transpose(0, 1),
+        lambda x: x[:, ::2],
+        lambda x: x[..., :12],
+        lambda x: x.movedim(-1, 0).contiguous().movedim(0, -1),
+        lambda x: x[:1].expand(5, -1, -1),
+    ],
+    ids=["transposed", "every second row", "row slices", "strided vectors", "expanded"],
+)
+def test_layouts(view):
+    x = view(torch.randn(3, 4, 28, dtype=torch.float64))
+    size = 28 if x.shape[-1] == 28 else 12
+    got = fastrot.hadamard_transform(x, block_size=size)
+    torch.testing.assert_close(got, dense(x, size), rtol=1e-12, atol=1e-12)
+    assert got.stride() == torch.empty_like(x).stride()
+
+
+@pytest.mark.parametrize("shape", [(0, 16), (3, 0, 16), (16,), (2, 3, 4, 16)])
+def test_shapes(shape):
+    x = torch.randn(shape, dtype=torch.float64)
+    got = fastrot.hadamard_transform(x)
+    torch.testing.assert_close(got, dense(x, 16), rtol=1e-12, atol=1e-12)
+
+
+def test_input_is_left_alone():
+    x = torch.randn(4, 64)
+    before = x.clone()
+    fastrot.hadamard_transform(x)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("signs", [None, torch.tensor([1, -1] * 6, dtype=torch.int8)])
+@pytest.mark.parametrize("transpose", [False, True])
+def test_gradient_is_the_transpose(signs, transpose):
+    """Order 12 is not symmetric, so a gradient by H itself would be wrong."""
+    x = torch.randn(2, 24, dtype=torch.float64, requires_grad=True)
+    options = {"block_size": 12, "signs": signs, "transpose": transpose}
+    assert torch.autograd.gradcheck(lambda v: fastrot.hadamard_transform(v, 0.3, **options), x)
+    assert torch.autograd.gradgradcheck(lambda v: fastrot.hadamard_transform(v, 0.3, **options), x)
+
+
+@pytest.mark.parametrize("impl", CPU_IMPLS)
+def test_opcheck(impl):
+    signs = torch.ones(12)
+    x = torch.randn(3, 24, requires_grad=True)
+    for dim, given in ((1, None), (1, signs)):
+        torch.library.opcheck(
+            torch.ops.fastrot.hadamard_transform.default, (x, given, 0.5, 12, dim, False, impl)
+        )
+    y = torch.randn(24, 3, 5).transpose(1, 2)
+    torch.library.opcheck(
+        torch.ops.fastrot.hadamard_transform.default, (y, None, 1.0, 12, 0, True, impl)
+    )
+
+
+def test_compile_and_export_see_one_operator():
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return fastrot.hadamard_transform(x.sin(), 0.25, block_size=28).cos()
+
+    x = torch.randn(3, 56)
+    expected = Module()(x)
+    torch.testing.assert_close(torch.compile(Module(), fullgraph=True)(x), expected)
+    rows = torch.export.Dim("rows", min=2)
+    program = torch.export.export(Module(), (x,), dynamic_shapes={"x": {0: rows}})
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert targets.count("fastrot.hadamard_transform.default") == 1
+    more = torch.randn(7, 56)
+    torch.testing.assert_close(program.module()(more), Module()(more))
+
+
+REFUSALS = [
+    (dict(impl="cuda"), "is not one of auto, reference, cpu, triton"),
+    (dict(block_size=5), "no Hadamard matrix of order 5"),
+    (dict(block_size=32), "block_size=32 does not divide"),
+    (dict(dim=2), "needs a tensor with dimension 2"),
+    (dict(signs=torch.ones(3)), r"signs has shape \(3,\), expected \(48,\)"),
+]
+
+
+@pytest.mark.parametrize(("kwargs", "message"), REFUSALS)
+def test_refusals(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        fastrot.hadamard_transform(torch.ones(2, 48), **kwargs)
+
+
+@pytest.mark.parametrize("x", [torch.ones(4, dtype=torch.int32), torch.ones(4, dtype=torch.cfloat)])
+def test_wrong_dtypes_are_refused(x):
+    with pytest.raises(TypeError, match="takes float64, float32, bfloat16 or float16"):
+        fastrot.hadamard_transform(x)
