@@ -1,6 +1,6 @@
 """Time of `fastrot.apply` beside llm-compressor's SpinQuantModifier, on the same model and machine.
 
-    python benchmarks/apply.py --peer-python /path/to/peer/bin/python --json benchmarks/results/x.json
+    python benchmarks/apply.py --peer-python PEER/bin/python --json benchmarks/results/FILE
 
 The peer runs in a virtual environment of its own, see `peers/llm_compressor.py`. Runs alternate
 between the two, each in a fresh process, so that both see the same machine.

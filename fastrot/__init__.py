@@ -6,13 +6,13 @@ checkpoints.
 
 from fastrot.api import apply, plan
 from fastrot.checks import AlreadyRotatedError
+from fastrot.edits import Plan
 from fastrot.hadamard import HadamardSizeError, hadamard_matrix
 from fastrot.handle import Handle
 from fastrot.integrations.transformers import register
 from fastrot.kernels import hadamard_transform
 from fastrot.mapping import Architecture, Mapping, NormMapping, UnknownArchitectureError
 from fastrot.patterns import NoMatchError
-from fastrot.edits import Plan
 from fastrot.removal import remove
 from fastrot.resolve import UncoveredParameterError
 from fastrot.rotation import Rotation

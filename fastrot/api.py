@@ -7,16 +7,16 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
-from torch import nn
+from transformers import PreTrainedModel
 
 from fastrot.checks import AlreadyRotatedError, check_attention, check_model
+from fastrot.edits import Plan
 from fastrot.fuse import Journal, execute
 from fastrot.fuse.journal import Undo
 from fastrot.handle import Handle
 from fastrot.integrations.transformers import mark
 from fastrot.mapping import Mapping, NormMapping, as_mapping, as_norm_mapping, find_architecture
 from fastrot.online import install
-from fastrot.edits import Plan
 from fastrot.record import applied_groups, with_application
 from fastrot.resolve import head_dim_of, resolve
 from fastrot.transform_config import (
@@ -29,7 +29,7 @@ from fastrot.transform_config import (
 
 
 def plan(
-    model: nn.Module,
+    model: PreTrainedModel,
     rotations: str | Sequence[str] = ("R1", "R2"),
     *,
     transform_type: str = "hadamard",
@@ -63,8 +63,8 @@ def plan(
     twice = [name for name in config.config_groups if name in applied_groups(model.config)]
     if twice:
         raise AlreadyRotatedError(
-            f"{' and '.join(twice)} is already on this {type(model).__name__}; a second time would "
-            "undo or scramble it; start from the original weights"
+            f"{' and '.join(twice)} is already on this {type(model).__name__}; a second time "
+            "would undo or scramble it; start from the original weights"
         )
     dtype = parse_precision(precision or torch.float64)
     result = resolve(model, config, norms, _parse_seed(seed), mapping, dtype)
@@ -75,7 +75,7 @@ def plan(
 
 
 def apply(
-    model: nn.Module,
+    model: PreTrainedModel,
     rotations: str | Sequence[str] = ("R1", "R2"),
     *,
     transform_type: str = "hadamard",
@@ -177,7 +177,7 @@ def _parse_seed(seed: int) -> int:
 
 
 def _roles(
-    model: nn.Module,
+    model: PreTrainedModel,
     mappings: Mapping | MappingABC[str, Any] | None,
     norms: tuple[NormMapping, ...] | None,
 ) -> tuple[Mapping, tuple[NormMapping, ...]]:
@@ -189,7 +189,7 @@ def _roles(
     return as_mapping(mappings), norms
 
 
-def _known_norms(model: nn.Module) -> tuple[NormMapping, ...]:
+def _known_norms(model: PreTrainedModel) -> tuple[NormMapping, ...]:
     try:
         return find_architecture(model.config.model_type).norms
     except ValueError:
@@ -197,7 +197,7 @@ def _known_norms(model: nn.Module) -> tuple[NormMapping, ...]:
 
 
 def _block_sizes(
-    model: nn.Module,
+    model: PreTrainedModel,
     mapping: Mapping,
     wanted: Sequence[str],
     block_size: int | MappingABC[str, int] | None,
@@ -212,7 +212,7 @@ def _block_sizes(
     for name, size in given.items():
         upper = str(name).upper()
         if upper not in ROTATIONS:
-            raise ValueError(f"block_size names {name!r}, which is not one of {', '.join(ROTATIONS)}")
+            raise ValueError(f"block_size names {name!r}, not one of {', '.join(ROTATIONS)}")
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"block_size of {upper} must be a positive int, got {size!r}")
         if upper in ("R2", "R3") and head_dim is not None and head_dim % size:
@@ -221,8 +221,8 @@ def _block_sizes(
     return sizes
 
 
-def _own_config(model: nn.Module, journal: Journal) -> Any:
-    """Give the model a configuration of its own: another model may have been built from the same."""
+def _own_config(model: PreTrainedModel, journal: Journal) -> Any:
+    """Give the model its own configuration: another may have been built from the same one."""
     copies: dict[int, Any] = {}
     config = copy.deepcopy(model.config, copies)
     for module in model.modules():
@@ -232,11 +232,11 @@ def _own_config(model: nn.Module, journal: Journal) -> Any:
     return config
 
 
-def _forget_ties(model: nn.Module, config: Any, journal: Journal) -> None:
+def _forget_ties(model: PreTrainedModel, config: Any, journal: Journal) -> None:
     config.tie_word_embeddings = False
     text = config.get_text_config()
     text.tie_word_embeddings = False
     for module in model.modules():
-        if getattr(module, "all_tied_weights_keys", None):
+        if isinstance(module, PreTrainedModel) and module.all_tied_weights_keys:
             keys = module.get_expanded_tied_weights_keys(all_submodels=True)
             journal.set(module, "all_tied_weights_keys", keys)

@@ -87,7 +87,9 @@ def check_overlaps(model: nn.Module, names: tuple[str, ...]) -> None:
     for name, parameter in model.named_parameters():
         if parameter.numel() and not parameter.is_meta and type(parameter.data) is Tensor:
             start = parameter.data_ptr()
-            extent = sum((n - 1) * s for n, s in zip(parameter.shape, parameter.stride(), strict=True))
+            extent = sum(
+                (n - 1) * s for n, s in zip(parameter.shape, parameter.stride(), strict=True)
+            )
             end = start + (extent + 1) * parameter.element_size()
             spans.append((str(parameter.device), start, end, name))
     spans.sort()

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from fastrot.edits import Plan
 from fastrot.removal import remove
@@ -16,7 +16,7 @@ class Handle:
         plan: what was done, as data.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan):
+    def __init__(self, model: PreTrainedModel, plan: Plan):
         self.model = model
         self.plan = plan
 

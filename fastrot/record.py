@@ -8,7 +8,7 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from transformers import PreTrainedModel
 
 from fastrot.edits import OnlineSite, Plan
 from fastrot.resolve import resolve_online
@@ -43,7 +43,7 @@ def applied_groups(config: Any) -> list[str]:
     return [name for _, item in applications(config) for name in item.config_groups]
 
 
-def online_sites(model: nn.Module) -> list[OnlineSite]:
+def online_sites(model: PreTrainedModel) -> list[OnlineSite]:
     """The online rotations that a model's record asks for."""
     return [
         site
@@ -54,10 +54,10 @@ def online_sites(model: nn.Module) -> list[OnlineSite]:
 
 def with_application(config: Any, plan: Plan) -> dict[str, Any]:
     """A copy of the record in ``config``, with ``plan`` added."""
-    record: dict[str, Any] = copy.deepcopy(getattr(config, "fastrot", None)) or {
-        "format": FORMAT,
-        "applied": [],
-    }
+    old = getattr(config, "fastrot", None)
+    record: dict[str, Any] = (
+        {"format": FORMAT, "applied": []} if old is None else copy.deepcopy(old)
+    )
     record["applied"].append(
         {"seed": plan.seed, "transform_config": plan.transform_config.to_dict()}
     )

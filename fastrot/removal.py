@@ -2,19 +2,20 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
-from torch import nn
+from transformers import PreTrainedModel
 
+from fastrot.edits import Plan, Rotate, WeightEdit
 from fastrot.fuse import Journal, execute
 from fastrot.integrations.transformers import unmark
 from fastrot.online import installed, uninstall
-from fastrot.edits import Plan, Rotate, WeightEdit
 from fastrot.record import applications, without_groups
 from fastrot.resolve import resolve
-from fastrot.transform_config import FUSED_LOCATIONS, TransformConfig
+from fastrot.transform_config import TransformConfig
 
 
-def remove(model: nn.Module, groups: Iterable[str] | None = None) -> None:
+def remove(model: PreTrainedModel, groups: Iterable[str] | None = None) -> None:
     """Take online rotations off a model; it goes on computing the same function.
 
     R3 has no counterpart in the weights and leaves without a trace. R4 has one: the down
@@ -49,9 +50,10 @@ def remove(model: nn.Module, groups: Iterable[str] | None = None) -> None:
         for _, plan in undone:
             execute(model, plan, journal)
     uninstall(model, wanted)
-    model.config.fastrot = without_groups(model.config, wanted)
+    config: Any = model.config
+    config.fastrot = without_groups(config, wanted)
     if not any(True for _ in installed(model)):
-        unmark(model.config)
+        unmark(config)
 
 
 def _inverse(plan: Plan) -> Plan:

@@ -1,17 +1,18 @@
-"""Mapping and configuration + model → :class:`~fastrot.edits.Plan`. Reads the model, never writes."""
+"""Mapping, configuration and model → :class:`~fastrot.edits.Plan`. Reads, never writes."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from os.path import commonprefix
+from itertools import takewhile
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from fastrot.checks import check_norm, check_overlaps, check_parameter
+from fastrot.edits import NormReset, OnlineSite, Plan, Rotate, Scale, WeightEdit
 from fastrot.mapping import Mapping, NormMapping
 from fastrot.patterns import NoMatchError, find_modules, matches, no_match_message
-from fastrot.edits import NormReset, OnlineSite, Plan, Rotate, Scale, WeightEdit
 from fastrot.rotation import Rotation
 from fastrot.transform_config import (
     ATTENTION_LOCATIONS,
@@ -27,7 +28,7 @@ class UncoveredParameterError(ValueError):
 
 
 def resolve(
-    model: nn.Module,
+    model: PreTrainedModel,
     config: TransformConfig,
     norms: Sequence[NormMapping],
     seed: int,
@@ -79,7 +80,7 @@ def resolve(
     )
 
 
-def resolve_online(model: nn.Module, config: TransformConfig, seed: int) -> list[OnlineSite]:
+def resolve_online(model: PreTrainedModel, config: TransformConfig, seed: int) -> list[OnlineSite]:
     """The online part alone; needs the names and sizes of modules, no weights."""
     sites = []
     for group, scheme, args, name, module in _places(model, config, online=True):
@@ -105,7 +106,7 @@ def resolve_online(model: nn.Module, config: TransformConfig, seed: int) -> list
     return sites
 
 
-def head_dim_of(model: nn.Module, mapping: Mapping) -> int:
+def head_dim_of(model: PreTrainedModel, mapping: Mapping) -> int:
     """Size of one value head: the mapping's, the attention module's or the configuration's.
 
     Raises:
@@ -127,7 +128,7 @@ def head_dim_of(model: nn.Module, mapping: Mapping) -> int:
 
 
 def _places(
-    model: nn.Module, config: TransformConfig, online: bool
+    model: PreTrainedModel, config: TransformConfig, online: bool
 ) -> Iterable[tuple[str, TransformScheme, TransformArgs, str, nn.Module]]:
     for group, scheme in config.config_groups.items():
         for args in scheme.apply:
@@ -137,7 +138,7 @@ def _places(
 
 
 def _fused_steps(
-    model: nn.Module, config: TransformConfig, seed: int
+    model: PreTrainedModel, config: TransformConfig, seed: int
 ) -> dict[str, tuple[Rotate, ...]]:
     steps: dict[str, tuple[Rotate, ...]] = defaultdict(tuple)
     for group, scheme, args, name, module in _places(model, config, online=False):
@@ -165,7 +166,7 @@ def _fused_steps(
 
 
 def _rotation(
-    group: str, scheme: TransformScheme, name: str, size: int, seed: int, model: nn.Module
+    group: str, scheme: TransformScheme, name: str, size: int, seed: int, model: PreTrainedModel
 ) -> Rotation:
     kind, label = scheme.type, group
     if scheme.randomize:
@@ -185,7 +186,7 @@ def _layer(name: str) -> str:
     return ".".join(parts[: index + 1])
 
 
-def _online_size(model: nn.Module, name: str, module: nn.Module, location: str) -> int:
+def _online_size(model: PreTrainedModel, name: str, module: nn.Module, location: str) -> int:
     if location in ATTENTION_LOCATIONS:
         size = getattr(module, "head_dim", None)
         if not isinstance(size, int):
@@ -202,10 +203,12 @@ def _online_size(model: nn.Module, name: str, module: nn.Module, location: str) 
 
 
 def _norm_steps(
-    model: nn.Module, config: TransformConfig, norms: Sequence[NormMapping]
+    model: PreTrainedModel, config: TransformConfig, norms: Sequence[NormMapping]
 ) -> tuple[dict[str, tuple[Scale, ...]], list[NormReset]]:
     """Fold every norm of which at least one reader's input is rotated by a fused transform."""
-    online = {name for *_, args, name, _ in _places(model, config, True) if args.location == "input"}
+    online = {
+        name for *_, args, name, _ in _places(model, config, True) if args.location == "input"
+    }
     rotated = {
         name
         for *_, args, name, _ in _places(model, config, False)
@@ -240,7 +243,9 @@ def _norm_steps(
 
 def _nearest(reader: str, norms: Iterable[str]) -> str:
     """The norm that shares most leading name parts with the reader."""
-    shared = {n: len(commonprefix([n.split("."), reader.split(".")])) for n in norms}  # type: ignore[list-item]
+    parts = reader.split(".")
+    pairs = {norm: zip(norm.split("."), parts, strict=False) for norm in norms}
+    shared = {n: len([*takewhile(lambda ab: ab[0] == ab[1], p)]) for n, p in pairs.items()}
     best = max(shared.values())
     nearest = [norm for norm, count in shared.items() if count == best]
     if len(nearest) > 1:
@@ -264,7 +269,7 @@ def _check_one_stream(edits: Iterable[WeightEdit]) -> None:
 
 
 def _check_coverage(
-    model: nn.Module,
+    model: PreTrainedModel,
     mapping: Mapping,
     norms: Sequence[NormMapping],
     edits: Iterable[WeightEdit],
@@ -274,7 +279,8 @@ def _check_coverage(
     folded = {s.norm for edit in edits for s in edit.steps if isinstance(s, Scale)}
     fed = {name for m in norms for name in find_modules(model, m.linears)}
     readers = find_modules(
-        model, (*mapping.attn_q, *mapping.attn_k, *mapping.attn_v, *mapping.mlp_in, *mapping.lm_head)
+        model,
+        (*mapping.attn_q, *mapping.attn_k, *mapping.attn_v, *mapping.mlp_in, *mapping.lm_head),
     )
     without = sorted(set(readers) - fed)
     if without:
@@ -306,7 +312,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _untie(
-    model: nn.Module, mapping: Mapping | None, edits: Sequence[WeightEdit]
+    model: PreTrainedModel, mapping: Mapping | None, edits: Sequence[WeightEdit]
 ) -> list[WeightEdit]:
     """Split tied parameters whose edits differ, if they are embedding and head; refuse others."""
     tied: dict[int, list[str]] = defaultdict(list)
@@ -333,7 +339,7 @@ def _untie(
     return list(by_name.values())
 
 
-def _heads(model: nn.Module, mapping: Mapping | None) -> set[str]:
+def _heads(model: PreTrainedModel, mapping: Mapping | None) -> set[str]:
     if mapping is not None:
         return {f"{name}.weight" for name in find_modules(model, mapping.lm_head)}
     head = getattr(model, "get_output_embeddings", lambda: None)()

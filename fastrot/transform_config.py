@@ -85,7 +85,9 @@ class TransformScheme:
         if self.type not in KINDS:
             raise ValueError(f"transform type {self.type!r} is not one of {', '.join(KINDS)}")
         if self.requires_grad:
-            raise ValueError("requires_grad=True: fastrot does not learn rotations; set it to False")
+            raise ValueError(
+                "requires_grad=True: fastrot does not learn rotations; set it to False"
+            )
         object.__setattr__(self, "precision", parse_precision(self.precision))
         apply = tuple(_parse(TransformArgs, args, "apply") for args in self.apply)
         object.__setattr__(self, "apply", apply)
@@ -115,7 +117,9 @@ def parse_precision(value: torch.dtype | str) -> torch.dtype:
     Raises:
         ValueError: anything else: rotating in 16 bits would round after every step.
     """
-    parsed = getattr(torch, value.removeprefix("torch."), value) if isinstance(value, str) else value
+    parsed = (
+        getattr(torch, value.removeprefix("torch."), value) if isinstance(value, str) else value
+    )
     if parsed not in PRECISIONS:
         raise ValueError(f"precision={value} is not torch.float64 or torch.float32")
     return parsed
@@ -166,7 +170,10 @@ def spinquant_config(
     writers = (*mapping.embedding, *mapping.attn_o, *mapping.mlp_out)
     places = {
         "R1": (TransformArgs(writers, out), TransformArgs(readers, into, inverse=True)),
-        "R2": (TransformArgs(mapping.attn_v, out), TransformArgs(mapping.attn_o, into, inverse=True)),
+        "R2": (
+            TransformArgs(mapping.attn_v, out),
+            TransformArgs(mapping.attn_o, into, inverse=True),
+        ),
         "R3": (TransformArgs(mapping.attn, "q_attn"), TransformArgs(mapping.attn, "k_cache")),
         "R4": (
             TransformArgs(mapping.mlp_out, "input"),

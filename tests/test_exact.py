@@ -1,7 +1,7 @@
 """The promise: a rotated model computes the same function."""
 
 import copy
-from functools import lru_cache
+from functools import cache
 from itertools import chain, combinations
 
 import pytest
@@ -17,7 +17,7 @@ SUBSETS = [*chain.from_iterable(combinations(ROTATIONS, n) for n in range(1, 5))
 CASES = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 
 
-@lru_cache(maxsize=None)
+@cache
 def original(model_type: str, tied: bool, dtype: torch.dtype):
     """The model before rotation, token ids, and its logits."""
     model = tiny(model_type, tied=tied, dtype=dtype)
@@ -49,7 +49,12 @@ def test_float64_and_float32(model_type, kind, tied):
     for rotations in SUBSETS:
         for dtype, limit in ((torch.float64, 1e-6), (torch.float32, 1e-5)):
             model, ids, before = rotated(
-                model_type, tied, dtype, rotations, transform_type=kind, randomize=len(rotations) > 1
+                model_type,
+                tied,
+                dtype,
+                rotations,
+                transform_type=kind,
+                randomize=len(rotations) > 1,
             )
             assert relative_error(logits(model, ids), before) <= limit, (rotations, dtype)
 
@@ -96,10 +101,7 @@ def test_head_layouts(model_type, kv_heads):
 @pytest.mark.parametrize("hidden", [96, 80, 160])
 @pytest.mark.parametrize("block_size", [8, 16, {"R1": 16, "R4": 28, "R2": 8, "R3": 4}, None])
 def test_sizes_and_blocks(hidden, block_size):
-    if hidden % 16 == 0 and hidden != 96:
-        heads = {"heads": hidden // 16, "kv_heads": 1}
-    else:
-        heads = {}
+    heads = {"heads": hidden // 16, "kv_heads": 1}
     model = tiny("llama", dtype=torch.float64, hidden=hidden, **heads)
     ids = random_ids(model, 2, 16, seed=0)
     before = logits(model, ids)
@@ -117,9 +119,9 @@ def test_letter_case_and_single_string():
 def weight_edits(model_type):
     model, _, _ = original(model_type, True, torch.float64)
     plan = fastrot.plan(model, ROTATIONS)
-    return [
-        (edit.parameter, i) for edit in plan.edits for i in range(len(edit.steps))
-    ] + [(reset.parameter, None) for reset in plan.resets]
+    return [(edit.parameter, i) for edit in plan.edits for i in range(len(edit.steps))] + [
+        (reset.parameter, None) for reset in plan.resets
+    ]
 
 
 @pytest.mark.slow

@@ -133,5 +133,5 @@ def test_a_newer_format_is_refused(tmp_path):
     fastrot.apply(model, "R4")
     model.config.fastrot["format"] = 2
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="format 2.*install a newer fastrot"):
+    with pytest.raises(ValueError, match=r"format 2.*install a newer fastrot"):
         AutoModelForCausalLM.from_pretrained(tmp_path)

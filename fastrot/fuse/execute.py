@@ -2,14 +2,18 @@
 
 from collections.abc import Iterable
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from fastrot.fuse.journal import Journal
 from fastrot.edits import Plan, Rotate, Scale, WeightEdit
+from fastrot.fuse.journal import Journal
 from fastrot.rotation import Rotation
+
+if TYPE_CHECKING:
+    from fastrot.kernels.cpu import Side
 
 CHUNK_BYTES = 1 << 26
 
@@ -19,6 +23,7 @@ def execute(model: nn.Module, plan: Plan, journal: Journal, progress: bool = Fal
 
     Args:
         model: the model the plan was made for.
+        plan: what to do.
         journal: is told of every write before it happens.
         progress: show a bar.
     """
@@ -32,10 +37,8 @@ def execute(model: nn.Module, plan: Plan, journal: Journal, progress: bool = Fal
     }
     with torch.no_grad():
         for edit in tqdm(edits, "rotating weights", unit="weight", disable=not progress):
-            target = model.get_parameter(edit.parameter)
-            source = target
+            source = target = model.get_parameter(edit.parameter)
             if edit.source is not None:
-                source = target.detach()
                 target = nn.Parameter(_fresh(source), requires_grad=target.requires_grad)
                 journal.replace(model, edit.parameter, target)
             else:
@@ -89,7 +92,7 @@ def rotate_parameter(
     out.copy_(work)
 
 
-def _side(steps: list[Rotate]):  # type: ignore[no-untyped-def]
+def _side(steps: list[Rotate]) -> "Side | None":
     from fastrot.kernels.cpu import Side
 
     if not steps:

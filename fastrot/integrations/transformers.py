@@ -8,7 +8,7 @@ a transformers without fastrot refuses that, for dense models too, instead of co
 
 from typing import Any
 
-from torch import nn
+from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -35,12 +35,12 @@ class FastrotQuantizer(HfQuantizer):
 
     requires_calibration = False
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         with Journal(0) as journal:
             install(model, online_sites(model), journal)
         return model
 
-    def postprocess_model(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Leave the model as :func:`fastrot.apply` would: rotated, but not "quantized"."""
         self.remove_quantization_config(model)
         mark(model.config)
@@ -76,6 +76,4 @@ def register() -> None:
     ALL_EXPERTS_FUNCTIONS.register(QUANT_METHOD, ALL_EXPERTS_FUNCTIONS["grouped_mm"])
     for base in IMPLEMENTATIONS:
         ALL_ATTENTION_FUNCTIONS.register(f"fastrot_{base}", attention_forward(base))
-        ALL_MASK_ATTENTION_FUNCTIONS.register(
-            f"fastrot_{base}", ALL_MASK_ATTENTION_FUNCTIONS[base]
-        )
+        ALL_MASK_ATTENTION_FUNCTIONS.register(f"fastrot_{base}", ALL_MASK_ATTENTION_FUNCTIONS[base])

@@ -59,7 +59,7 @@ class KeyRotatingCache:
 
 
 def rotate_keys(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Forward pre-hook of an attention module.
 

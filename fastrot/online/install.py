@@ -6,9 +6,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from fastrot.edits import OnlineSite
 from fastrot.online.attention import PREFIX, rotate_keys
 from fastrot.online.rotation import OnlineRotation
-from fastrot.edits import OnlineSite
 from fastrot.transform_config import ATTENTION_LOCATIONS
 
 
@@ -64,7 +64,7 @@ def uninstall(model: nn.Module, groups: Sequence[str]) -> None:
             _drop_hook(module, location)
     if not any(location in ATTENTION_LOCATIONS for _, location, _ in installed(model)):
         for module in model.modules():
-            config = getattr(module, "config", None)
+            config: Any = getattr(module, "config", None)
             name = getattr(config, "_attn_implementation", None)
             if isinstance(name, str) and name.startswith(PREFIX):
                 config._attn_implementation = name.removeprefix(PREFIX)

@@ -1,0 +1,180 @@
+"""The plan as data, and transform configurations in and out."""
+
+import copy
+import json
+
+import pytest
+import torch
+from helpers import logits, random_ids, relative_error, tiny
+from test_exact import MODEL_TYPES, ROTATIONS
+
+import fastrot
+from fastrot.edits import Rotate, Scale
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_plan_is_what_apply_does(model_type):
+    model = tiny(model_type, tied=True)
+    plan = fastrot.plan(model, ROTATIONS)
+    before = {name: p.clone() for name, p in model.named_parameters(remove_duplicate=False)}
+    assert fastrot.apply(model, ROTATIONS).plan == plan
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == set(plan.parameters)
+
+
+def test_the_table_names_every_parameter_and_operation():
+    model = tiny("qwen2", tied=True)
+    plan = fastrot.plan(model, ROTATIONS, transform_type="random-hadamard")
+    table = str(plan)
+    for name in plan.parameters:
+        assert f"  {name} " in table
+    assert "untied from model.embed_tokens.weight" in table
+    assert "R1 dim 1 (random-hadamard 96); R2 dim 0 (random-hadamard 2x16)" in table
+    assert "R4 input (random-hadamard 112)" in table
+    assert "model.norm.weight" in table
+    assert len(table.splitlines()) == 1 + len(list(plan.rows()))
+
+
+def steps(plan, suffix):
+    return [s for e in plan.edits if e.parameter.endswith(suffix) for s in e.steps]
+
+
+def test_randomize_gives_every_layer_its_own():
+    model = tiny("llama", layers=3)
+    plan = fastrot.plan(model, ROTATIONS, randomize=True)
+    for group, suffix in (("R2", "o_proj.weight"), ("R4", "down_proj.weight")):
+        found = [s.rotation for s in steps(plan, suffix) if getattr(s, "group", "") == group]
+        assert len({tuple(r.operand.tolist()) for r in found}) == 3
+    for location in ("q_attn", "k_cache"):
+        found = [site.rotation for site in plan.sites if site.location == location]
+        assert len({tuple(r.operand.tolist()) for r in found}) == 3
+    stream = {s.rotation for e in plan.edits for s in e.steps if getattr(s, "group", "") == "R1"}
+    assert len(stream) == 1
+    by_module = {}
+    for site in plan.sites:
+        if site.group == "R3":
+            by_module.setdefault(site.module, set()).add(site.rotation)
+    assert all(len(rotations) == 1 for rotations in by_module.values())
+
+
+def test_only_what_is_asked_for():
+    model = tiny("llama", tied=True)
+    assert not fastrot.plan(model, "R3").edits
+    plan = fastrot.plan(model, ("R2", "R4"))
+    assert not plan.resets
+    assert {s.group for e in plan.edits for s in e.steps if isinstance(s, Rotate)} == {"R2", "R4"}
+    assert not any(isinstance(s, Scale) for e in plan.edits for s in e.steps)
+    fastrot.apply(model, ("R2", "R3", "R4"))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.config.tie_word_embeddings
+
+
+def test_config_is_json_and_comes_back():
+    model = tiny("llama")
+    twin = copy.deepcopy(model)
+    handle = fastrot.apply(model, ROTATIONS, transform_type="random-hadamard", randomize=True)
+    config = json.loads(json.dumps(handle.transform_config))
+    schemes = config["config_groups"]
+    assert set(schemes) == set(ROTATIONS)
+    assert set(schemes["R4"]) == {
+        "type", "apply", "randomize", "requires_grad", "head_dim", "precision"
+    }  # fmt: skip
+    assert {a["location"] for s in schemes.values() for a in s["apply"]} == {
+        "weight_output", "weight_input", "q_attn", "k_cache", "input"
+    }  # fmt: skip
+    fastrot.apply(twin, transform_config=config)
+    ids = random_ids(model, 2, 12, seed=0)
+    assert torch.equal(logits(twin, ids), logits(model, ids))
+
+
+CUSTOM = {
+    "between v and o": [
+        {"targets": r"re:.*v_proj$", "location": "weight_output"},
+        {"targets": [r"re:.*o_proj$"], "location": "weight_input", "inverse": True},
+    ],
+    "online and fused input": [
+        {"targets": [r"re:.*self_attn\.q_proj$"], "location": "input", "inverse": True},
+        {"targets": [r"re:.*self_attn\.q_proj$"], "location": "weight_input"},
+    ],
+    "fused and online output": [
+        {"targets": ["re:.*gate_proj$"], "location": "weight_output"},
+        {"targets": ["re:.*gate_proj$"], "location": "output", "inverse": True},
+    ],
+    "every linear but the head": [
+        {"targets": ["Linear"], "ignore": ["lm_head"], "location": "input"},
+        {"targets": ["Linear"], "ignore": ["lm_head"], "location": "weight_input", "inverse": True},
+    ],
+    "heads": [
+        {"targets": ["re:.*self_attn$"], "location": "q_attn"},
+        {"targets": ["re:.*self_attn$"], "location": "k_cache"},
+    ],
+}
+
+
+@pytest.mark.parametrize("name", CUSTOM)
+@pytest.mark.parametrize("kind", ["hadamard", "random-hadamard", "random-matrix"])
+def test_any_transform_on_any_linear(name, kind):
+    model = tiny("llama", dtype=torch.float64)
+    ids = random_ids(model, 2, 12, seed=0)
+    before = logits(model, ids)
+    scheme = {"type": kind, "head_dim": 8, "apply": CUSTOM[name], "precision": "torch.float64"}
+    handle = fastrot.apply(model, transform_config={"config_groups": {"mine": scheme}})
+    assert relative_error(logits(model, ids), before) < 1e-6
+    assert handle.plan.edits or handle.plan.sites
+    if handle.plan.sites:
+        handle.remove()
+        assert relative_error(logits(model, ids), before) < 1e-6
+
+
+def test_half_a_custom_transform_changes_the_model():
+    """Negative control of the test above: the configuration is really carried out."""
+    model = tiny("llama", dtype=torch.float64)
+    ids = random_ids(model, 2, 12, seed=0)
+    before = logits(model, ids)
+    half = {
+        "type": "hadamard",
+        "apply": [{"targets": ["re:.*v_proj$"], "location": "weight_output"}],
+    }
+    fastrot.apply(model, transform_config={"config_groups": {"half": half}})
+    assert relative_error(logits(model, ids), before) > 1e-2
+
+
+def test_mappings_make_an_unlisted_model_work():
+    """A Llama under another name, described by the user; as objects and as dicts."""
+    from dataclasses import asdict
+
+    from fastrot.mapping import ARCHITECTURES
+
+    row = ARCHITECTURES["llama"]
+    for as_dicts in (False, True):
+        model = tiny("llama", dtype=torch.float64, tied=True)
+        model.config.model_type = "brand_new"
+        ids = random_ids(model, 2, 12, seed=0)
+        before = logits(model, ids)
+        with pytest.raises(fastrot.UnknownArchitectureError, match="brand_new"):
+            fastrot.apply(model)
+        fastrot.apply(
+            model,
+            ROTATIONS,
+            mappings=asdict(row.mapping) if as_dicts else row.mapping,
+            norm_mappings=[asdict(n) for n in row.norms] if as_dicts else row.norms,
+        )
+        assert relative_error(logits(model, ids), before) < 1e-6
+
+
+def test_every_pattern_of_every_row_is_used():
+    """No dead rule: each pattern of a row matches something in a model of that type."""
+    from fastrot.mapping import ARCHITECTURES
+    from fastrot.patterns import find_modules, matches
+
+    assert set(ARCHITECTURES) == set(MODEL_TYPES)
+    for model_type, row in ARCHITECTURES.items():
+        model = tiny(model_type)
+        mapping = row.mapping
+        for field in ("embedding", "attn", "attn_q", "attn_k", "attn_v", "attn_o", "mlp_in"):
+            assert find_modules(model, getattr(mapping, field))
+        for norm in row.norms:
+            assert find_modules(model, (*norm.linears, norm.norm))
+        names = [name for name, _ in model.named_parameters()]
+        for pattern in mapping.ignore:
+            assert any(matches(name, pattern) for name in names)
