@@ -8,6 +8,7 @@ squares", 1944). Kronecker products of Hadamard matrices are Hadamard matrices.
 
 from collections.abc import Iterator
 from functools import lru_cache, reduce
+from math import isqrt, prod
 
 import numpy as np
 import numpy.typing as npt
@@ -54,7 +55,9 @@ def factors(n: int) -> tuple[tuple[int, ...], int]:
        applies each factor densely), among equals the fewest factors, then the lexicographically
        first ascending tuple.
 
-    What remains of the powers of two is Sylvester's matrix, last in the product.
+    What remains of the powers of two is Sylvester's matrix, last in the product. Base matrices are
+    part of the promise, entry by entry. A construction added later, or a larger bound, is for
+    orders that have no way without it: an order once split stays split like that.
 
     Args:
         n: the order.
@@ -66,8 +69,7 @@ def factors(n: int) -> tuple[tuple[int, ...], int]:
         HadamardSizeError: no way is left; names the odd part and block sizes that do work.
         TypeError: ``n`` is no integer.
     """
-    if not isinstance(n, int) or isinstance(n, bool):
-        raise TypeError(f"the order of a Hadamard matrix is an int, got {n!r}")
+    _require_int(n)
     found = _factors(n)
     if found is None:
         raise HadamardSizeError(_no_matrix(n))
@@ -75,36 +77,42 @@ def factors(n: int) -> tuple[tuple[int, ...], int]:
 
 
 def block_sizes(n: int) -> tuple[int, ...]:
-    """All divisors of ``n`` above 1 that are orders of known Hadamard matrices, descending."""
-    return tuple(size for size in range(n, 1, -1) if n % size == 0 and _factors(size) is not None)
+    """All divisors of ``n`` above 1 that are orders of known Hadamard matrices, descending.
+
+    Raises:
+        TypeError: ``n`` is no integer.
+    """
+    _require_int(n)
+    small = [d for d in range(1, isqrt(max(n, 0)) + 1) if n % d == 0]
+    divisors = sorted({*small, *(n // d for d in small)}, reverse=True)
+    return tuple(d for d in divisors if d > 1 and _factors(d) is not None)
 
 
 def hadamard_matrix(n: int) -> Signs:
-    """The Hadamard matrix of order ``n``, dense, ``(n, n)`` int8.
+    """The Hadamard matrix of order ``n``, dense, ``(n, n)`` int8, new and writable.
 
     Raises:
         HadamardSizeError: none is known.
         TypeError: ``n`` is no integer.
     """
     bases, power = factors(n)
-    parts = [base_matrix(m) for m in bases] + [base_matrix(2)] * (power.bit_length() - 1)
-    product: Signs = reduce(np.kron, parts, base_matrix(1))
+    product: Signs = reduce(np.kron, [*map(base_matrix, bases), _sylvester(power)])
     return product
 
 
 @lru_cache(maxsize=64)
 def base_matrix(m: int) -> Signs:
-    """A Hadamard matrix that is no Kronecker product, ``(m, m)`` int8, read-only.
+    """The Hadamard matrix of one construction, ``(m, m)`` int8, read-only.
 
-    Orders 1 and 2; else the first that applies of Paley I (``m - 1`` a prime power that leaves 3
-    when divided by 4), Paley II (``m/2 - 1`` a prime power that leaves 1), Williamson. In general
-    it is not symmetric.
+    Sylvester's for a power of two; else the first that applies of Paley I (``m - 1`` a prime power
+    that leaves 3 when divided by 4), Paley II (``m/2 - 1`` a prime power that leaves 1),
+    Williamson. It is not symmetric in general (12 and 28 are not): its inverse is its transpose.
 
     Raises:
         HadamardSizeError: none of these constructs it.
     """
-    if m in (1, 2):
-        matrix = np.array([[1, 1], [1, -1]], dtype=np.int8)[:m, :m]
+    if m > 0 and m & (m - 1) == 0:
+        matrix = _sylvester(m)
     elif _is_paley_1(m):
         matrix = _paley_1(m - 1)
     elif _is_paley_2(m):
@@ -128,24 +136,20 @@ def _factors(n: int) -> tuple[tuple[int, ...], int] | None:
     for parts in _factorisations(odd):
         orders = [_base_order(part, twos) for part in parts]
         bases = tuple(sorted(order for order in orders if order is not None))
-        power, rest = divmod(n, reduce(int.__mul__, bases, 1))
+        power, rest = divmod(n, prod(bases))
         if len(bases) == len(parts) and rest == 0:
             candidates.append((sum(bases), len(bases), bases, power))
     return min(candidates)[2:] if candidates else None
 
 
 def _factorisations(n: int, smallest: int = 3) -> Iterator[tuple[int, ...]]:
-    """All unordered factorisations of an odd number into factors of at least ``smallest``."""
+    """All unordered factorisations of an odd number into factors that a base order can have."""
     if n == 1:
         yield ()
-        return
-    for first in range(smallest, int(n**0.5) + 1, 2):
+    for first in range(smallest, min(n, MAX_BASE // 4) + 1, 2):
         if n % first == 0:
             for rest in _factorisations(n // first, first):
-                if rest:
-                    yield (first, *rest)
-    if n >= smallest:
-        yield (n,)
+                yield (first, *rest)
 
 
 def _base_order(part: int, twos: int) -> int | None:
@@ -159,6 +163,11 @@ def _base_order(part: int, twos: int) -> int | None:
     return None
 
 
+def _require_int(n: object) -> None:
+    if not isinstance(n, int) or isinstance(n, bool):
+        raise TypeError(f"the order of a Hadamard matrix is an int, got {n!r}")
+
+
 def _no_matrix(n: int) -> str:
     odd = n // (n & -n) if n > 0 else n
     shown = f"{n} = {odd}·{n // odd}" if 1 < odd < n else f"{n}"
@@ -168,6 +177,14 @@ def _no_matrix(n: int) -> str:
         return message
     more = ", …" if len(sizes) > 4 else ""
     return f"{message}; block sizes that work: {', '.join(map(str, sizes[:4]))}{more}"
+
+
+def _sylvester(power: int) -> Signs:
+    """``H_2 ⊗ … ⊗ H_2`` with ``H_2 = [[1, 1], [1, -1]]``, in natural order."""
+    matrix: Signs = np.ones((1, 1), dtype=np.int8)
+    while len(matrix) < power:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix
 
 
 def _is_paley_1(m: int) -> bool:
@@ -259,6 +276,7 @@ def _williamson(halves: tuple[str, ...]) -> Signs:
 
 
 def _circulant(half: str) -> Signs:
-    row = np.array([1 if sign == "+" else -1 for sign in half + half[:0:-1]], dtype=np.int8)
+    row: Signs = np.array([1 if c == "+" else -1 for c in half + half[:0:-1]], dtype=np.int8)
     index = np.arange(len(row))
-    return row[(index[None, :] - index[:, None]) % len(row)]
+    matrix: Signs = row[(index[None, :] - index[:, None]) % len(row)]
+    return matrix

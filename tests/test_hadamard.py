@@ -1,5 +1,6 @@
 """Hadamard matrices as exact integers, and the factorisation as a promise."""
 
+import hashlib
 import random
 
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 from fastrot.hadamard import (
     WILLIAMSON,
     HadamardSizeError,
+    _paley_1,
+    _paley_2,
     base_matrix,
     block_sizes,
     factors,
@@ -69,7 +72,28 @@ PROMISED = {
 """Hidden, intermediate and head sizes of released models; a change here breaks checkpoints."""
 
 BASES = sorted({m for bases, _ in PROMISED.values() for m in bases})
-PRIME_POWER_BASES = (20, 28, 52, 100, 164, 244, 340, 344, 580)
+
+DIGESTS = {
+    12: "6e3ec5c5530c2de6",
+    20: "9a66aa52b8d9c8ff",
+    28: "19f4be5b614fc63c",
+    44: "970ab19898202403",
+    52: "a7fe3d20f0c6869e",
+    68: "818b3489295526d5",
+    76: "b61d0c6762104aa1",
+    92: "bf8ef41f514afab1",
+    100: "3c3693f964613511",
+    116: "f8e825a9b7f63185",
+    148: "02aec0b448103252",
+    156: "0633795c54d8425b",
+    172: "17ed601ccf42ffcc",
+    244: "4263ffda284ef3a4",
+    284: "35782dffec5d9705",
+    340: "eca48041cd200312",
+    344: "8a8c71ed08a2d447",
+    580: "ed70b33d828c7a93",
+}
+"""Entries of base matrices: all in use above, all of Williamson's, some over prime-power fields."""
 
 
 def is_hadamard(matrix):
@@ -97,9 +121,65 @@ def test_factorisation_is_a_promise(n):
     assert np.prod(bases, dtype=int) * power == n
 
 
-@pytest.mark.parametrize("m", [*BASES, *PRIME_POWER_BASES, *(4 * n for n in WILLIAMSON)])
-def test_bases_in_use(m):
-    assert is_hadamard(base_matrix(m))
+def smallest_orders():
+    """The smallest base order of each odd factor, from lists of prime powers."""
+    primes = [p for p in range(2, 4096) if all(p % d for d in range(2, int(p**0.5) + 1))]
+    powers = {p**k for p in primes for k in range(1, 13) if p**k < 4096}
+    orders = {q + 1 for q in powers if q % 4 == 3} | {2 * q + 2 for q in powers if q % 4 == 1}
+    orders |= {92, 116, 156, 172}
+    smallest = {}
+    for m in sorted(m for m in orders if m <= 4096):
+        smallest.setdefault(m // (m & -m), m)
+    return smallest
+
+
+def ways(odd, below):
+    """All descending tuples of factors, each at most ``below``, whose product is ``odd``."""
+    if odd == 1:
+        return [()]
+    heads = [d for d in range(3, min(odd, below) + 1) if odd % d == 0]
+    return [(d, *rest) for d in heads for rest in ways(odd // d, d)]
+
+
+def test_the_rule_by_another_implementation():
+    smallest = smallest_orders()
+    for n in [*range(1, 2500), *range(3900, 4300, 4), *PROMISED]:
+        possible = []
+        for way in ways(n // (n & -n), n):
+            orders = sorted(smallest.get(part, 0) for part in way)
+            product = np.prod(orders, dtype=int)
+            if product and n % product == 0:
+                possible.append((sum(orders), len(orders), tuple(orders), n // product))
+        if possible:
+            assert factors(n) == min(possible)[2:]
+        else:
+            with pytest.raises(HadamardSizeError):
+                factors(n)
+
+
+@pytest.mark.parametrize("m", DIGESTS)
+def test_base_matrices_are_promised_entry_by_entry(m):
+    matrix = base_matrix(m)
+    assert is_hadamard(matrix)
+    assert hashlib.sha256((matrix > 0).tobytes()).hexdigest()[:16] == DIGESTS[m]
+
+
+def test_all_bases_in_use_are_promised():
+    assert {*BASES, *(4 * n for n in WILLIAMSON)} <= set(DIGESTS)
+
+
+@pytest.mark.parametrize("q", [3, 7, 27, 243, 343, 1331])
+def test_paley_1_over_fields(q):
+    matrix = _paley_1(q)
+    assert is_hadamard(matrix)
+    assert (matrix + matrix.T == 2 * np.eye(q + 1)).all()
+
+
+@pytest.mark.parametrize("q", [5, 9, 25, 49, 81, 121, 125, 169, 289, 625, 729])
+def test_paley_2_over_fields(q):
+    matrix = _paley_2(q)
+    assert is_hadamard(matrix)
+    assert (matrix == matrix.T).all()
 
 
 def test_all_constructible_bases_to_400():
@@ -150,17 +230,19 @@ def test_large_sizes_by_sampled_rows(n):
         assert a[column] == entry(n, i, column)
 
 
-@pytest.mark.parametrize("k", range(8))
+@pytest.mark.parametrize("k", range(11))
 def test_powers_of_two_are_sylvesters(k):
     expected = np.ones((1, 1), dtype=int)
     for _ in range(k):
         expected = np.block([[expected, expected], [expected, -expected]])
     assert (hadamard_matrix(2**k) == expected).all()
+    assert (base_matrix(2**k) == expected).all()
 
 
 def test_not_symmetric_in_general():
     """Why an inverse is the transpose and never the matrix itself."""
-    assert not (base_matrix(12) == base_matrix(12).T).all()
+    for m in (12, 28):
+        assert not (base_matrix(m) == base_matrix(m).T).all()
     assert (hadamard_matrix(64) == hadamard_matrix(64).T).all()
 
 
@@ -174,12 +256,16 @@ def test_one_flipped_sign_is_noticed():
 def test_base_matrices_are_read_only():
     with pytest.raises(ValueError, match="read-only"):
         base_matrix(12)[0, 0] = 5
+    assert base_matrix(12) is base_matrix(12)
+    # Dense matrices belong to the caller: torch takes no read-only memory.
+    for n in (1, 2, 12, 48):
+        assert hadamard_matrix(n).flags.writeable
 
 
 def test_block_sizes():
     assert block_sizes(27392) == (256, 128, 64, 32, 16, 8, 4, 2)
     assert block_sizes(96) == (96, 48, 32, 24, 16, 12, 8, 4, 2)
-    assert block_sizes(7) == ()
+    assert block_sizes(7) == block_sizes(1) == block_sizes(0) == block_sizes(-4) == ()
 
 
 @pytest.mark.parametrize(
@@ -199,11 +285,12 @@ def test_unknown_orders(n, message):
 
 @pytest.mark.parametrize("n", [64.0, True, "64", None])
 def test_orders_are_integers(n):
-    with pytest.raises(TypeError, match="is an int"):
-        factors(n)
+    for function in (factors, block_sizes, hadamard_matrix):
+        with pytest.raises(TypeError, match="is an int"):
+            function(n)
 
 
-@pytest.mark.parametrize("m", [3, 5, 7, 188, 16])
+@pytest.mark.parametrize("m", [-4, 0, 3, 5, 7, 40, 188])
 def test_no_base_of_this_order(m):
     with pytest.raises(HadamardSizeError, match=f"order {m} is known"):
         base_matrix(m)
