@@ -1,15 +1,22 @@
 """``fastrot.plan`` and ``fastrot.apply``: the whole way from arguments to a rotated model."""
 
-import copy
+from collections.abc import Iterable, Sequence
 from collections.abc import Mapping as MappingABC
-from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from fastrot.checks import AlreadyRotatedError, check_attention, check_model
+from fastrot.checks import (
+    AlreadyRotatedError,
+    check_attention,
+    check_flag,
+    check_linear,
+    check_loaded,
+    check_model,
+)
 from fastrot.edits import Plan
 from fastrot.fuse import Journal, execute
 from fastrot.fuse.journal import Undo
@@ -17,8 +24,9 @@ from fastrot.handle import Handle
 from fastrot.integrations.transformers import mark
 from fastrot.mapping import Mapping, NormMapping, as_mapping, as_norm_mapping, find_architecture
 from fastrot.online import install
-from fastrot.record import applied_groups, with_application
-from fastrot.resolve import head_dim_of, resolve
+from fastrot.patterns import NoMatchError, find_modules
+from fastrot.record import applied_groups, own_config, retrace, with_application
+from fastrot.resolve import check_heads, head_dim_of, resolve
 from fastrot.transform_config import (
     ATTENTION_LOCATIONS,
     ROTATIONS,
@@ -43,7 +51,7 @@ def plan(
 ) -> Plan:
     """What :func:`apply` would do, without touching the model. Arguments as there."""
     check_model(model)
-    norms = None if norm_mappings is None else tuple(map(as_norm_mapping, norm_mappings))
+    norms = _parse_norms(norm_mappings)
     if transform_config is not None:
         config = parse_transform_config(transform_config)
         mapping = None
@@ -52,13 +60,15 @@ def plan(
     else:
         wanted = _parse_rotations(rotations)
         mapping, norms = _roles(model, mappings, norms)
+        _check_roles(model, mapping, wanted)
+        check_flag("randomize", randomize)
         config = spinquant_config(
             mapping,
             wanted,
             transform_type=transform_type,
             randomize=randomize,
             block_sizes=_block_sizes(model, mapping, wanted, block_size),
-            precision=parse_precision(precision or torch.float32),
+            precision=parse_precision(torch.float32 if precision is None else precision),
         )
     twice = [name for name in config.config_groups if name in applied_groups(model.config)]
     if twice:
@@ -66,14 +76,24 @@ def plan(
             f"{' and '.join(twice)} is already on this {type(model).__name__}; a second time "
             "would undo or scramble it; start from the original weights"
         )
-    dtype = parse_precision(precision or torch.float64)
+    dtype = parse_precision(torch.float64 if precision is None else precision)
     result = resolve(model, config, norms, _parse_seed(seed), mapping, dtype)
     for site in result.sites:
+        module = model.get_submodule(site.module)
+        check_loaded(site.module, module)
         if site.location in ATTENTION_LOCATIONS:
-            check_attention(site.module, model.get_submodule(site.module))
+            check_attention(site.module, module)
+        else:
+            check_linear(site.group, site.module, module)
+    if not result.edits and not result.sites:
+        raise ValueError(
+            f"transform_config describes no transform: {', '.join(config.config_groups)} names no "
+            "place in 'apply'"
+        )
     return result
 
 
+@torch.inference_mode(False)
 def apply(
     model: PreTrainedModel,
     rotations: str | Sequence[str] = ("R1", "R2"),
@@ -109,8 +129,8 @@ def apply(
         mappings: the roles of a model that fastrot's table does not list.
         norm_mappings: its norms and their readers.
         transform_config: compressed-tensors' ``TransformConfig`` (object or dict); replaces
-            ``rotations``, ``transform_type``, ``randomize``, ``block_size`` and ``mappings``. It may
-            describe any transform on any linear module, so it is its author who answers for
+            ``rotations``, ``transform_type``, ``randomize``, ``block_size`` and ``mappings``. It
+            may describe any transform on any linear module, so it is its author who answers for
             exactness. Its ``precision`` is that of online arithmetic.
         undo: where originals are kept until the end, in case of an error: ``memory`` (twice the
             rotated weights, fastest), ``disk`` (a temporary file; no more memory than the largest
@@ -142,7 +162,7 @@ def apply(
     nbytes = sum(parameter.numel() * parameter.element_size() for parameter in written)
     device = written[0].device if written else torch.device("cpu")
     with Journal(nbytes, undo, device) as journal:
-        config = _own_config(model, journal)
+        config = own_config(model, journal)
         execute(model, made, journal, progress)
         install(model, made.sites, journal)
         if any(edit.source for edit in made.edits):
@@ -150,12 +170,15 @@ def apply(
         config.fastrot = with_application(config, made)
         if made.sites:
             mark(config)
+    retrace()
     return Handle(model, made)
 
 
 def _parse_rotations(rotations: str | Sequence[str]) -> tuple[str, ...]:
-    names = (rotations,) if isinstance(rotations, str) else tuple(rotations)
-    wanted = []
+    names = (rotations,) if isinstance(rotations, str) else rotations
+    if not isinstance(names, Iterable):
+        raise TypeError(f"rotations must be a list of names such as 'R1', got {rotations!r}")
+    wanted: list[str] = []
     for name in names:
         upper = name.upper() if isinstance(name, str) else name
         if upper not in ROTATIONS:
@@ -189,6 +212,26 @@ def _roles(
     return as_mapping(mappings), norms
 
 
+def _parse_norms(value: Sequence[Any] | None) -> tuple[NormMapping, ...] | None:
+    if value is None:
+        return None
+    if isinstance(value, (str, MappingABC)) or not isinstance(value, Iterable):
+        raise TypeError(f"norm_mappings must be a list of NormMapping, got {value!r}")
+    return tuple(map(as_norm_mapping, value))
+
+
+def _check_roles(model: PreTrainedModel, mapping: Mapping, wanted: Sequence[str]) -> None:
+    """What only makes sense for R1 to R4: a head, and value heads that fit together."""
+    if "R1" in wanted and not find_modules(model, mapping.lm_head, missing_ok=True):
+        whole = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model.config.model_type, "the causal model")
+        raise NoMatchError(
+            f"R1 rotates the residual stream from the embedding to the head, but no module of "
+            f"{type(model).__name__} matches lm_head {', '.join(mapping.lm_head)!r}; pass {whole}"
+        )
+    if "R2" in wanted:
+        check_heads(model, mapping, head_dim_of(model, mapping))
+
+
 def _known_norms(model: PreTrainedModel) -> tuple[NormMapping, ...]:
     try:
         return find_architecture(model.config.model_type).norms
@@ -204,32 +247,30 @@ def _block_sizes(
 ) -> dict[str, int | None]:
     head_dim = head_dim_of(model, mapping) if {"R2", "R3"}.intersection(wanted) else None
     sizes: dict[str, int | None] = {"R1": None, "R2": head_dim, "R3": head_dim, "R4": None}
-    given = block_size if isinstance(block_size, MappingABC) else {}
-    if isinstance(block_size, int) and not isinstance(block_size, bool):
-        given = {"R1": block_size, "R4": block_size}
-    elif block_size is not None and not isinstance(block_size, MappingABC):
-        raise TypeError(f"block_size must be an int or a dict, got {block_size!r}")
+    if isinstance(block_size, MappingABC):
+        given = {str(name).upper(): size for name, size in block_size.items()}
+        if len(given) < len(block_size):
+            raise ValueError(f"block_size names a rotation twice: {', '.join(block_size)}")
+    else:
+        given = {name: block_size for name in ("R1", "R4") if block_size is not None}
+        if given and not set(given).intersection(wanted):
+            raise ValueError(
+                f"block_size={block_size} is that of R1 and R4, which are not among "
+                f"{', '.join(wanted)}; give R2 or R3 their own with a dict"
+            )
+        given = {name: size for name, size in given.items() if name in wanted}
     for name, size in given.items():
-        upper = str(name).upper()
-        if upper not in ROTATIONS:
-            raise ValueError(f"block_size names {name!r}, not one of {', '.join(ROTATIONS)}")
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"block_size of {upper} must be a positive int, got {size!r}")
-        if upper in ("R2", "R3") and head_dim is not None and head_dim % size:
-            raise ValueError(f"block_size={size} of {upper} does not divide head_dim {head_dim}")
-        sizes[upper] = size
+        if name not in wanted:
+            known = ROTATIONS if name not in ROTATIONS else wanted
+            raise ValueError(f"block_size names {name!r}, not one of {', '.join(known)}")
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise TypeError(f"block_size of {name} must be an int, got {size!r}")
+        if size < 1:
+            raise ValueError(f"block_size of {name} must be positive, got {size}")
+        if name in ("R2", "R3") and head_dim is not None and head_dim % size:
+            raise ValueError(f"block_size={size} of {name} does not divide head_dim {head_dim}")
+        sizes[name] = size
     return sizes
-
-
-def _own_config(model: PreTrainedModel, journal: Journal) -> Any:
-    """Give the model its own configuration: another may have been built from the same one."""
-    copies: dict[int, Any] = {}
-    config = copy.deepcopy(model.config, copies)
-    for module in model.modules():
-        old = module.__dict__.get("config")
-        if id(old) in copies:
-            journal.set(module, "config", copies[id(old)])
-    return config
 
 
 def _forget_ties(model: PreTrainedModel, config: Any, journal: Journal) -> None:

@@ -4,8 +4,8 @@ A pattern is a module's full name, ``re:`` and a regular expression that is matc
 of the full name, or a class name (as in llm-compressor and compressed-tensors).
 """
 
+from collections.abc import Iterable, Sequence
 from collections.abc import Mapping as MappingABC
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any
@@ -17,8 +17,16 @@ class UnknownArchitectureError(ValueError):
     """No row for this model type."""
 
 
-def _patterns(value: str | Sequence[str]) -> Patterns:
-    return (value,) if isinstance(value, str) else tuple(value)
+def as_patterns(field: str, value: str | Sequence[str]) -> Patterns:
+    """One pattern or several as a tuple.
+
+    Raises:
+        TypeError: something else than strings.
+    """
+    patterns = (value,) if isinstance(value, str) else value
+    if not isinstance(patterns, Iterable) or not all(isinstance(p, str) for p in patterns):
+        raise TypeError(f"{field} must be a pattern or a list of patterns, got {value!r}")
+    return tuple(patterns)
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,11 @@ class Mapping:
     def __post_init__(self) -> None:
         for field in fields(self):
             if field.name != "attn_head_dim":
-                object.__setattr__(self, field.name, _patterns(getattr(self, field.name)))
+                patterns = as_patterns(field.name, getattr(self, field.name))
+                object.__setattr__(self, field.name, patterns)
+        size = self.attn_head_dim
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise TypeError(f"attn_head_dim must be a positive int or None, got {size!r}")
 
 
 @dataclass(frozen=True)
@@ -73,7 +85,11 @@ class NormMapping:
     offset: float = 0.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "linears", _patterns(self.linears))
+        object.__setattr__(self, "linears", as_patterns("linears", self.linears))
+        if self.norm is not None and not isinstance(self.norm, str):
+            raise TypeError(f"norm must be a pattern or None, got {self.norm!r}")
+        if not isinstance(self.offset, (int, float)) or isinstance(self.offset, bool):
+            raise TypeError(f"offset must be a number, got {self.offset!r}")
 
 
 @dataclass(frozen=True)

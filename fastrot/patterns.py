@@ -28,9 +28,19 @@ def matches(name: str, pattern: str, module: nn.Module | None = None) -> bool:
 
 
 def find_modules(
-    model: nn.Module, patterns: Iterable[str], ignore: Iterable[str] = ()
+    model: nn.Module,
+    patterns: Iterable[str],
+    ignore: Iterable[str] = (),
+    *,
+    missing_ok: bool = False,
 ) -> dict[str, nn.Module]:
     """The modules that any of the patterns names, in the model's order.
+
+    Args:
+        model: where to look.
+        patterns: what to look for.
+        ignore: patterns of modules to leave out.
+        missing_ok: let patterns match nothing.
 
     Raises:
         NoMatchError: one of the patterns names nothing.
@@ -39,7 +49,7 @@ def find_modules(
     found = set()
     for pattern in patterns:
         names = {name for name, module in modules.items() if matches(name, pattern, module)}
-        if not names:
+        if not names and not missing_ok:
             raise NoMatchError(no_match_message(model, pattern, modules))
         found |= names
     ignored = tuple(ignore)

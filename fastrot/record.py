@@ -5,12 +5,15 @@ From these and the names and sizes of the modules the online part can be put on 
 """
 
 import copy
+import sys
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from fastrot.edits import OnlineSite, Plan
+from fastrot.fuse import Journal
 from fastrot.resolve import resolve_online
 from fastrot.transform_config import TransformConfig, parse_transform_config
 
@@ -74,3 +77,20 @@ def without_groups(config: Any, groups: Iterable[str]) -> dict[str, Any]:
         item for item in record["applied"] if item["transform_config"]["config_groups"]
     ]
     return record
+
+
+def own_config(model: PreTrainedModel, journal: Journal) -> Any:
+    """Give the model its own configuration: another may have been built from the same one."""
+    copies: dict[int, Any] = {}
+    config = copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        old = module.__dict__.get("config")
+        if id(old) in copies:
+            journal.set(module, "config", copies[id(old)])
+    return config
+
+
+def retrace() -> None:
+    """Let compiled models be traced anew: they do not look for hooks that came later."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

@@ -2,20 +2,21 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from fastrot.edits import Plan, Rotate, WeightEdit
 from fastrot.fuse import Journal, execute
 from fastrot.integrations.transformers import unmark
 from fastrot.online import installed, uninstall
-from fastrot.record import applications, without_groups
+from fastrot.record import applications, own_config, retrace, without_groups
 from fastrot.resolve import resolve
 from fastrot.transform_config import TransformConfig
 
 
-def remove(model: PreTrainedModel, groups: Iterable[str] | None = None) -> None:
+@torch.inference_mode(False)
+def remove(model: PreTrainedModel, groups: str | Iterable[str] | None = None) -> None:
     """Take online rotations off a model; it goes on computing the same function.
 
     R3 has no counterpart in the weights and leaves without a trace. R4 has one: the down
@@ -23,11 +24,13 @@ def remove(model: PreTrainedModel, groups: Iterable[str] | None = None) -> None:
 
     Args:
         model: rotated by :func:`fastrot.apply`, or loaded from such a checkpoint.
-        groups: the rotations to take off, for example ``["R4"]``; default, all that are online.
+        groups: names of the rotations to take off, for example ``"R4"``; default, all that are
+            online.
 
     Raises:
-        ValueError: a group that is not online on this model, or whose weights were rotated on the
-            same side again by another one, so that it can't be undone alone.
+        ValueError: a group that is not online on this model, whose rotation on the model is not
+            the recorded one, or whose weights were rotated on the same side again by another one,
+            so that it can't be undone alone. The model is untouched after any exception.
     """
     plans = [
         (name, resolve(model, TransformConfig({name: scheme}), (), seed))
@@ -35,7 +38,9 @@ def remove(model: PreTrainedModel, groups: Iterable[str] | None = None) -> None:
         for name, scheme in config.config_groups.items()
     ]
     online = [name for name, plan in plans if plan.sites]
-    wanted = list(online if groups is None else groups)
+    given = (groups,) if isinstance(groups, str) else groups
+    by_case = {name.upper(): name for name in online}
+    wanted = online if given is None else [by_case.get(name.upper(), name) for name in given]
     missing = [name for name in wanted if name not in online]
     if missing or not wanted:
         what = f"{' and '.join(missing)} is not" if missing else "no rotation is"
@@ -43,17 +48,39 @@ def remove(model: PreTrainedModel, groups: Iterable[str] | None = None) -> None:
             f"{what} online on this {type(model).__name__} (online: {', '.join(online) or 'none'})"
         )
     _check_commutes(plans, wanted)
+    for name, plan in plans:
+        if name in wanted:
+            _check_installed(model, plan)
     undone = [(name, _inverse(plan)) for name, plan in plans if name in wanted]
     written = {edit.parameter for _, plan in undone for edit in plan.edits}
     weights = [model.get_parameter(name) for name in written]
-    with Journal(sum(w.numel() * w.element_size() for w in weights)) as journal:
+    nbytes = sum(w.numel() * w.element_size() for w in weights)
+    with Journal(nbytes) as journal:
+        config = own_config(model, journal)
         for _, plan in undone:
             execute(model, plan, journal)
-    uninstall(model, wanted)
-    config: Any = model.config
-    config.fastrot = without_groups(config, wanted)
-    if not any(True for _ in installed(model)):
-        unmark(config)
+        uninstall(model, wanted, journal)
+        config.fastrot = without_groups(config, wanted)
+        if not any(True for _ in installed(model)):
+            unmark(config)
+    retrace()
+
+
+def _check_installed(model: PreTrainedModel, plan: Plan) -> None:
+    """What is on the model must be what the record says: its inverse goes into the weights."""
+    for site in plan.sites:
+        module = getattr(model.get_submodule(site.module), f"fastrot_{site.location}", None)
+        expected = site.rotation.operand
+        if module is None or module.rotation != site.rotation:
+            raise ValueError(
+                f"the record names {site.group} on the {site.location} of {site.module}, but it is "
+                "not installed there; load the checkpoint with from_pretrained"
+            )
+        if expected is not None and not torch.equal(module.value.to(expected.device), expected):
+            raise ValueError(
+                f"{site.group} of {site.module} is another rotation than its recorded seed makes; "
+                "it can't be taken out of the weights"
+            )
 
 
 def _inverse(plan: Plan) -> Plan:

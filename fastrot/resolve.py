@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fastrot.checks import check_norm, check_overlaps, check_parameter
+from fastrot.checks import check_linear, check_norm, check_overlaps, check_parameter
 from fastrot.edits import NormReset, OnlineSite, Plan, Rotate, Scale, WeightEdit
 from fastrot.mapping import Mapping, NormMapping
 from fastrot.patterns import NoMatchError, find_modules, matches, no_match_message
@@ -142,22 +142,14 @@ def _fused_steps(
 ) -> dict[str, tuple[Rotate, ...]]:
     steps: dict[str, tuple[Rotate, ...]] = defaultdict(tuple)
     for group, scheme, args, name, module in _places(model, config, online=False):
+        check_linear(group, name, module)
         dim = 1 if args.location == "weight_input" else 0
         if isinstance(module, nn.Embedding):
             if dim == 1:
                 raise ValueError(f"{group}: {name} is an embedding, it has no weight_input")
             dim = 1
-        elif not isinstance(module, nn.Linear):
-            raise ValueError(
-                f"{group}: {name} is a {type(module).__name__}; fused rotations act on nn.Linear "
-                "and nn.Embedding"
-            )
-        if "weight" not in module._parameters:
-            raise ValueError(
-                f"{group}: {name} has no parameter 'weight' of its own (quantized or "
-                "parametrized?); rotate the plain model first"
-            )
-        rotation = _rotation(group, scheme, name, module.weight.shape[dim], seed, model)
+        size = model.get_parameter(f"{name}.weight").shape[dim]
+        rotation = _rotation(group, scheme, name, size, seed, model)
         inverse = args.inverse != (args.location == "weight_input")
         steps[f"{name}.weight"] += (Rotate(dim, rotation, inverse, group),)
         if args.location == "weight_output" and getattr(module, "bias", None) is not None:
@@ -180,10 +172,10 @@ def _rotation(
 
 
 def _layer(name: str) -> str:
-    """The name up to and with its first index: ``model.layers.3`` of any module inside it."""
+    """``layers.3`` of any module inside that layer, whatever the model around it is called."""
     parts = name.split(".")
     index = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
-    return ".".join(parts[: index + 1])
+    return ".".join(parts[max(index - 1, 0) : index + 1])
 
 
 def _online_size(model: PreTrainedModel, name: str, module: nn.Module, location: str) -> int:
@@ -217,7 +209,7 @@ def _norm_steps(
     scales: dict[str, tuple[Scale, ...]] = {}
     resets = []
     for mapping in norms:
-        readers = find_modules(model, mapping.linears)
+        readers = find_modules(model, mapping.linears, missing_ok=True)
         if mapping.norm is None or not rotated.intersection(readers):
             continue
         found = find_modules(model, (mapping.norm,))
@@ -243,7 +235,14 @@ def _norm_steps(
 
 def _nearest(reader: str, norms: Iterable[str]) -> str:
     """The norm that shares most leading name parts with the reader."""
-    parts = reader.split(".")
+    parts, everywhere = reader.split("."), list(norms)
+    if "." in (layer := _layer(reader)) and layer.split(".")[-1].isdigit():
+        norms = [n for n in norms if _layer(n) == layer or not _layer(n).split(".")[-1].isdigit()]
+        if not norms:
+            raise ValueError(
+                f"no norm in the layer of {reader} (norm_mappings names {_some(everywhere)}); "
+                "give it its own"
+            )
     pairs = {norm: zip(norm.split("."), parts, strict=False) for norm in norms}
     shared = {n: len([*takewhile(lambda ab: ab[0] == ab[1], p)]) for n, p in pairs.items()}
     best = max(shared.values())
@@ -275,7 +274,7 @@ def _check_coverage(
     edits: Iterable[WeightEdit],
 ) -> None:
     """Every parameter is rotated, a folded norm, the bias of a reader, or explicitly ignored."""
-    edited = {edit.parameter for edit in edits}
+    edited = {e.parameter for e in edits if any(isinstance(s, Rotate) for s in e.steps)}
     folded = {s.norm for edit in edits for s in edit.steps if isinstance(s, Scale)}
     fed = {name for m in norms for name in find_modules(model, m.linears)}
     readers = find_modules(
@@ -304,6 +303,27 @@ def _check_coverage(
             f"the mapping does not say how {_some(leftover)} of {type(model).__name__} meets the "
             "residual stream; add it to a role or, if it does not, to Mapping.ignore"
         )
+
+
+def check_heads(model: PreTrainedModel, mapping: Mapping, head_dim: int) -> None:
+    """Refuse R2 unless every attention block has one value and one output projection to rotate."""
+    blocks = find_modules(model, mapping.attn)
+    values, outputs = find_modules(model, mapping.attn_v), find_modules(model, mapping.attn_o)
+    for block, module in blocks.items():
+        own = [[n for n in names if n.startswith(f"{block}.")] for names in (values, outputs)]
+        if [len(names) for names in own] != [1, 1]:
+            raise ValueError(
+                f"R2: {block} needs one attn_v and one attn_o in mappings, "
+                f"found {own[0]} and {own[1]}"
+            )
+        actual = getattr(module, "head_dim", head_dim)
+        if actual != head_dim:
+            raise ValueError(
+                f"R2: {block} has heads of size {actual}, mappings says attn_head_dim={head_dim}"
+            )
+    if len(values) != len(blocks) or len(outputs) != len(blocks):
+        stray = [n for n in (*values, *outputs) if n.rpartition(".")[0] not in blocks]
+        raise ValueError(f"R2: {_some(stray)} is in no attention block that attn names")
 
 
 def _some(names: Sequence[str]) -> str:
@@ -341,6 +361,6 @@ def _untie(
 
 def _heads(model: PreTrainedModel, mapping: Mapping | None) -> set[str]:
     if mapping is not None:
-        return {f"{name}.weight" for name in find_modules(model, mapping.lm_head)}
+        return {f"{name}.weight" for name in find_modules(model, mapping.lm_head, missing_ok=True)}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     return {f"{name}.weight" for name, module in model.named_modules() if module is head}

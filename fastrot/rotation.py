@@ -119,10 +119,11 @@ class Rotation:
                 impl=impl,
             )
         assert operand is not None
-        matrix = operand.to(x.dtype)
-        vectors = x.movedim(dim, -1).unflatten(-1, (-1, self.block))
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        matrix = operand.to(dtype)
+        vectors = x.to(dtype).movedim(dim, -1).unflatten(-1, (-1, self.block))
         rotated = vectors @ (matrix.T if inverse else matrix)
-        return rotated.flatten(-2).movedim(-1, dim)
+        return rotated.flatten(-2).movedim(-1, dim).to(x.dtype)
 
     def matrix(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """The dense matrix ``Q``, ``(size, size)``, on the CPU."""

@@ -17,14 +17,15 @@ location          where                    meaning
 ================  =======================  =====================================
 """
 
+from collections.abc import Iterable, Sequence
 from collections.abc import Mapping as MappingABC
-from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 import torch
 
-from fastrot.mapping import Mapping
+from fastrot.checks import check_flag
+from fastrot.mapping import Mapping, as_patterns
 from fastrot.rotation import KINDS
 
 FUSED_LOCATIONS = ("weight_input", "weight_output")
@@ -52,8 +53,8 @@ class TransformArgs:
 
     def __post_init__(self) -> None:
         for name in ("targets", "ignore"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value))
+            object.__setattr__(self, name, as_patterns(name, getattr(self, name)))
+        check_flag("inverse", self.inverse)
         location = getattr(self.location, "value", self.location)
         object.__setattr__(self, "location", location)
         if location not in LOCATIONS:
@@ -89,6 +90,12 @@ class TransformScheme:
                 "requires_grad=True: fastrot does not learn rotations; set it to False"
             )
         object.__setattr__(self, "precision", parse_precision(self.precision))
+        check_flag("randomize", self.randomize)
+        size = self.head_dim
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool)):
+            raise TypeError(f"head_dim must be an int or None, got {size!r}")
+        if isinstance(self.apply, str) or not isinstance(self.apply, Iterable):
+            raise TypeError(f"apply must be a list, got {self.apply!r}")
         apply = tuple(_parse(TransformArgs, args, "apply") for args in self.apply)
         object.__setattr__(self, "apply", apply)
 
@@ -212,4 +219,7 @@ def _parse(cls: type[Any], value: Any, where: str) -> Any:
     if unknown or missing:
         problem = f"unknown {', '.join(unknown)}" if unknown else f"missing {', '.join(missing)}"
         raise ValueError(f"transform_config, {where}: {problem}; fields: {', '.join(known)}")
-    return cls(**data)
+    try:
+        return cls(**data)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"transform_config, {where}: {error}") from None

@@ -10,9 +10,9 @@ ROOMS = (
     ("hadamard", "version"),
     ("kernels",),
     ("rotation",),
-    ("mapping",),
+    ("mapping", "checks"),
     ("transform_config",),
-    ("edits", "patterns", "checks"),
+    ("edits", "patterns"),
     ("resolve",),
     ("fuse", "online"),
     ("record",),
@@ -21,7 +21,8 @@ ROOMS = (
     ("handle",),
     ("api",),
     ("__init__",),
-    ("demo", "cli", "__main__"),
+    ("demo",),
+    ("cli", "__main__"),
 )
 RANK = {name: rank for rank, names in enumerate(ROOMS) for name in names}
 

@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from functools import cache
+from linecache import getline
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ POINTS = {
     "install": (fastrot.api, "install"),
     "OnlineRotation": (INSTALL, "OnlineRotation"),
     "pre-hook": (nn.Module, "register_forward_pre_hook"),
-    "own config": (fastrot.api, "_own_config"),
+    "own config": (fastrot.api, "own_config"),
     "ties": (fastrot.api, "_forget_ties"),
     "record": (fastrot.api, "with_application"),
     "mark": (fastrot.api, "mark"),
@@ -153,7 +154,9 @@ class Interrupt:
             self.active |= code.co_name == "__enter__"
             if code.co_name == "__exit__":  # now the work is either complete or being undone
                 self.active = False
-        if event == "line" and self.active:
+        # Leaving the block is the commit: the work is complete.
+        leaving = getline(code.co_filename, frame.f_lineno).lstrip().startswith("with Journal")
+        if event == "line" and self.active and not leaving:
             self._count((code.co_filename, frame.f_lineno))
         return self if self.active or code.co_name == "apply" else None
 
@@ -184,6 +187,7 @@ def test_interrupt_at_every_line(undo, monkeypatch, temporary):
     model = small()
     made = fastrot.plan(model, ROTATIONS, transform_type="random-hadamard")
     monkeypatch.setattr(fastrot.api, "plan", lambda *_, **__: made)  # it never writes
+    rotate(small(), undo)  # what is imported or computed only once
     watch = Interrupt()
     watch.run(rotate, small(), undo)
     assert len(watch.counts) > 80

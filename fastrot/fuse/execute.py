@@ -35,7 +35,11 @@ def execute(model: nn.Module, plan: Plan, journal: Journal, progress: bool = Fal
         for step in edit.steps
         if isinstance(step, Scale)
     }
-    with torch.no_grad():
+    with (
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+    ):
         for edit in tqdm(edits, "rotating weights", unit="weight", disable=not progress):
             source = target = model.get_parameter(edit.parameter)
             if edit.source is not None:
@@ -68,11 +72,12 @@ def rotate_parameter(
     rotates = [step for step in edit.steps if isinstance(step, Rotate)]
     # A bias is a matrix of one row.
     last = source.dim() - 1
-    x, out = (t.detach().view(-1, t.shape[-1]) for t in (source, target))
+    x, out = (t.detach() if last else t.detach().view(1, -1) for t in (source, target))
     by_dim = {dim: [step for step in rotates if step.dim == dim] for dim in range(source.dim())}
     right, left = by_dim[last], by_dim[0] if last else []
     dense = any(step.rotation.kind == "random-matrix" for step in rotates)
-    if x.device.type == "cpu" and not dense and len(right) < 2 and len(left) < 2:
+    rows = x.stride(-1) == out.stride(-1) == 1
+    if x.device.type == "cpu" and rows and not dense and len(right) < 2 and len(left) < 2:
         from fastrot.kernels.cpu import rotate_matrix
 
         rotate_matrix(
@@ -83,6 +88,7 @@ def rotate_parameter(
             gamma=gamma,
             dtype=edit.dtype,
         )
+        torch.autograd.graph.increment_version(target)
         return
     work = x.to(edit.dtype, copy=True)
     if gamma is not None:

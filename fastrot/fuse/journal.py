@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -40,7 +41,9 @@ class Journal:
         self._undo: list[Callable[[], object]] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         if self.undo == "disk":
-            self._folder = tempfile.TemporaryDirectory(prefix="fastrot-undo-")
+            self._folder = tempfile.TemporaryDirectory(
+                prefix="fastrot-undo-", ignore_cleanup_errors=True
+            )
             free = shutil.disk_usage(self._folder.name).free
             if nbytes > free:
                 self._folder.cleanup()
@@ -68,13 +71,14 @@ class Journal:
     def set(self, owner: Any, attribute: str, value: Any) -> None:
         """Set an attribute, remembering the one it had."""
         old = getattr(owner, attribute, _ABSENT)
-        self.on_error(
-            lambda: delattr(owner, attribute) if old is _ABSENT else setattr(owner, attribute, old)
-        )
+        self.on_error(lambda: _put_back(owner, attribute, old))
         setattr(owner, attribute, value)
 
     def on_error(self, action: Callable[[], object]) -> None:
-        """Run ``action`` if the work fails; the last one given runs first."""
+        """Run ``action`` if the work fails; the last one given runs first.
+
+        It may run before the change it takes back, or twice: interrupts come at any moment.
+        """
         self._undo.append(action)
 
     def __enter__(self) -> "Journal":
@@ -88,15 +92,41 @@ class Journal:
     ) -> None:
         try:
             if kind is not None:
-                for action in reversed(self._undo):
-                    action()
+                self._restore()
         finally:
             self._undo.clear()
             if self._folder is not None:
                 self._folder.cleanup()
 
+    def _restore(self) -> None:
+        """Take everything back, whatever single steps or impatient users do."""
+        failed: list[Exception] = []
+        while self._undo:
+            try:
+                self._undo[-1]()
+                self._undo.pop()
+            except KeyboardInterrupt:
+                continue
+            except Exception as error:
+                failed.append(error)
+                self._undo.pop()
+        if failed:
+            warnings.warn(
+                f"{len(failed)} changes to the model could not be taken back ({failed[0]!r}, …); "
+                "load it anew",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+
 
 _ABSENT = object()
+
+
+def _put_back(owner: Any, attribute: str, old: Any) -> None:
+    if old is not _ABSENT:
+        setattr(owner, attribute, old)
+    elif hasattr(owner, attribute):
+        delattr(owner, attribute)
 
 
 def free_memory(device: torch.device) -> int:

@@ -17,7 +17,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fastrot.fuse import Journal
-from fastrot.online import IMPLEMENTATIONS, attention_forward, install
+from fastrot.online import IMPLEMENTATIONS, attention_forward, install, installed
 from fastrot.record import QUANT_METHOD, online_sites
 
 GUARD = "experts_implementation"
@@ -35,7 +35,9 @@ class FastrotQuantizer(HfQuantizer):
 
     requires_calibration = False
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
         with Journal(0) as journal:
             install(model, online_sites(model), journal)
         return model
@@ -44,6 +46,12 @@ class FastrotQuantizer(HfQuantizer):
         """Leave the model as :func:`fastrot.apply` would: rotated, but not "quantized"."""
         self.remove_quantization_config(model)
         mark(model.config)
+        for _, location, rotation in installed(model):
+            if not rotation.is_orthogonal():
+                raise ValueError(
+                    f"the checkpoint lacks the operand of a {rotation.rotation} at an {location} "
+                    f"({rotation.group}), or it is damaged; save the model again"
+                )
         return model
 
     def is_serializable(self, **kwargs: Any) -> bool:

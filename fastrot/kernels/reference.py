@@ -38,7 +38,7 @@ def transform(x: Tensor, out: Tensor, signs: Tensor | None, scale: float, transp
         y = y * d
     left = outer
     for m in (*bases, *[2] * (power.bit_length() - 1)):
-        matrix = torch.from_numpy(base_matrix(m)).to(device=x.device, dtype=dtype)
+        matrix = torch.tensor(base_matrix(m), device=x.device, dtype=dtype)
         if not transpose:
             matrix = matrix.T
         y = matrix @ y.reshape(left, m, -1)

@@ -1,6 +1,6 @@
 """Puts online rotations on a model and takes them off."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -32,20 +32,26 @@ def install(model: nn.Module, sites: Sequence[OnlineSite], journal: Undo) -> Non
     """
     for site in sites:
         module = model.get_submodule(site.module)
-        weight = next(module.parameters(), torch.empty(0))
-        rotation = OnlineRotation(site, weight.device, weight.dtype)
-        journal.set(module, f"fastrot_{site.location}", rotation.train(module.training))
-        if site.location == "output":
-            handle = module.register_forward_hook(_rotate_output)
-            journal.on_error(handle.remove)
-        elif site.location == "input":
-            handle = module.register_forward_pre_hook(_rotate_input, with_kwargs=True)
-            journal.on_error(handle.remove)
-        elif site.location == "k_cache":
-            handle = module.register_forward_pre_hook(rotate_keys, with_kwargs=True)
-            journal.on_error(handle.remove)
-        else:
-            _set_implementation(module, journal)
+        weight = next(module.parameters(), None)
+        device = torch.device("cpu") if weight is None else weight.device
+        rotation = OnlineRotation(site, device).train(module.training)
+        journal.on_error(_snapshot(module))
+        setattr(module, f"fastrot_{site.location}", rotation)
+        _hook(module, site.location, journal)
+
+
+def _hook(module: nn.Module, location: str, journal: Undo) -> None:
+    if location == "output":
+        module.register_forward_hook(_rotate_output)
+    elif location == "input":
+        module.register_forward_pre_hook(_rotate_input, with_kwargs=True)
+    elif location == "k_cache":
+        module.register_forward_pre_hook(rotate_keys, with_kwargs=True)
+    else:
+        config: Any = module.config
+        name = config._attn_implementation
+        if not name.startswith(PREFIX):
+            journal.set(config, "_attn_implementation", PREFIX + name)
 
 
 def installed(model: nn.Module) -> Iterator[tuple[nn.Module, str, OnlineRotation]]:
@@ -56,10 +62,11 @@ def installed(model: nn.Module) -> Iterator[tuple[nn.Module, str, OnlineRotation
                 yield module, name.removeprefix("fastrot_"), child
 
 
-def uninstall(model: nn.Module, groups: Sequence[str]) -> None:
+def uninstall(model: nn.Module, groups: Collection[str], journal: Undo) -> None:
     """Take the online rotations of these groups off, hooks and submodules, and nothing else."""
     for module, location, rotation in installed(model):
         if rotation.group in groups:
+            journal.on_error(_snapshot(module))
             delattr(module, f"fastrot_{location}")
             _drop_hook(module, location)
     if not any(location in ATTENTION_LOCATIONS for _, location, _ in installed(model)):
@@ -67,14 +74,25 @@ def uninstall(model: nn.Module, groups: Sequence[str]) -> None:
             config: Any = getattr(module, "config", None)
             name = getattr(config, "_attn_implementation", None)
             if isinstance(name, str) and name.startswith(PREFIX):
-                config._attn_implementation = name.removeprefix(PREFIX)
+                journal.set(config, "_attn_implementation", name.removeprefix(PREFIX))
 
 
-def _set_implementation(module: nn.Module, journal: Undo) -> None:
-    config: Any = module.config
-    name = config._attn_implementation
-    if not name.startswith(PREFIX):
-        journal.set(config, "_attn_implementation", PREFIX + name)
+def _snapshot(module: nn.Module) -> Callable[[], None]:
+    """A way back to the children and hooks that a module has now, in their order."""
+    places: tuple[dict[Any, Any], ...] = (
+        module._modules,
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._forward_pre_hooks_with_kwargs,
+    )
+    copies = [dict(place) for place in places]
+
+    def restore() -> None:
+        for place, saved in zip(places, copies, strict=True):
+            place.clear()
+            place.update(saved)
+
+    return restore
 
 
 def _drop_hook(module: nn.Module, location: str) -> None:

@@ -6,8 +6,6 @@ from torch import Tensor, nn
 from fastrot.edits import OnlineSite
 from fastrot.rotation import Rotation
 
-INTEGERS = {torch.float64: torch.int64, torch.float32: torch.int32}
-
 
 class OnlineRotation(nn.Module):
     """Rotates the last dimension of its input: ``x → x Q``, or ``x Qᵀ``.
@@ -15,40 +13,55 @@ class OnlineRotation(nn.Module):
     Args:
         site: the rotation, its direction and the precision.
         device: where the operand lies; ``meta`` while a checkpoint is being loaded.
-        dtype: of the activations to come; a random matrix is kept in it, but at least in float32.
 
-    What defines the rotation is a buffer of integers (signs, or the bits of a dense matrix): it is
-    saved with the model, and no ``model.to(dtype)`` rounds it.
+    The operand is a buffer of integers: the signs, the bits of a float64 matrix, or a single 1 for
+    ``hadamard``, which needs none. It is saved with the model, no ``model.to(dtype)`` rounds it,
+    and loading such a state into a model without the rotation fails for its name.
     """
 
-    operand: Tensor | None
+    operand: Tensor
 
-    def __init__(self, site: OnlineSite, device: torch.device, dtype: torch.dtype):
+    def __init__(self, site: OnlineSite, device: torch.device):
         super().__init__()
         self.rotation: Rotation = site.rotation
         self.inverse = site.inverse
         self.group = site.group
         self.dtype = site.dtype
-        self.stored = torch.float64 if dtype == torch.float64 else torch.float32
-        self.register_buffer("operand", self._operand(device))
+        self.register_buffer("operand", self._stored(device))
 
-    def _operand(self, device: torch.device) -> Tensor | None:
+    def _stored(self, device: torch.device) -> Tensor:
         rotation = self.rotation
-        if device.type == "meta" and rotation.kind == "random-matrix":
-            shape = (rotation.block, rotation.block)
-            return torch.empty(shape, dtype=INTEGERS[self.stored], device=device)
+        if rotation.kind == "random-matrix" and device.type == "meta":
+            return torch.empty((rotation.block, rotation.block), dtype=torch.int64, device=device)
         operand = rotation.operand
-        if operand is None or rotation.kind == "random-hadamard":
-            return None if operand is None else operand.to(device, copy=True)
-        return operand.to(self.stored).view(INTEGERS[self.stored]).to(device, copy=True)
+        if operand is None:
+            return torch.ones(1, dtype=torch.int8, device=device)
+        if operand.dtype == torch.float64:
+            operand = operand.contiguous().view(torch.int64)
+        return operand.to(device, copy=True)
+
+    @property
+    def value(self) -> Tensor | None:
+        """The operand as :meth:`fastrot.Rotation.apply` takes it."""
+        if self.rotation.kind == "hadamard":
+            return None
+        return (
+            self.operand if self.operand.dtype == torch.int8 else self.operand.view(torch.float64)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate ``x``, ``(..., size)`` of any floating dtype; the result has the same."""
-        operand = self.operand
-        if operand is not None and operand.dtype != torch.int8:
-            operand = operand.view(self.stored)
         wide = x.to(torch.float64) if self.dtype == torch.float64 else x
-        return self.rotation.apply(wide, inverse=self.inverse, operand=operand).to(x.dtype)
+        return self.rotation.apply(wide, inverse=self.inverse, operand=self.value).to(x.dtype)
+
+    def is_orthogonal(self) -> bool:
+        """Whether the operand keeps the length of a vector; a missing or damaged one does not."""
+        x = torch.randn(
+            1, self.rotation.size, generator=torch.Generator().manual_seed(0), device="cpu"
+        )
+        x = x.to(self.operand.device, torch.float64)
+        marker = self.rotation.kind != "hadamard" or bool((self.operand == 1).all())
+        return marker and abs(float(self(x).norm() / x.norm()) - 1) < 1e-6
 
     def extra_repr(self) -> str:
         """Group, rotation and direction, for ``print(model)``."""

@@ -1,0 +1,112 @@
+"""The arguments of every command."""
+
+import argparse
+from pathlib import Path
+from typing import Any, NoReturn
+
+from fastrot.cli import commands
+from fastrot.cli.verify import EXACT, verify
+from fastrot.rotation import KINDS
+from fastrot.transform_config import ROTATIONS
+from fastrot.version import __version__
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Make a wrong command line an error like any other."""
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser; what it parses has a function ``command`` that takes it and returns a status."""
+    top = _Parser(prog="fastrot", description="Rotate language models for quantization, exactly.")
+    top.add_argument("--version", action="version", version=f"fastrot {__version__}")
+    actions = top.add_subparsers(required=True, metavar="COMMAND")
+    common = _Parser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show a traceback on errors")
+    rotation = _rotation_options()
+
+    plan = actions.add_parser(
+        "plan", parents=[rotation, common], help="show what a rotation would do"
+    )
+    plan.add_argument("source", type=Path, metavar="MODEL_DIR")
+    plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    plan.set_defaults(command=commands.plan)
+
+    rotate = actions.add_parser(
+        "rotate", parents=[rotation, common], help="write a rotated checkpoint"
+    )
+    rotate.add_argument("source", type=Path, metavar="SRC")
+    rotate.add_argument("target", type=Path, metavar="DST", help="a new or an empty folder")
+    rotate.add_argument(
+        "--dtype",
+        choices=("auto", "bfloat16", "float16", *EXACT),
+        default="auto",
+        help="of the weights; default: as they are",
+    )
+    rotate.set_defaults(command=commands.rotate)
+
+    verification = actions.add_parser(
+        "verify", parents=[common], help="check that two checkpoints compute the same logits"
+    )
+    _add_verify_options(verification)
+    verification.set_defaults(command=verify)
+
+    demo = actions.add_parser(
+        "demo", parents=[common], help="quantize a small model with and without rotations"
+    )
+    demo.add_argument("--transform-type", choices=KINDS, default="hadamard")
+    demo.add_argument("--seed", type=int, default=0, help="of everything random; default: 0")
+    demo.add_argument("--bytes", type=_positive, default=65536, help="of text to evaluate on")
+    demo.add_argument("--json", type=Path, metavar="FILE", help="write the measurements, too")
+    demo.set_defaults(command=commands.demo)
+    return top
+
+
+def _rotation_options() -> _Parser:
+    options = _Parser(add_help=False)
+    options.add_argument(
+        "--rotations",
+        nargs="+",
+        type=str.upper,
+        choices=ROTATIONS,
+        default=("R1", "R2"),
+        metavar="R",
+        help="some of R1, R2 (fused), R3, R4 (online); default: R1 R2",
+    )
+    options.add_argument("--transform-type", choices=KINDS, default="hadamard")
+    options.add_argument(
+        "--randomize", action="store_true", help="R2, R3 and R4 of its own for every layer"
+    )
+    options.add_argument("--block-size", type=_positive, help="block-diagonal R1 and R4")
+    options.add_argument("--seed", type=int, default=0, help="of everything random; default: 0")
+    options.add_argument(
+        "--precision",
+        choices=tuple(EXACT),
+        help="of the arithmetic; default: float64 on weights, float32 on activations",
+    )
+    return options
+
+
+def _add_verify_options(options: _Parser) -> None:
+    options.add_argument("source", type=Path, metavar="SRC")
+    options.add_argument("target", type=Path, metavar="DST")
+    texts: Any = options.add_mutually_exclusive_group()
+    texts.add_argument("--prompts", nargs="+", default=[], metavar="TEXT")
+    texts.add_argument("--prompts-file", type=Path, metavar="FILE", help="one prompt in every line")
+    options.add_argument(
+        "--tolerance",
+        type=float,
+        help="greatest relative error of the logits; default: 1e-5 (1e-6 in float64), or twice "
+        "what rounding the weights to the dtype of DST does to SRC, if that is more",
+    )
+    options.add_argument(
+        "--precision", choices=tuple(EXACT), default="float32", help="to compute in"
+    )
+    options.add_argument("--seed", type=int, default=0, help="of the random prompts; default: 0")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)

@@ -1,0 +1,62 @@
+"""The commands ``plan``, ``rotate`` and ``demo``."""
+
+import json
+import sys
+from argparse import Namespace
+from typing import Any
+
+import fastrot
+from fastrot.cli.checkpoint import check_target, copy_companions, load, staged
+
+
+def plan(args: Namespace) -> int:
+    """Print what a rotation would do to a checkpoint."""
+    made = fastrot.plan(load(args.source), **_rotation(args))
+    if not args.json:
+        print(made)
+        return 0
+    data = {
+        "model_class": made.model_class,
+        "seed": made.seed,
+        "rows": list(made.rows()),
+        "transform_config": made.transform_config.to_dict(),
+    }
+    print(json.dumps(data, indent=2, ensure_ascii=False))
+    return 0
+
+
+def rotate(args: Namespace) -> int:
+    """Write a rotated copy of a checkpoint; the folder appears when it is complete, or never."""
+    source, target = args.source.resolve(), args.target.resolve()
+    check_target(source, target)
+    model = load(source, args.dtype)
+    handle = fastrot.apply(model, **_rotation(args), progress=sys.stderr.isatty())
+    with staged(target) as folder:
+        model.save_pretrained(folder)
+        copy_companions(source, folder)
+    print(str(handle).splitlines()[0])
+    print(f"written to {args.target}")
+    return 0
+
+
+def demo(args: Namespace) -> int:
+    """Print, and write, what rotations do to the model in this package."""
+    from fastrot.demo.evaluate import run, table
+
+    if args.json is not None and not args.json.parent.is_dir():
+        raise FileNotFoundError(f"{args.json.parent} is not a folder")
+    report = run(
+        transform_type=args.transform_type,
+        seed=args.seed,
+        nbytes=args.bytes,
+        progress=sys.stderr.isatty(),
+    )
+    print(table(report))
+    if args.json is not None:
+        args.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+    return 0
+
+
+def _rotation(args: Namespace) -> dict[str, Any]:
+    names = ("rotations", "transform_type", "randomize", "block_size", "seed", "precision")
+    return {name: getattr(args, name) for name in names}
