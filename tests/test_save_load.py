@@ -1,5 +1,6 @@
 """Rotated models on disk: the same logits bit for bit, or a loud refusal."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -7,8 +8,9 @@ import sys
 import pytest
 import torch
 from helpers import logits, random_ids, relative_error, tiny
+from safetensors.torch import load_file, save_file
 from test_exact import MODEL_TYPES, ROTATIONS
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 import fastrot
 from fastrot.rotation import KINDS
@@ -135,3 +137,61 @@ def test_a_newer_format_is_refused(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"format 2.*install a newer fastrot"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loading_in_another_dtype(kind, tmp_path):
+    model = tiny("llama", dtype=torch.float32)
+    ids = random_ids(model, 2, 12, seed=0)
+    before = logits(model, ids)
+    fastrot.apply(model, ROTATIONS, transform_type=kind)
+    model.save_pretrained(tmp_path)
+    wide = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    narrow = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert relative_error(logits(wide, ids), before) < 1e-5
+    assert relative_error(logits(narrow, ids), before) < 3e-2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_base_model_of_a_rotated_checkpoint(kind, tmp_path):
+    """Its modules have other names; rotations and their removal must not depend on them."""
+    model = tiny("llama", dtype=torch.float64)
+    ids = random_ids(model, 2, 12, seed=0)
+    before = model.model(ids).last_hidden_state
+    fastrot.apply(model, ("R2", "R3", "R4"), transform_type=kind, randomize=True)
+    model.save_pretrained(tmp_path)
+    base = AutoModel.from_pretrained(tmp_path)
+    assert relative_error(base(ids).last_hidden_state, before) < 1e-6
+    fastrot.remove(base)
+    assert relative_error(base(ids).last_hidden_state, before) < 1e-6
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_without_its_rotations_is_refused(kind, tmp_path):
+    model = tiny("llama")
+    plain = copy.deepcopy(model)
+    fastrot.apply(model, "R4", transform_type=kind)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*fastrot_input\.operand"):
+        plain.load_state_dict(model.state_dict())
+    bare = AutoModelForCausalLM.from_config(model.config)
+    with pytest.raises(RuntimeError, match=r"fastrot_input\.operand"):
+        bare.load_state_dict(model.state_dict())
+    with pytest.raises(ValueError, match="not installed there; load the checkpoint"):
+        fastrot.remove(bare)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    kept = {name: value for name, value in tensors.items() if "fastrot" not in name}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks the operand"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_seed_that_was_edited_is_noticed(tmp_path):
+    model = tiny("llama")
+    fastrot.apply(model, "R4", transform_type="random-hadamard", seed=1)
+    model.config.fastrot["applied"][0]["seed"] = 2
+    ids = random_ids(model, 2, 12, seed=0)
+    loaded = save_and_load(model, tmp_path)
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+    with pytest.raises(ValueError, match="another rotation than its recorded seed"):
+        fastrot.remove(loaded)
