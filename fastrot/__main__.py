@@ -1,0 +1,7 @@
+"""``python -m fastrot``."""
+
+import sys
+
+from fastrot.cli import main
+
+sys.exit(main())

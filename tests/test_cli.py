@@ -1,0 +1,426 @@
+"""The command line: what it writes, what it prints, and what it refuses in one line."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import logits, random_ids, relative_error, tiny
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging as transformers_logging
+
+import fastrot
+from fastrot.cli import main
+
+ROTATIONS = ("R1", "R2", "R3", "R4")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """One checkpoint in each dtype, with everything that lies beside weights."""
+    folders = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        name = str(dtype).removeprefix("torch.")
+        folder = folders[name] = tmp_path_factory.mktemp("models") / name
+        model = tiny("llama", dtype=dtype, tied=True)
+        model.save_pretrained(folder)
+        add_tokenizer(folder, model.config.vocab_size)
+        (folder / "chat_template.jinja").write_text("{{ messages }}")
+        (folder / "LICENSE").write_text("do what you like")
+        (folder / "optimizer.bin").write_text("not of this checkpoint")
+    return folders
+
+
+def add_tokenizer(folder, size):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {f"w{i}": i for i in range(size)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
+
+
+@pytest.fixture
+def source(checkpoints, tmp_path):
+    """A checkpoint of its own for a test that spoils it."""
+    return shutil.copytree(checkpoints["float32"], tmp_path / "source")
+
+
+def run(capsys, *arguments):
+    capsys.readouterr()  # progress bars of what the test itself loaded and saved
+    status = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_plan_prints_the_plan(checkpoints, capsys):
+    expected = fastrot.plan(load(checkpoints["float32"]), ROTATIONS, randomize=True, seed=3)
+    arguments = ("plan", checkpoints["float32"], "--rotations", "r1", "R2", "r3", "R4")
+    options = ("--randomize", "--seed", 3)
+    assert run(capsys, *arguments, *options) == (0, f"{expected}\n", "")
+    status, out, _ = run(capsys, *arguments, *options, "--json")
+    data = json.loads(out)
+    assert status == 0
+    assert data["seed"] == 3
+    assert data["transform_config"] == json.loads(json.dumps(expected.transform_config.to_dict()))
+    assert [row["name"] for row in data["rows"]] == [row["name"] for row in expected.rows()]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rotations", [("R1", "R2"), ROTATIONS])
+def test_rotate_then_verify(checkpoints, dtype, rotations, tmp_path, capsys):
+    source, target = checkpoints[dtype], tmp_path / "target"
+    options = ("--transform-type", "random-hadamard", "--seed", 5)
+    status, out, err = run(capsys, "rotate", source, target, *options, "--rotations", *rotations)
+    assert (status, err) == (0, "")
+    assert out.startswith(f"LlamaForCausalLM: {', '.join(rotations)}, seed 5;")
+    rotated, expected = load(target), load(source)
+    assert rotated.dtype == getattr(torch, dtype)
+    fastrot.apply(expected, rotations, transform_type="random-hadamard", seed=5)
+    ids = random_ids(expected, 2, 12, seed=0)
+    assert torch.equal(logits(rotated, ids), logits(expected, ids))
+    status, out, err = run(capsys, "verify", source, target, "--prompts", "w1 w2 w3", "w9")
+    assert (status, err) == (0, "")
+    assert "4 random ones of 64 tokens, 2 given" in out
+    assert "verified: the same function" in out
+
+
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
+
+
+def test_rotate_takes_along_what_belongs_to_the_checkpoint(checkpoints, tmp_path, capsys):
+    (tmp_path / "target").mkdir()
+    source, target = checkpoints["float32"], tmp_path / "target"
+    assert run(capsys, "rotate", source, target)[0] == 0
+    assert names(target) == names(source) - {"optimizer.bin"}
+    for name in ("tokenizer.json", "chat_template.jinja", "LICENSE"):
+        assert (target / name).read_bytes() == (source / name).read_bytes()
+    assert names(tmp_path) == {"target"}
+    assert target.stat().st_mode == source.stat().st_mode
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def test_rotate_stores_the_dtype_it_is_told(checkpoints, tmp_path, capsys):
+    source, target = checkpoints["bfloat16"], tmp_path / "target"
+    assert run(capsys, "rotate", source, target, "--dtype", "float32")[0] == 0
+    assert load(target).dtype == torch.float32
+    # Nothing was rounded to 16 bits, so the strict bound of float32 holds.
+    status, out, _ = run(capsys, "verify", source, target)
+    assert (status, "tolerance 1.00e-05" in out) == (0, True)
+
+
+def spoil(folder, name, change):
+    edit_weights(folder, lambda weights: weights.update({name: change(weights[name])}))
+
+
+def edit_weights(folder, edit):
+    weights = load_file(folder / "model.safetensors")
+    edit(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_verify_finds_one_wrong_head(checkpoints, dtype, tmp_path, capsys):
+    source, target = checkpoints[dtype], tmp_path / "target"
+    run(capsys, "rotate", source, target)
+    name = "model.layers.1.self_attn.o_proj.weight"
+    spoil(target, name, lambda weight: torch.cat((-weight[:, :16], weight[:, 16:]), 1))
+    status, out, err = run(capsys, "verify", source, target)
+    assert (status, err) == (1, "")
+    assert "FAILED: not the same function" in out
+
+
+def test_verify_finds_a_small_error_in_float32(checkpoints, tmp_path, capsys):
+    source, target = checkpoints["float32"], tmp_path / "target"
+    run(capsys, "rotate", source, target)
+    # One rounding too many.
+    name = "model.layers.0.mlp.up_proj.weight"
+    spoil(target, name, lambda weight: weight.bfloat16().float())
+    assert run(capsys, "verify", source, target)[0] == 1
+
+
+def test_verify_finds_lost_online_rotations(checkpoints, tmp_path, capsys):
+    source, target = checkpoints["float32"], tmp_path / "target"
+    run(capsys, "rotate", source, target, "--rotations", "R4")
+    config = json.loads((target / "config.json").read_text())
+    for name in ("fastrot", "quantization_config", "experts_implementation"):
+        del config[name]
+    (target / "config.json").write_text(json.dumps(config))
+    edit_weights(target, lambda weights: [weights.pop(n) for n in list(weights) if "fastrot" in n])
+    assert run(capsys, "verify", source, target)[0] == 1
+
+
+def test_not_a_number_is_not_verified(checkpoints, tmp_path, capsys):
+    source = checkpoints["float32"]
+    target = shutil.copytree(source, tmp_path / "target")
+    spoil(target, "model.norm.weight", lambda weight: weight * torch.nan)
+    assert run(capsys, "verify", source, target)[0] == 1
+
+
+def test_verify_obeys_tolerance_and_precision(checkpoints, tmp_path, capsys):
+    source, target = checkpoints["bfloat16"], tmp_path / "target"
+    run(capsys, "rotate", source, target)
+    assert run(capsys, "verify", source, target, "--tolerance", 1e-6)[0] == 1
+    assert run(capsys, "verify", source, target, "--tolerance", 1)[0] == 0
+    status, out, _ = run(capsys, "verify", source, target, "--precision", "float64")
+    assert (status, "in float64" in out) == (0, True)
+
+
+def test_the_default_tolerance_is_that_of_one_rounding(checkpoints, tmp_path, capsys):
+    """Noise as large as a rounding to bfloat16 moves the logits as much as that rounding does."""
+    from fastrot.cli.verify import add_rounding_noise
+
+    exact, rounded, noisy = (load(checkpoints["bfloat16"]).float() for _ in range(3))
+    fastrot.apply(rounded)
+    rounded = rounded.bfloat16().float()
+    add_rounding_noise(noisy, torch.finfo(torch.bfloat16).eps)
+    ids = random_ids(exact, 4, 32, seed=0)
+    actual, budget = (relative_error(logits(m, ids), logits(exact, ids)) for m in (rounded, noisy))
+    assert 0.5 * budget < actual < 1.5 * budget
+
+
+def test_prompts_from_a_file(checkpoints, tmp_path, capsys):
+    source, file = checkpoints["float32"], tmp_path / "prompts.txt"
+    file.write_text("w1 w2\n\n   \nw5 w6 w7\n")
+    status, out, _ = run(capsys, "verify", source, source, "--prompts-file", file)
+    assert (status, "2 given" in out) == (0, True)
+    assert "relative error     0.00e+00" in out
+    assert f"{4 * 64 + 5} of {4 * 64 + 5} positions" in out
+
+
+def no_config(folder):
+    (folder / "config.json").unlink()
+
+
+def no_json(folder):
+    (folder / "config.json").write_text("{")
+
+
+def no_tokenizer(folder):
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+
+
+def no_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def half_the_weights(folder):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def weight_missing(folder):
+    edit_weights(folder, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
+
+
+def weight_unknown(folder):
+    edit_weights(folder, lambda weights: weights.update({"model.mtp.weight": torch.ones(3)}))
+
+
+def wrong_shape(folder):
+    edit_weights(folder, lambda weights: weights.update({"model.norm.weight": torch.ones(3)}))
+
+
+def quantized(folder):
+    edit_config(folder, quantization_config={"quant_method": "fastrot-of-tomorrow"})
+
+
+def other_type(folder):
+    edit_config(folder, model_type="gpt2", architectures=["GPT2LMHeadModel"])
+
+
+def unknown_type(folder):
+    edit_config(folder, model_type="llama-of-tomorrow")
+
+
+def edit_config(folder, **values):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def rotated(folder):
+    model = load(folder)
+    fastrot.apply(model)
+    model.save_pretrained(folder)
+
+
+def other_vocabulary(folder):
+    target = folder.with_name("target")
+    tiny("llama", vocab=72).save_pretrained(target)
+
+
+def full_target(folder):
+    folder.with_name("target").mkdir()
+    (folder.with_name("target") / "file").touch()
+
+
+def target_is_a_file(folder):
+    folder.with_name("target").touch()
+
+
+def nothing(folder):
+    pass
+
+
+REFUSALS = [
+    ([], nothing, "the following arguments are required: COMMAND (see fastrot --help)"),
+    (["rotat"], nothing, "invalid choice: 'rotat'"),
+    (["rotate", "S"], nothing, "required: DST (see fastrot rotate --help)"),
+    (["rotate", "S", "T", "--rotations", "R5"], nothing, "invalid choice: 'R5'"),
+    (["rotate", "S", "T", "--rotations", "R1", "r1"], nothing, "rotation R1 is named twice"),
+    (["rotate", "S", "T", "--block-size", "0"], nothing, "'0' is not a positive integer"),
+    (["rotate", "S", "T", "--block-size", "36"], nothing, "block_size=36 does not divide 96"),
+    (["rotate", "S", "T", "--precision", "bfloat16"], nothing, "invalid choice: 'bfloat16'"),
+    (["rotate", "S", "S"], nothing, "DST is SRC"),
+    (["rotate", "S", "S/."], nothing, "DST is SRC"),
+    (["rotate", "S", "T"], full_target, "is not empty, and nothing is overwritten"),
+    (["rotate", "S", "T"], target_is_a_file, "is a file"),
+    (["rotate", "S", "T/a/b"], nothing, "where b should lie, is not a folder"),
+    (["rotate", "T", "S/new"], nothing, "is not the folder of a transformers model"),
+    (["rotate", "S", "T"], no_config, "no config.json"),
+    (["rotate", "S", "T"], no_json, "not a valid JSON file"),
+    (["rotate", "S", "T"], no_weights, "model.safetensors"),
+    (["rotate", "S", "T"], half_the_weights, "can't be read: "),
+    (["rotate", "S", "T"], weight_missing, "lacks weights for a LlamaForCausalLM"),
+    (["plan", "S"], weight_unknown, "unknown weights for a LlamaForCausalLM: model.mtp.weight (1)"),
+    (
+        ["rotate", "S", "T"],
+        wrong_shape,
+        "wrongly shaped weights for a LlamaForCausalLM: model.norm.weight",
+    ),
+    (["plan", "S"], quantized, "fastrot-of-tomorrow"),
+    (["plan", "S"], unknown_type, "llama-of-tomorrow"),
+    (["rotate", "S", "T"], other_type, "lacks weights for a GPT2LMHeadModel"),
+    (["rotate", "S", "T"], rotated, "R1 and R2 is already on this LlamaForCausalLM"),
+    (["verify", "S", "T"], nothing, "is not the folder of a transformers model"),
+    (["verify", "S", "S", "--prompts", "w1"], no_tokenizer, "has no tokenizer"),
+    (["verify", "S", "S", "--prompts", " "], nothing, "prompt ' ' has no tokens"),
+    (["verify", "S", "S", "--prompts-file", "T"], nothing, "No such file"),
+    (["verify", "S", "S", "--tolerance", "-1"], nothing, "is negative or no number"),
+    (["verify", "S", "S", "--tolerance", "nan"], nothing, "is negative or no number"),
+    (["verify", "S", "T"], other_vocabulary, "has a vocabulary of 64"),
+    (["demo", "--bytes", "none"], nothing, "'none' is not a positive integer"),
+    (["demo", "--json", "T/a/b"], nothing, "is not a folder"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "prepare", "message"), REFUSALS)
+def test_refusals_take_one_line(arguments, prepare, message, source, tmp_path, capsys):
+    prepare(source)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    places = {"S": str(source), "T": str(tmp_path / "target")}
+    filled = ["/".join([places.get(p, p) for p in text.split("/", 1)]) for text in arguments]
+    status, out, err = run(capsys, *filled)
+    assert (status, out) == (2, "")
+    assert err.startswith("fastrot: error: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert len(err) < 900
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert names(tmp_path) <= {"source", "target"}
+
+
+def test_debug_shows_the_traceback(source):
+    with pytest.raises(FileExistsError, match="is not empty"):
+        main(["rotate", str(source), str(source.parent), "--debug"])
+
+
+def test_a_mistake_of_ours_is_not_hidden(source, monkeypatch):
+    def broken(*args, **kwargs):
+        raise AssertionError
+
+    monkeypatch.setattr("fastrot.plan", broken)
+    with pytest.raises(AssertionError):
+        main(["plan", str(source)])
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (OSError(28, "No space left on device"), 2, "No space left on device"),
+        (KeyboardInterrupt(), 130, "fastrot: interrupted"),
+        (MemoryError(), 2, "fastrot: error: MemoryError"),
+    ],
+)
+@pytest.mark.parametrize("there", [False, True])
+def test_nothing_is_left_after_a_failure(
+    checkpoints, error, status, line, there, tmp_path, monkeypatch, capsys
+):
+    """The weights are on disk already when it happens."""
+
+    def fail(source, folder):
+        assert (folder / "model.safetensors").is_file()
+        assert names(tmp_path) == {folder.name, "target"} if there else {folder.name}
+        raise error
+
+    target = tmp_path / "target"
+    if there:
+        target.mkdir()
+    monkeypatch.setattr("fastrot.cli.commands.copy_companions", fail)
+    got, out, err = run(capsys, "rotate", checkpoints["float32"], target)
+    assert (got, out) == (status, "")
+    assert line in err
+    assert err.count("\n") == 1
+    assert names(tmp_path) == ({"target"} if there else set())
+    assert not there or names(target) == set()
+
+
+def test_someone_else_takes_the_folder_meanwhile(checkpoints, tmp_path, monkeypatch, capsys):
+    target = tmp_path / "target"
+
+    def take(source, folder):
+        target.mkdir()
+        (target / "precious").touch()
+
+    monkeypatch.setattr("fastrot.cli.commands.copy_companions", take)
+    assert run(capsys, "rotate", checkpoints["float32"], target)[0] == 2
+    assert names(tmp_path) == {"target"}
+    assert names(target) == {"precious"}
+
+
+def test_settings_of_transformers_come_back(checkpoints, capsys):
+    before = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    run(capsys, "plan", checkpoints["float32"])
+    run(capsys, "plan", checkpoints["float32"].parent)
+    after = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    assert after == before
+
+
+def test_demo_prints_a_table_and_writes_json(tmp_path, capsys):
+    status, out, err = run(capsys, "demo", "--bytes", 512, "--json", tmp_path / "demo.json")
+    assert (status, err) == (0, "")
+    data = json.loads((tmp_path / "demo.json").read_text())
+    assert data["evaluated_bytes"] == 512
+    assert len(data["rows"]) == 8
+    for row in data["rows"]:
+        assert f"{row['perplexity']:.3f}" in out
+
+
+def test_version_and_help(capsys):
+    for arguments in (["--version"], ["--help"], ["rotate", "--help"]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"fastrot {fastrot.__version__}\n")
+    for command in ("plan", "rotate", "verify", "demo"):
+        assert f"    {command} " in out
+
+
+def test_a_reader_that_goes_away(checkpoints):
+    read, write = os.pipe()
+    os.close(read)
+    code = "import sys; from fastrot.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, "plan", str(checkpoints["float32"])]
+    result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (result.returncode, result.stderr) == (0, "")
