@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--peer-python", help="python of an environment with llm-compressor")
     parser.add_argument("--repeat", type=int, default=5, help="runs of fastrot per case")
     parser.add_argument("--peer-repeat", type=int, default=2, help="runs of the peer per case")
-    parser.add_argument("--undo", default="auto", choices=("auto", "memory", "disk"))
+    parser.add_argument("--undo", default="auto", choices=("auto", "memory", "disk", "none"))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--once", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

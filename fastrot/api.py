@@ -134,7 +134,8 @@ def apply(
             exactness. Its ``precision`` is that of online arithmetic.
         undo: where originals are kept until the end, in case of an error: ``memory`` (twice the
             rotated weights, fastest), ``disk`` (a temporary file; no more memory than the largest
-            single weight), or ``auto``: memory if there is enough.
+            single weight), ``auto``: memory if there is enough; or ``none``: nowhere. An error in
+            the middle then leaves the weights useless, and says so.
         progress: show a progress bar.
 
     Returns:
@@ -142,7 +143,7 @@ def apply(
 
     Raises:
         ValueError: the model, a size or an argument does not allow it. The model is untouched, bit
-            for bit, after this or any other exception.
+            for bit, after this or any other exception (but for ``undo="none"``).
         TypeError: an argument of the wrong type.
         OSError: no room for the undo journal.
     """

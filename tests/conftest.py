@@ -2,10 +2,11 @@
 
 import os
 
-# Triton decides when it is first imported; real kernels are compiled in processes of their own.
-os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import torch
+
+# Triton decides when it is first imported; with a GPU at hand the kernels run on it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # The matrices are tiny: a second thread would only wait.
 torch.set_num_threads(1)

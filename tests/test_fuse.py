@@ -83,6 +83,20 @@ def test_undo_on_disk_needs_no_second_model(monkeypatch):
     assert peak < 4 * largest
 
 
+def test_without_undo_an_error_says_that_the_weights_are_lost(monkeypatch):
+    model = tiny("llama")
+    config = model.config
+
+    def fail(*args):
+        raise MemoryError("injected")
+
+    monkeypatch.setattr("fastrot.api.install", fail)
+    with pytest.raises(RuntimeError, match="load the model anew") as caught:
+        fastrot.apply(model, undo="none")
+    assert isinstance(caught.value.__cause__, MemoryError)
+    assert model.config is config
+
+
 def test_precision_float32_is_honoured():
     """Arithmetic in float32 differs from float64, by about float32's rounding."""
     model = tiny("llama", dtype=torch.float32)

@@ -3,6 +3,7 @@
 Cases are compiled in a process of their own, since this one may interpret Triton.
 """
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -16,22 +17,30 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("triton")
+# Not importorskip: the process that compiles imports this file first, then settles how to compile.
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
 
-TARGETS = {"sm_80": "ampere", "sm_90": "hopper", "sm_100": "hopper", "gfx942": "cdna"}
+TARGETS = {"sm_80": "ampere", "sm_90": "hopper", "sm_100": "blackwell", "gfx942": "cdna"}
 SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
-NAMES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+NAMES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+}
 Report = dict[str, Any]
 
 
 def compile_rows(n: int, source: str, target_dtype: str, signs: bool, arch: str) -> Report:
     from fastrot.hadamard import factors
-    from fastrot.kernels import gpu_rows
+    from fastrot.kernels import gpu_rows, gpu_tiles
     from fastrot.kernels.gpu_matrix import TABLE
 
     dtypes, backend = (NAMES[source], NAMES[target_dtype]), TARGETS[arch]
-    tile = gpu_rows.tile_for(*factors(n), *dtypes, backend)
-    assert tile is not None
+    tile = gpu_tiles.tile_for(*factors(n), *dtypes, backend)
+    if tile is None:
+        return {}
     constants = gpu_rows.rows_constants(tile, *dtypes, signs, signs, backend)
     part = "bf16" if source == "fp32" and backend != "cdna" else source
     types = {
@@ -44,7 +53,7 @@ def compile_rows(n: int, source: str, target_dtype: str, signs: bool, arch: str)
         "vectors": "i32",
         "tiles": "i32",
     }
-    resident = gpu_rows.resident(tile, *dtypes, backend) if constants["PERSISTENT"] else 1
+    resident = gpu_tiles.resident(tile, *dtypes, backend) if constants["PERSISTENT"] else 1
     report = _compile(gpu_rows._rows_kernel, types, constants, arch)
     return report | {"resident": resident}
 
@@ -92,7 +101,11 @@ def _compile(kernel: Any, types: dict[str, str], constants: dict[str, Any], arch
     compiled = triton.compile(source, target=gpu, options=options)
     report = _report_hip(compiled) if hip else _report_cuda(compiled)
     threads = options["num_warps"] * (64 if hip else 32)
-    return report | {"shared": compiled.metadata.shared, "threads": threads}
+    memory = {
+        "shared": compiled.metadata.shared,
+        "tensor": getattr(compiled.metadata, "tmem_size", 0),
+    }
+    return report | memory | {"threads": threads}
 
 
 def _report_cuda(compiled: Any) -> Report:
@@ -111,8 +124,8 @@ def _report_cuda(compiled: Any) -> Report:
         code = re.findall(r"\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]*)", tool("nvdisasm", "-c"))
     assert usage
     spills = [i for i in code if i.startswith(("STL", "LDL"))]
-    loads = [i for i in code if i.startswith("LDG")]
-    stores = [i for i in code if i.startswith("STG")]
+    loads = [i for i in code if i.startswith(("LDG.", "LDGSTS."))]
+    stores = [i for i in code if i.startswith("STG.")]
     return {
         "registers": int(usage[1]),
         "spills": int(usage[2]) + len(spills),
@@ -160,49 +173,49 @@ def check_code(report: Report, arch: str, wide: bool = True) -> None:
     """No spills, the intended number of programs fits a multiprocessor, accesses are wide."""
     assert report["spills"] == 0
     assert report["shared"] <= SHARED_MEMORY[arch]
+    assert (report["tensor"] or 0) <= 512
     resident = report["resident"]
     assert report["shared"] * resident <= SHARED_MEMORY[arch]
     # A multiprocessor has 65536 registers, a CDNA compute unit 4 x 64 lanes of 512.
     available = 131072 if arch.startswith("gfx") else 65536
     assert report["registers"] * report["threads"] * resident <= available
-    assert report["loads"] and report["stores"]
+    assert report["loads"]
+    assert report["stores"]
     if wide:
         assert not report["narrow"]
 
 
 ROWS = [
     (64, "bf16", "bf16"),
-    (256, "bf16", "bf16"),
-    (1024, "fp32", "fp32"),
     (4096, "bf16", "bf16"),
-    (8192, "fp32", "fp32"),
-    (16384, "bf16", "bf16"),
-    (32768, "bf16", "bf16"),
+    (4096, "fp32", "fp32"),
     (14336, "bf16", "bf16"),
+    (32768, "bf16", "bf16"),
 ]
 SLOW_ROWS = [
-    (512, "fp16", "fp16"),
     (256, "fp32", "fp32"),
-    (768, "fp32", "fp32"),
-    (768, "bf16", "bf16"),
-    (4096, "fp32", "fp32"),
+    (768, "fp16", "fp16"),
     (8192, "bf16", "bf16"),
-    (8192, "fp16", "fp16"),
-    (16384, "fp32", "fp32"),
-    (32768, "fp32", "fp32"),
-    (14336, "fp32", "fp32"),
+    (8192, "fp32", "fp32"),
+    (172, "bf16", "bf16"),
+    (2880, "bf16", "bf16"),
     (11008, "bf16", "bf16"),
     (11008, "fp32", "fp32"),
-    (4096, "fp32", "bf16"),
+    (14336, "fp32", "fp32"),
+    (16384, "bf16", "bf16"),
     (16384, "fp32", "bf16"),
+    (32768, "fp32", "fp32"),
 ]
 
 
 def check_rows(compiler: Callable[..., Report], case: tuple[int, str, str], arch: str) -> None:
     n, source, target = case
-    if arch == "sm_80" and n == 32768 and source == "fp32":
-        pytest.skip("two passes on this target")
-    check_code(compiler(compile_rows, n, source, target, False, arch), arch)
+    report = compiler(compile_rows, n, source, target, False, arch)
+    if not report:
+        assert n == 32768
+        pytest.skip("two passes")
+    # Rows of 172 elements of 16 bits begin at multiples of 8 bytes.
+    check_code(report, arch, wide=n % 8 == 0)
 
 
 @pytest.mark.parametrize("arch", TARGETS)
@@ -236,20 +249,23 @@ def test_axis(compiler: Callable[..., Report], source: str, arch: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", TARGETS)
-@pytest.mark.parametrize("source", ["bf16", "fp32", "fp64"])
-@pytest.mark.parametrize("a", [16, 128, 256, 28, 172, 284])
+@pytest.mark.parametrize(
+    ("a", "source"),
+    [(28, "fp32"), (128, "fp32"), (128, "bf16"), (172, "fp32"), (256, "bf16"), (284, "fp64")],
+)
 def test_more_axis(compiler: Callable[..., Report], a: int, source: str, arch: str) -> None:
     target = "fp64" if source == "fp64" else "fp32"
     check_code(compiler(compile_axis, a, source, target, False, arch), arch, wide=False)
 
 
 def test_check_code_can_fail() -> None:
-    good: Report = {"spills": 0, "shared": 1 << 16, "resident": 2, "registers": 128}
+    good: Report = {"spills": 0, "shared": 1 << 16, "tensor": 512, "resident": 2, "registers": 128}
     good |= {"threads": 256, "loads": 1, "stores": 1, "narrow": []}
     check_code(good, "sm_80")
     bad: list[Report] = [
         {"spills": 1},
         {"shared": 164 << 10},
+        {"tensor": 513},
         {"resident": 3},
         {"registers": 129},
         {"stores": 0},

@@ -17,6 +17,7 @@ if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("no GPU and Triton is not interpreted", allow_module_level=True)
 
 from fastrot.kernels.gpu import _route, transform  # noqa: E402
+from fastrot.kernels.gpu_tiles import TRITON_SHARES_ACCUMULATORS  # noqa: E402
 
 SIZES = [1, 2, 12, 16, 28, 64, 96, 128, 768, 1024, 2880, 4096, 11008, 10944, 29568, 14336, 32768]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -62,6 +63,8 @@ def check_error(out: Tensor, truth: Tensor) -> None:
     """The error of ``out`` is within the budget of its dtype."""
     error = out.cpu().double() - truth
     assert error.isfinite().all()
+    if error.numel() == 0:
+        return
     if out.dtype in BUDGET:
         rounding = rms(truth.to(out.dtype).double() - truth)
         assert rms(error) <= BUDGET[out.dtype] * rounding
@@ -79,7 +82,9 @@ def make(
     return x.to(DEVICE, dtype), signs.to(DEVICE, torch.int8) if signed else None
 
 
-def check(outer: int, n: int, inner: int, dtype: torch.dtype, signed: bool, transpose: bool) -> None:
+def check(
+    outer: int, n: int, inner: int, dtype: torch.dtype, signed: bool, transpose: bool
+) -> None:
     x, signs = make(outer, n, inner, dtype, signed)
     before = x.clone()
     out = torch.full_like(x, float("nan"))
@@ -94,7 +99,7 @@ def check(outer: int, n: int, inner: int, dtype: torch.dtype, signed: bool, tran
 def test_rows(n: int, dtype: torch.dtype) -> None:
     if dtype == torch.float64 and n > 4096 and INTERPRETED:
         pytest.skip("slow in the interpreter; smaller sizes take the same route")
-    transpose = n % 3 == 0 or n % 32 == 0 and dtype == torch.float16
+    transpose = n % 3 == 0 or (n % 32 == 0 and dtype == torch.float16)
     check(1 if n > 8000 else 3, n, 1, dtype, signed=dtype != torch.float32, transpose=transpose)
 
 
@@ -109,19 +114,24 @@ def test_signs_and_transpose(n: int, transpose: bool, signed: bool) -> None:
 @pytest.mark.parametrize("outer", [0, 1, 3, 33])
 @pytest.mark.parametrize("n", [1, 12, 64, 128, 768])
 def test_partial_tiles(n: int, outer: int) -> None:
-    check(outer, n, 1, torch.bfloat16, True, True) if outer else None
-    x, signs = make(outer, n, 1, torch.float32, True)
-    out = torch.full_like(x, float("nan"))
-    transform(x, out, signs, 1.0, False)
-    if outer:
-        check_error(out, exact(x, signs, 1.0, False))
+    check(outer, n, 1, torch.bfloat16, signed=True, transpose=True)
+    check(outer, n, 1, torch.float32, signed=True, transpose=False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("outer", "n", "inner"),
-    [(1, 1, 80), (2, 2, 3), (3, 12, 80), (2, 28, 3), (1, 96, 80), (1, 768, 3), (1, 1024, 80)]
-    + [(1, 4096, 3), (1, 10944, 3)],
+    [
+        (1, 1, 80),
+        (2, 2, 3),
+        (3, 12, 80),
+        (2, 28, 3),
+        (1, 96, 80),
+        (1, 768, 3),
+        (1, 1024, 80),
+        (1, 4096, 3),
+        (1, 10944, 3),
+    ],
 )
 def test_middle_dimension(outer: int, n: int, inner: int, dtype: torch.dtype) -> None:
     if dtype == torch.float64 and n * inner > 20000 and INTERPRETED:
@@ -132,7 +142,8 @@ def test_middle_dimension(outer: int, n: int, inner: int, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("n", "inner"), [(12, 1), (64, 1), (768, 1), (4096, 1), (29568, 1), (32768, 1), (96, 5), (1024, 5)]
+    ("n", "inner"),
+    [(12, 1), (64, 1), (768, 1), (4096, 1), (29568, 1), (32768, 1), (96, 5), (1024, 5)],
 )
 def test_in_place(n: int, inner: int, dtype: torch.dtype) -> None:
     if dtype == torch.float64 and n > 1024 and INTERPRETED:
@@ -153,10 +164,13 @@ def test_round_trip() -> None:
     assert (y - x).abs().max() > 1
 
 
-@pytest.mark.parametrize("backend", ["ampere", "hopper", "cdna", "interpreter"])
+@pytest.mark.parametrize("backend", ["ampere", "hopper", "blackwell", "cdna"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_powers_of_two_take_one_pass(dtype: torch.dtype, backend: str) -> None:
-    limit = 16384 if (dtype, backend) == (torch.float32, "ampere") else 32768
+    narrow = (dtype, backend) == (torch.float32, "ampere")
+    if backend == "blackwell" and not TRITON_SHARES_ACCUMULATORS:
+        narrow = True
+    limit = 16384 if narrow else 32768
     for n in [2**k for k in range(17)]:
         route = _route((), n, True, dtype, backend)
         assert len(route.passes) == (n > limit)
@@ -165,7 +179,7 @@ def test_powers_of_two_take_one_pass(dtype: torch.dtype, backend: str) -> None:
 
 def test_every_route_covers_the_vector() -> None:
     """The factors of the passes, from left to right, are the factors of H_n."""
-    for n in SIZES + [65536]:
+    for n in [*SIZES, 65536]:
         for rows in (False, True):
             for dtype in DTYPES:
                 bases, power = factors(n)
@@ -214,9 +228,8 @@ def test_a_second_rounding_is_over_the_budget() -> None:
 def test_the_oracle_is_the_dense_matrix() -> None:
     x, signs = make(2, 24, 3, torch.float64, True)
     assert signs is not None
-    dense = np.kron(base_matrix(12), base_matrix(2)) if factors(24)[0] == (12,) else None
-    if dense is None:
-        pytest.skip("24 has a base matrix of its own")
+    assert factors(24) == ((12,), 2)
+    dense = np.kron(base_matrix(12), base_matrix(2))
     h = torch.from_numpy(dense).double()
     d = signs.double().cpu()
     rows = x.cpu().transpose(1, 2)

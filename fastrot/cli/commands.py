@@ -30,7 +30,8 @@ def rotate(args: Namespace) -> int:
     source, target = args.source.resolve(), args.target.resolve()
     check_target(source, target)
     model = load(source, args.dtype)
-    handle = fastrot.apply(model, **_rotation(args), progress=sys.stderr.isatty())
+    # After an error this model is thrown away: nothing needs to be taken back.
+    handle = fastrot.apply(model, **_rotation(args), undo="none", progress=sys.stderr.isatty())
     with staged(target) as folder:
         model.save_pretrained(folder)
         copy_companions(source, folder)
@@ -41,16 +42,24 @@ def rotate(args: Namespace) -> int:
 
 def demo(args: Namespace) -> int:
     """Print, and write, what rotations do to the model in this package."""
+    import torch
+
     from fastrot.demo.evaluate import run, table
 
     if args.json is not None and not args.json.parent.is_dir():
         raise FileNotFoundError(f"{args.json.parent} is not a folder")
-    report = run(
-        transform_type=args.transform_type,
-        seed=args.seed,
-        nbytes=args.bytes,
-        progress=sys.stderr.isatty(),
-    )
+    # The matrices are small: a second thread would only wait.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        report = run(
+            transform_type=args.transform_type,
+            seed=args.seed,
+            nbytes=args.bytes,
+            progress=sys.stderr.isatty(),
+        )
+    finally:
+        torch.set_num_threads(threads)
     print(table(report))
     if args.json is not None:
         args.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n")

@@ -6,14 +6,14 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import psutil
 import torch
 from torch import Tensor, nn
 
-Undo = Literal["auto", "memory", "disk"]
+Undo = Literal["auto", "memory", "disk", "none"]
 
 HEADROOM = 1.25
 """The share of free memory, over the bytes to save, that ``auto`` asks for."""
@@ -26,7 +26,8 @@ class Journal:
         nbytes: total size of what will be saved.
         undo: ``memory`` keeps the originals beside the weights, on their device; ``disk`` writes
             them to a temporary file, so that rotating needs no more memory than one weight;
-            ``auto`` takes memory if there is enough, else the disk.
+            ``auto`` takes memory if there is enough, else the disk; ``none`` keeps nothing: for
+            those who load the model anew after an error.
 
     Raises:
         ValueError: an unknown ``undo``.
@@ -34,11 +35,12 @@ class Journal:
     """
 
     def __init__(self, nbytes: int, undo: Undo = "auto", device: torch.device | None = None):
-        if undo not in ("auto", "memory", "disk"):
-            raise ValueError(f"undo={undo!r} is not 'auto', 'memory' or 'disk'")
+        if undo not in get_args(Undo):
+            raise ValueError(f"undo={undo!r} is not one of {', '.join(get_args(Undo))}")
         enough = nbytes * HEADROOM < free_memory(device or torch.device("cpu"))
         self.undo = undo if undo != "auto" else ("memory" if enough else "disk")
         self._undo: list[Callable[[], object]] = []
+        self._written = 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         if self.undo == "disk":
             self._folder = tempfile.TemporaryDirectory(
@@ -55,6 +57,9 @@ class Journal:
     def save(self, parameter: Tensor) -> None:
         """Remember the values of a parameter that is about to be written in place."""
         data = parameter.detach()
+        self._written += 1
+        if self.undo == "none":
+            return
         if self._folder is None:
             copy = _copy(data)
             self.on_error(lambda: data.copy_(copy))
@@ -93,6 +98,11 @@ class Journal:
         try:
             if kind is not None:
                 self._restore()
+                if self.undo == "none" and self._written:
+                    raise RuntimeError(
+                        "the weights are rotated in part and, with undo='none', can't be taken "
+                        "back; load the model anew"
+                    ) from error
         finally:
             self._undo.clear()
             if self._folder is not None:

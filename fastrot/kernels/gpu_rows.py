@@ -1,0 +1,281 @@
+"""Vectors in rows: one read, two matrix products on tensor cores, one write.
+
+    H_n = H_a ⊗ H_b,    y = x H_n    ⇔    Y = H_aᵀ X H_b    with x, y seen as (a, b) matrices X, Y.
+
+A tile stacks ``copies`` vectors to ``(copies · a, b)`` and pads it with zeros to powers of two
+``(A, B)``; the left factor is then I ⊗ H_aᵀ. The first product is exact for 16-bit input. Its
+result stays in registers, where the accumulator of one product already has the layout of the
+left operand of the next. Programs are persistent: each makes its two matrices once and walks over
+tiles, so that the loads of the next tile can be in flight.
+"""
+
+# Arguments of a kernel have Triton's types, not Python's.
+# ruff: noqa: ANN001, ANN202
+# mypy: disable-error-code="no-untyped-def"
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastrot.kernels.gpu_matrix import (
+    SYLVESTER,
+    TABLE,
+    backend_of,
+    dot_left,
+    dot_right,
+    matrix,
+    parts_of,
+    table,
+    triton_dtype,
+)
+from fastrot.kernels.gpu_tiles import Tile, config_for, product, resident
+
+
+@triton.jit
+def _load(
+    x,
+    signs,
+    base,
+    i,
+    j,
+    remaining,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROW_SIZE: tl.constexpr,
+    COLUMN_SIZE: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    SIGNS: tl.constexpr,
+):
+    """Rows i and columns j of a tile, times their signs; zero outside."""
+    inside = (i < ROWS) & (j < COLUMNS)
+    if BOUNDED:
+        # Compares vectors, not elements, so that the mask is constant along 16-byte runs.
+        inside &= i // ROW_SIZE * (COLUMNS // COLUMN_SIZE) + j // COLUMN_SIZE < remaining
+    offset = i * COLUMNS + j
+    v = tl.load(x + base + offset, mask=inside, other=0.0)
+    if SIGNS:
+        d = tl.load(signs + offset % (ROW_SIZE * COLUMN_SIZE), mask=inside, other=0.0)
+        v = v * d.to(v.dtype)
+    return v
+
+
+@triton.jit
+def _transform_tile(
+    x,
+    out,
+    signs,
+    left,
+    right,
+    scale,
+    h_left,
+    h_right,
+    base,
+    remaining,
+    ROWS: tl.constexpr,
+    A: tl.constexpr,
+    LEFT_SIZE: tl.constexpr,
+    LEFT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    B: tl.constexpr,
+    RIGHT_SIZE: tl.constexpr,
+    RIGHT: tl.constexpr,
+    BOUNDED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SIGNS: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    PARTS: tl.constexpr,
+    MIDDLE_PARTS: tl.constexpr,
+    OPERAND: tl.constexpr,
+    MIDDLE_OPERAND: tl.constexpr,
+):
+    i = tl.arange(0, A)[:, None]
+    j = tl.arange(0, B)[None, :]
+    y = tl.zeros((A, B), tl.float32)
+    if BLOCK < B:
+        for start in tl.range(0, COLUMNS, BLOCK):
+            k = start + tl.arange(0, BLOCK)
+            t = _load(
+                x, signs, base, i, k[None, :], remaining,
+                ROWS, COLUMNS, LEFT_SIZE, RIGHT_SIZE, BOUNDED,
+                SIGNS and not TRANSPOSE,
+            )  # fmt: skip
+            if LEFT != 0:
+                t = dot_left(h_left, t, tl.zeros((A, BLOCK), tl.float32), PARTS, OPERAND)
+            h = matrix(right, k[:, None], j, RIGHT_SIZE, B, RIGHT, MIDDLE_OPERAND)
+            y = dot_right(t, h, y, MIDDLE_PARTS, MIDDLE_OPERAND)
+    else:
+        if CHUNK < A:
+            t = tl.zeros((A, B), tl.float32)
+            for start in tl.range(0, ROWS, CHUNK):
+                k = start + tl.arange(0, CHUNK)
+                v = _load(
+                    x, signs, base, k[:, None], j, remaining,
+                    ROWS, COLUMNS, LEFT_SIZE, RIGHT_SIZE, BOUNDED,
+                SIGNS and not TRANSPOSE,
+                )  # fmt: skip
+                h = matrix(left, i, k[None, :], LEFT_SIZE, A, LEFT, OPERAND)
+                t = dot_left(h, v, t, PARTS, OPERAND)
+        else:
+            t = _load(
+                x, signs, base, i, j, remaining,
+                ROWS, COLUMNS, LEFT_SIZE, RIGHT_SIZE, BOUNDED,
+                SIGNS and not TRANSPOSE,
+            )  # fmt: skip
+            if LEFT != 0:
+                t = dot_left(h_left, t, tl.zeros((A, B), tl.float32), PARTS, OPERAND)
+        y = dot_right(t, h_right, y, MIDDLE_PARTS, MIDDLE_OPERAND)
+    y = y * scale
+    inside = (i < ROWS) & (j < COLUMNS)
+    if BOUNDED:
+        inside &= i // LEFT_SIZE * (COLUMNS // RIGHT_SIZE) + j // RIGHT_SIZE < remaining
+    offset = i * COLUMNS + j
+    if SIGNS and TRANSPOSE:
+        d = tl.load(signs + offset % (LEFT_SIZE * RIGHT_SIZE), mask=inside, other=0.0)
+        y = y * d.to(tl.float32)
+    tl.store(out + base + offset, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rows_kernel(
+    x,
+    out,
+    signs,
+    left,
+    right,
+    scale,
+    vectors,
+    tiles,
+    PER_TILE: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    A: tl.constexpr,
+    LEFT_SIZE: tl.constexpr,
+    LEFT: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    B: tl.constexpr,
+    RIGHT_SIZE: tl.constexpr,
+    RIGHT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    SIGNS: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    PARTS: tl.constexpr,
+    MIDDLE_PARTS: tl.constexpr,
+    OPERAND: tl.constexpr,
+    MIDDLE_OPERAND: tl.constexpr,
+):
+    i = tl.arange(0, A)
+    j = tl.arange(0, B)
+    h_left = 0
+    h_right = 0
+    if LEFT != 0 and CHUNK == A:
+        h_left = matrix(left, i[:, None], i[None, :], LEFT_SIZE, A, LEFT, OPERAND)
+    if BLOCK == B:
+        h_right = matrix(right, j[:, None], j[None, :], RIGHT_SIZE, B, RIGHT, MIDDLE_OPERAND)
+    first = tl.program_id(0)
+    if PERSISTENT:
+        for tile in tl.range(first, tiles, tl.num_programs(0)):
+            _transform_tile(
+                x, out, signs, left, right, scale, h_left, h_right,
+                tl.cast(tile, tl.int64) * (ROWS * COLUMNS), vectors - tile * PER_TILE,
+                ROWS, A, LEFT_SIZE, LEFT, COLUMNS, B, RIGHT_SIZE, RIGHT, PER_TILE > 1, CHUNK, BLOCK,
+                SIGNS, TRANSPOSE, PARTS, MIDDLE_PARTS, OPERAND, MIDDLE_OPERAND,
+            )  # fmt: skip
+    else:
+        _transform_tile(
+            x, out, signs, left, right, scale, h_left, h_right,
+            first.to(tl.int64) * (ROWS * COLUMNS), vectors - first * PER_TILE,
+            ROWS, A, LEFT_SIZE, LEFT, COLUMNS, B, RIGHT_SIZE, RIGHT, PER_TILE > 1, CHUNK, BLOCK,
+            SIGNS, TRANSPOSE, PARTS, MIDDLE_PARTS, OPERAND, MIDDLE_OPERAND,
+        )  # fmt: skip
+
+
+def rows_constants(
+    tile: Tile,
+    source: torch.dtype,
+    target: torch.dtype,
+    signs: bool,
+    transpose: bool,
+    backend: str,
+) -> dict[str, Any]:
+    """The compile-time arguments and options of a launch from ``source`` to ``target`` dtype."""
+    a = product(tile.left_bases, tile.left_power)
+    b = product(tile.right_bases, tile.right_power)
+    per_tile = tile.copies * tile.packed
+    operand, parts = parts_of(source, backend)
+    middle, middle_parts = (operand, parts) if a == 1 else parts_of(torch.float32, backend)
+    if middle_parts == 3 and torch.float32 not in (source, target):
+        middle_parts = 2
+    config = config_for(tile.A, tile.B, source, target, backend)
+    assert config is not None
+    chunked = tile.A > 128
+    return {
+        "PER_TILE": per_tile,
+        "PERSISTENT": resident(tile, source, target, backend) > 0,
+        "ROWS": tile.copies * a,
+        "A": tile.A,
+        "LEFT_SIZE": a,
+        "LEFT": 0 if a == 1 else TABLE.value if tile.left_bases else SYLVESTER.value,
+        "COLUMNS": tile.packed * b,
+        "B": tile.B,
+        "RIGHT_SIZE": b,
+        "RIGHT": TABLE.value if tile.right_bases else SYLVESTER.value,
+        # Rows of a sum at a time; three parts of them cost registers.
+        "CHUNK": (16 if parts == 3 else 32) if chunked else tile.A,
+        "BLOCK": tile.B if chunked else min(config.block or tile.B, tile.B),
+        "SIGNS": signs,
+        "TRANSPOSE": transpose,
+        "PARTS": parts,
+        "MIDDLE_PARTS": middle_parts,
+        "OPERAND": triton_dtype(operand, backend),
+        "MIDDLE_OPERAND": triton_dtype(middle, backend),
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
+def launch_rows(
+    x: Tensor,
+    out: Tensor,
+    signs: Tensor | None,
+    scale: float,
+    transpose: bool,
+    tile: Tile,
+    multiprocessors: int,
+) -> None:
+    """``out = scale · (x D)H`` or its transpose for contiguous ``(…, n)`` x and out.
+
+    x and out may differ in dtype (float32, bfloat16, float16) and may be the same tensor.
+    """
+    backend = backend_of(x.device)
+    constants = rows_constants(tile, x.dtype, out.dtype, signs is not None, transpose, backend)
+    operand = parts_of(x.dtype, backend)[0]
+    left = right = x
+    if tile.left_bases:
+        left = table(
+            tile.left_bases, tile.left_power, tile.copies, tile.A, not transpose, operand, x.device
+        )
+    if tile.right_bases:
+        right = table(
+            tile.right_bases, tile.right_power, tile.packed, tile.B, transpose, operand, x.device
+        )
+    vectors = x.numel() // (constants["LEFT_SIZE"] * constants["RIGHT_SIZE"])
+    tiles = triton.cdiv(vectors, constants["PER_TILE"])
+    programs = tiles
+    if constants["PERSISTENT"]:
+        programs = min(tiles, resident(tile, x.dtype, out.dtype, backend) * multiprocessors)
+    _rows_kernel[(programs,)](
+        x,
+        out,
+        x if signs is None else signs,
+        left,
+        right,
+        scale,
+        vectors,
+        tiles,
+        **constants,
+    )

@@ -1,0 +1,124 @@
+"""How the rows kernel cuts a vector into a tile, and with which configuration it is launched."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+
+from fastrot.kernels.gpu_matrix import padded, parts_of
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a vector is cut: H_n = H_a ⊗ H_b, ``(copies · a, b)`` padded to ``(A, B)``."""
+
+    left_bases: tuple[int, ...]
+    left_power: int
+    right_bases: tuple[int, ...]
+    right_power: int
+    copies: int
+    packed: int
+    A: int
+    B: int
+    cost: float
+
+
+def product(bases: tuple[int, ...], power: int) -> int:
+    """The order of M₁ ⊗ M₂ ⊗ … ⊗ H_power."""
+    for m in bases:
+        power *= m
+    return power
+
+
+def _packed(n: int, width: int) -> int:
+    """Number of vectors to lay side by side in a row; 8 elements load in 16 bytes."""
+    counts = range(1, max(1, width // n) + 1)
+    return max(counts, key=lambda c: (c * n % 8 == 0, c))
+
+
+TRITON_SHARES_ACCUMULATORS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+
+
+class Config(NamedTuple):
+    """A launch: ``block`` columns at a time (0: all), programs per multiprocessor (0: no loop)."""
+
+    num_warps: int
+    block: int
+    resident: int
+    num_stages: int = 2
+
+
+SIZES = (4096, 8192, 16384, 32768)
+"""Padded elements of a tile, up to which the configurations below hold."""
+
+# Whole tiles up to 8192 elements, with a loop that keeps the matrices and prefetches; larger ones
+# walk over blocks of columns, so that only the result is in registers as a whole. Before Hopper
+# the matrices themselves occupy registers. Chosen so that nothing spills, with the bits of the
+# wider of input and output as the second key; tests/test_triton_compile.py holds it to that.
+CONFIGS = {
+    ("hopper", 16): (Config(4, 0, 4), Config(8, 0, 2), Config(8, 64, 0), Config(8, 32, 0)),
+    ("hopper", 32): (Config(4, 0, 3), Config(8, 0, 1), Config(8, 32, 0), Config(8, 32, 0)),
+    ("ampere", 16): (Config(4, 0, 2), Config(8, 0, 1), Config(8, 32, 0), Config(8, 32, 0)),
+    ("ampere", 32): (Config(4, 16, 0), Config(8, 16, 0), Config(8, 16, 0, 1)),
+    ("cdna", 16): (Config(4, 0, 2), Config(8, 0, 1), Config(8, 32, 0), Config(8, 32, 0)),
+    ("cdna", 32): (Config(4, 0, 2), Config(8, 32, 0), Config(8, 32, 0), Config(8, 32, 0)),
+}
+
+
+def config_for(
+    A: int, B: int, source: torch.dtype, target: torch.dtype, backend: str
+) -> Config | None:
+    """The launch of an ``(A, B)`` tile, None if there is none."""
+    # A left matrix of more than 128 rows is not kept; then the result of the first product is.
+    if A > 128 and A * B > 16384:
+        return None
+    # Chained products share an accumulator in tensor memory, the largest fits only once, since 3.9.
+    if backend == "blackwell" and A * B > 16384 and not TRITON_SHARES_ACCUMULATORS:
+        return None
+    family = "hopper" if backend in ("blackwell", "interpreter") else backend
+    configs = CONFIGS[family, 32 if torch.float32 in (source, target) else 16]
+    if A < B:  # a kept right matrix would be larger than the tile
+        return configs[-1] if SIZES[len(configs) - 1] >= A * B else None
+    fitting = (config for size, config in zip(SIZES, configs, strict=False) if size >= A * B)
+    return next(fitting, None)
+
+
+def resident(tile: Tile, source: torch.dtype, target: torch.dtype, backend: str) -> int:
+    """Programs of a persistent launch on each multiprocessor, 0 for one program per tile."""
+    config = config_for(tile.A, tile.B, source, target, backend)
+    return 0 if config is None or tile.A > 128 else config.resident
+
+
+def tile_for(
+    bases: tuple[int, ...], power: int, source: torch.dtype, target: torch.dtype, backend: str
+) -> Tile | None:
+    """The cut with the least arithmetic for which there is a configuration, None without any."""
+    parts = parts_of(source, backend)[1]
+    best = None
+    for first in range(len(bases) + 1):
+        inside_power = first == len(bases)
+        for bit in range(power.bit_length() if inside_power else 1):
+            right_power = power >> bit if inside_power else power
+            left = (bases[:first], power // right_power)
+            right = (bases[first:], right_power)
+            a, b = product(*left), product(*right)
+            packed, A, copies = 1, 64, 64
+            if a == 1:
+                packed = _packed(b, 64)
+            else:
+                A = max(64, padded(a))
+                copies = A // a
+            width = packed * b
+            B = padded(width)
+            if A > 256 or B > 256 or config_for(A, B, source, target, backend) is None:
+                continue
+            cost = float((A * parts if a > 1 else 0) + B * max(1 if a == 1 else 2, parts))
+            cost += max(A, B) / 16  # of equals the squarest
+            cost *= A * B / (copies * a * width)
+            cost *= 1.0 if width % 8 == 0 else 1.5  # narrow accesses
+            cost *= 1.0 if A * B >= 4096 else 3.0  # too little to load at a time
+            cost *= 1.0 if A <= 128 else 1.5  # loads its left matrix for every tile
+            if best is None or cost <= best.cost:
+                best = Tile(*left, *right, copies, packed, A, B, cost)
+    return best
