@@ -22,7 +22,8 @@ ROOMS = (
     ("api",),
     ("__init__",),
     ("demo",),
-    ("cli", "__main__"),
+    ("cli",),
+    ("__main__",),
 )
 RANK = {name: rank for rank, names in enumerate(ROOMS) for name in names}
 
