@@ -29,6 +29,9 @@ CASES = (
     {"dtype": "float32", "rotations": ["R1", "R2"]},
     {"dtype": "bfloat16", "rotations": ["R1", "R2", "R4"]},
 )
+UNDO = ("auto", "none")
+"""With every weight kept until the end, in case of an error, and without."""
+
 PEER = Path(__file__).parent / "peers" / "llm_compressor.py"
 
 
@@ -66,7 +69,6 @@ def main() -> None:
     parser.add_argument("--peer-python", help="python of an environment with llm-compressor")
     parser.add_argument("--repeat", type=int, default=5, help="runs of fastrot per case")
     parser.add_argument("--peer-repeat", type=int, default=2, help="runs of the peer per case")
-    parser.add_argument("--undo", default="auto", choices=("auto", "memory", "disk", "none"))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--once", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -75,23 +77,35 @@ def main() -> None:
         return
     rows = []
     for case in CASES:
-        request = {**case, "config": LLAMA, "undo": arguments.undo}
-        ours, theirs, versions = [], [], set()
+        seconds: dict[str, list[float]] = {undo: [] for undo in UNDO}
+        theirs, version = [], None
         for index in range(max(arguments.repeat, arguments.peer_repeat)):
-            if index < arguments.repeat:
+            for undo in UNDO[: 2 * (index < arguments.repeat)]:
+                request = {**case, "config": LLAMA, "undo": undo}
                 answer = run([sys.executable, __file__, "--once"], request)
-                ours.append(answer["seconds"])
+                seconds[undo].append(answer["seconds"])
             if arguments.peer_python and index < arguments.peer_repeat:
-                answer = run([arguments.peer_python, str(PEER)], request)
+                answer = run([arguments.peer_python, str(PEER)], {**case, "config": LLAMA})
                 theirs.append(answer["seconds"])
-                versions.add(answer["version"])
-        row = {**case, "fastrot_seconds": ours, "peer_seconds": theirs, "peer_version": [*versions]}
-        line = f"{'+'.join(case['rotations']):10} {case['dtype']:9} fastrot {spread(ours)}"
+                version = answer["version"]
+        print("+".join(case["rotations"]), case["dtype"])
         if theirs:
-            row["ratio"] = statistics.median(theirs) / statistics.median(ours)
-            line += f"   llm-compressor {spread(theirs)}   {row['ratio']:.0f}x"
-        print(line, flush=True)
-        rows.append(row)
+            print(f"  llm-compressor {version:12}{spread(theirs)}")
+        ratios = {}
+        for undo, ours in seconds.items():
+            if theirs:
+                ratios[undo] = statistics.median(theirs) / statistics.median(ours)
+            ratio = f"   {ratios[undo]:.0f}x" if theirs else ""
+            print(f"  fastrot, undo={undo:12}{spread(ours)}{ratio}", flush=True)
+        rows.append(
+            {
+                **case,
+                "fastrot_seconds": seconds,
+                "peer_seconds": theirs,
+                "peer_version": version,
+                "ratio_of_medians": ratios,
+            }
+        )
     if arguments.json:
         arguments.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
 
