@@ -160,9 +160,7 @@ def apply(
         transform_config=transform_config,
     )
     written = [model.get_parameter(name) for name in made.parameters]
-    nbytes = sum(parameter.numel() * parameter.element_size() for parameter in written)
-    device = written[0].device if written else torch.device("cpu")
-    with Journal(nbytes, undo, device) as journal:
+    with Journal.of(written, undo) as journal:
         config = own_config(model, journal)
         execute(model, made, journal, progress)
         install(model, made.sites, journal)

@@ -54,8 +54,7 @@ def remove(model: PreTrainedModel, groups: str | Iterable[str] | None = None) ->
     undone = [(name, _inverse(plan)) for name, plan in plans if name in wanted]
     written = {edit.parameter for _, plan in undone for edit in plan.edits}
     weights = [model.get_parameter(name) for name in written]
-    nbytes = sum(w.numel() * w.element_size() for w in weights)
-    with Journal(nbytes) as journal:
+    with Journal.of(weights) as journal:
         config = own_config(model, journal)
         for _, plan in undone:
             execute(model, plan, journal)

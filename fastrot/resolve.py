@@ -84,12 +84,12 @@ def resolve_online(model: PreTrainedModel, config: TransformConfig, seed: int) -
     """The online part alone; needs the names and sizes of modules, no weights."""
     sites = []
     for group, scheme, args, name, module in _places(model, config, online=True):
-        size = _online_size(model, name, module, args.location)
+        size = _online_size(name, module, args.location)
         sites.append(
             OnlineSite(
                 module=name,
                 location=args.location,
-                rotation=_rotation(group, scheme, name, size, seed, model),
+                rotation=_rotation(group, scheme, name, size, seed),
                 inverse=args.inverse,
                 group=group,
                 dtype=scheme.precision,
@@ -149,7 +149,7 @@ def _fused_steps(
                 raise ValueError(f"{group}: {name} is an embedding, it has no weight_input")
             dim = 1
         size = model.get_parameter(f"{name}.weight").shape[dim]
-        rotation = _rotation(group, scheme, name, size, seed, model)
+        rotation = _rotation(group, scheme, name, size, seed)
         inverse = args.inverse != (args.location == "weight_input")
         steps[f"{name}.weight"] += (Rotate(dim, rotation, inverse, group),)
         if args.location == "weight_output" and getattr(module, "bias", None) is not None:
@@ -157,9 +157,7 @@ def _fused_steps(
     return steps
 
 
-def _rotation(
-    group: str, scheme: TransformScheme, name: str, size: int, seed: int, model: PreTrainedModel
-) -> Rotation:
+def _rotation(group: str, scheme: TransformScheme, name: str, size: int, seed: int) -> Rotation:
     kind, label = scheme.type, group
     if scheme.randomize:
         # One fixed matrix can't differ between layers: give each its signs.
@@ -178,7 +176,7 @@ def _layer(name: str) -> str:
     return ".".join(parts[max(index - 1, 0) : index + 1])
 
 
-def _online_size(model: PreTrainedModel, name: str, module: nn.Module, location: str) -> int:
+def _online_size(name: str, module: nn.Module, location: str) -> int:
     if location in ATTENTION_LOCATIONS:
         size = getattr(module, "head_dim", None)
         if not isinstance(size, int):

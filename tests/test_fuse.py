@@ -97,6 +97,15 @@ def test_without_undo_an_error_says_that_the_weights_are_lost(monkeypatch):
     assert model.config is config
 
 
+def test_an_interrupt_stays_one_without_undo(monkeypatch):
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastrot.api.install", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        fastrot.apply(tiny("llama"), undo="none")
+
+
 def test_precision_float32_is_honoured():
     """Arithmetic in float32 differs from float64, by about float32's rounding."""
     model = tiny("llama", dtype=torch.float32)

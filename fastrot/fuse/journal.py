@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, get_args
@@ -54,6 +54,12 @@ class Journal:
                     f"{free / 2**30:.1f} GiB free; set TMPDIR to a larger disk"
                 )
 
+    @classmethod
+    def of(cls, parameters: Sequence[Tensor], undo: Undo = "auto") -> "Journal":
+        """A journal with room for these parameters, on the device of the first."""
+        nbytes = sum(parameter.nbytes for parameter in parameters)
+        return cls(nbytes, undo, parameters[0].device if parameters else None)
+
     def save(self, parameter: Tensor) -> None:
         """Remember the values of a parameter that is about to be written in place."""
         data = parameter.detach()
@@ -98,7 +104,8 @@ class Journal:
         try:
             if kind is not None:
                 self._restore()
-                if self.undo == "none" and self._written:
+                # An interrupt stays one, so that whoever waits for it sees it.
+                if self.undo == "none" and self._written and isinstance(error, Exception):
                     raise RuntimeError(
                         "the weights are rotated in part and, with undo='none', can't be taken "
                         "back; load the model anew"
