@@ -4,17 +4,17 @@ Importing fastrot registers its names with transformers, so that ``from_pretrain
 checkpoints.
 """
 
-from fastrot.api import apply, plan
+from fastrot.api import UnsupportedRotationError, apply, plan
 from fastrot.checks import AlreadyRotatedError
+from fastrot.coverage import UncoveredParameterError
 from fastrot.edits import Plan
 from fastrot.hadamard import HadamardSizeError, hadamard_matrix
 from fastrot.handle import Handle
 from fastrot.integrations.transformers import register
 from fastrot.kernels import hadamard_transform
-from fastrot.mapping import Architecture, Mapping, NormMapping, UnknownArchitectureError
+from fastrot.mapping import Architecture, Mapping, NormMapping, UnknownArchitectureError, Untouched
 from fastrot.patterns import NoMatchError
 from fastrot.removal import remove
-from fastrot.resolve import UncoveredParameterError
 from fastrot.rotation import Rotation
 from fastrot.transform_config import TransformArgs, TransformConfig, TransformScheme
 from fastrot.version import __version__
@@ -34,6 +34,8 @@ __all__ = [
     "TransformScheme",
     "UncoveredParameterError",
     "UnknownArchitectureError",
+    "UnsupportedRotationError",
+    "Untouched",
     "__version__",
     "apply",
     "hadamard_matrix",

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from collections.abc import Mapping as MappingABC
+from dataclasses import fields, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -13,7 +14,6 @@ from fastrot.checks import (
     AlreadyRotatedError,
     check_attention,
     check_flag,
-    check_linear,
     check_loaded,
     check_model,
 )
@@ -21,12 +21,22 @@ from fastrot.edits import Plan
 from fastrot.fuse import Journal, execute
 from fastrot.fuse.journal import Undo
 from fastrot.handle import Handle
+from fastrot.heads import KEY_NAMES, check_heads, head_dim_of
 from fastrot.integrations.transformers import mark
-from fastrot.mapping import Mapping, NormMapping, as_mapping, as_norm_mapping, find_architecture
-from fastrot.online import install
-from fastrot.patterns import NoMatchError, find_modules
+from fastrot.mapping import (
+    Architecture,
+    Mapping,
+    NormMapping,
+    Patterns,
+    as_mapping,
+    as_norm_mapping,
+    find_architecture,
+)
+from fastrot.online import check_experts, install
+from fastrot.patterns import NoMatchError, find_holders, matches
 from fastrot.record import applied_groups, own_config, retrace, with_application
-from fastrot.resolve import check_heads, head_dim_of, resolve
+from fastrot.resolve import on_meta, resolve
+from fastrot.sites import find_sites
 from fastrot.transform_config import (
     ATTENTION_LOCATIONS,
     ROTATIONS,
@@ -34,6 +44,10 @@ from fastrot.transform_config import (
     parse_transform_config,
     spinquant_config,
 )
+
+
+class UnsupportedRotationError(ValueError):
+    """A rotation that this architecture does not allow."""
 
 
 def plan(
@@ -49,7 +63,10 @@ def plan(
     norm_mappings: Sequence[NormMapping | MappingABC[str, Any]] | None = None,
     transform_config: Any = None,
 ) -> Plan:
-    """What :func:`apply` would do, without touching the model. Arguments as there."""
+    """What :func:`apply` would do, without touching the model. Arguments as there.
+
+    The model may also lie on the meta device, without any weights: then shapes alone decide.
+    """
     check_model(model)
     norms = _parse_norms(norm_mappings)
     if transform_config is not None:
@@ -59,11 +76,12 @@ def plan(
             norms = _known_norms(model)
     else:
         wanted = _parse_rotations(rotations)
-        mapping, norms = _roles(model, mappings, norms)
+        mapping, norms = _roles(model, mappings, norms, wanted)
         _check_roles(model, mapping, wanted)
         check_flag("randomize", randomize)
         config = spinquant_config(
             mapping,
+            norms,
             wanted,
             transform_type=transform_type,
             randomize=randomize,
@@ -80,11 +98,12 @@ def plan(
     result = resolve(model, config, norms, _parse_seed(seed), mapping, dtype)
     for site in result.sites:
         module = model.get_submodule(site.module)
-        check_loaded(site.module, module)
+        if not on_meta(model):
+            check_loaded(site.module, module)
         if site.location in ATTENTION_LOCATIONS:
             check_attention(site.module, module)
-        else:
-            check_linear(site.group, site.module, module)
+        elif site.location == "down_input":
+            check_experts(site.module, module)
     if not result.edits and not result.sites:
         raise ValueError(
             f"transform_config describes no transform: {', '.join(config.config_groups)} names no "
@@ -159,6 +178,11 @@ def apply(
         norm_mappings=norm_mappings,
         transform_config=transform_config,
     )
+    if on_meta(model):
+        raise ValueError(
+            f"the weights of {type(model).__name__} are on the meta device (not loaded, or "
+            "offloaded); load the whole model into memory before rotating it"
+        )
     written = [model.get_parameter(name) for name in made.parameters]
     with Journal.of(written, undo) as journal:
         config = own_config(model, journal)
@@ -202,13 +226,42 @@ def _roles(
     model: PreTrainedModel,
     mappings: Mapping | MappingABC[str, Any] | None,
     norms: tuple[NormMapping, ...] | None,
+    wanted: Sequence[str],
 ) -> tuple[Mapping, tuple[NormMapping, ...]]:
-    if mappings is None:
-        row = find_architecture(model.config.model_type)
-        return row.mapping, row.norms if norms is None else norms
-    if norms is None:
-        norms = _known_norms(model)
-    return as_mapping(mappings), norms
+    if mappings is not None:
+        return as_mapping(mappings), _known_norms(model) if norms is None else norms
+    row = find_architecture(model.config)
+    for name in wanted:
+        if name in row.refuses:
+            rest = [other for other in wanted if other not in row.refuses]
+            way = f"; leave it out, rotations={tuple(rest)!r} works" if rest else ""
+            raise UnsupportedRotationError(
+                f"{name} of {type(model).__name__}: {row.refuses[name]}{way}"
+            )
+    row = _present(model, row)
+    return row.mapping, row.norms if norms is None else norms
+
+
+def _present(model: PreTrainedModel, row: Architecture) -> Architecture:
+    """A row of the table without the patterns that name nothing in this model."""
+    mapping = row.mapping
+
+    def kept(patterns: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(p for p in patterns if find_holders(model, (p,), missing_ok=True))
+
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    roles: dict[str, Any] = {
+        field.name: kept(getattr(mapping, field.name))
+        for field in fields(mapping)
+        if field.type == Patterns
+    }
+    ignore = tuple(u for u in mapping.ignore if any(matches(name, u.pattern) for name in names))
+    norms = tuple(
+        replace(norm, linears=kept(norm.linears))
+        for norm in row.norms
+        if kept(norm.linears) and (norm.norm is None or kept((norm.norm,)))
+    )
+    return replace(row, mapping=replace(mapping, **roles, ignore=ignore), norms=norms)
 
 
 def _parse_norms(value: Sequence[Any] | None) -> tuple[NormMapping, ...] | None:
@@ -220,12 +273,24 @@ def _parse_norms(value: Sequence[Any] | None) -> tuple[NormMapping, ...] | None:
 
 
 def _check_roles(model: PreTrainedModel, mapping: Mapping, wanted: Sequence[str]) -> None:
-    """What only makes sense for R1 to R4: a head, and value heads that fit together."""
-    if "R1" in wanted and not find_modules(model, mapping.lm_head, missing_ok=True):
+    """What only makes sense for R1 to R4: places to act, a head, value heads that fit together."""
+    places = {
+        "R1": ("embedding", mapping.embedding),
+        "R2": ("attn_o", mapping.attn_o),
+        "R3": ("attn", mapping.attn),
+        "R4": ("mlp_out", mapping.mlp_out),
+    }
+    for name in wanted:
+        role, patterns = places[name]
+        if not patterns:
+            raise UnsupportedRotationError(
+                f"{name} has no place in {type(model).__name__}: no module has the role {role}"
+            )
+    if "R1" in wanted and not find_sites(model, mapping.lm_head, missing_ok=True):
         whole = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model.config.model_type, "the causal model")
         raise NoMatchError(
             f"R1 rotates the residual stream from the embedding to the head, but no module of "
-            f"{type(model).__name__} matches lm_head {', '.join(mapping.lm_head)!r}; pass {whole}"
+            f"{type(model).__name__} has the role lm_head; pass {whole}"
         )
     if "R2" in wanted:
         check_heads(model, mapping, head_dim_of(model, mapping))
@@ -233,7 +298,7 @@ def _check_roles(model: PreTrainedModel, mapping: Mapping, wanted: Sequence[str]
 
 def _known_norms(model: PreTrainedModel) -> tuple[NormMapping, ...]:
     try:
-        return find_architecture(model.config.model_type).norms
+        return _present(model, find_architecture(model.config)).norms
     except ValueError:
         return ()
 
@@ -244,8 +309,11 @@ def _block_sizes(
     wanted: Sequence[str],
     block_size: int | MappingABC[str, int] | None,
 ) -> dict[str, int | None]:
-    head_dim = head_dim_of(model, mapping) if {"R2", "R3"}.intersection(wanted) else None
-    sizes: dict[str, int | None] = {"R1": None, "R2": head_dim, "R3": head_dim, "R4": None}
+    sizes: dict[str, int | None] = dict.fromkeys(ROTATIONS)
+    if "R2" in wanted:
+        sizes["R2"] = head_dim_of(model, mapping)
+    if "R3" in wanted:
+        sizes["R3"] = head_dim_of(model, mapping, KEY_NAMES)
     if isinstance(block_size, MappingABC):
         given = {str(name).upper(): size for name, size in block_size.items()}
         if len(given) < len(block_size):
@@ -266,7 +334,8 @@ def _block_sizes(
             raise TypeError(f"block_size of {name} must be an int, got {size!r}")
         if size < 1:
             raise ValueError(f"block_size of {name} must be positive, got {size}")
-        if name in ("R2", "R3") and head_dim is not None and head_dim % size:
+        head_dim = sizes[name]
+        if head_dim is not None and head_dim % size:
             raise ValueError(f"block_size={size} of {name} does not divide head_dim {head_dim}")
         sizes[name] = size
     return sizes

@@ -5,6 +5,8 @@ import inspect
 import torch
 from torch import Tensor, nn
 
+from fastrot.mapping import NormKind
+
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -109,56 +111,66 @@ def check_overlaps(model: nn.Module, names: tuple[str, ...]) -> None:
             last = (device, end, name)
 
 
-def check_norm(name: str, module: nn.Module, offset: float) -> None:
-    """Refuse a norm that is not ``x / rms(x) · (weight + offset)``, by trying it on two vectors.
+def check_norm(name: str, module: nn.Module, offset: float, kind: NormKind, width: int) -> None:
+    """Refuse a norm that is not what its mapping says, by trying it on two vectors.
 
-    Centring (LayerNorm) does not commute with a rotation, and folding with the wrong offset
-    changes the model: neither shows in a module's name.
+    ``rms`` is ``x / rms(x) · (weight + offset)``; ``layer`` takes the mean from ``x`` before and
+    adds a bias behind; either may lack its parameters. Neither the kind nor the offset shows in a
+    module's name, and folding with the wrong one changes the model.
+
+    Args:
+        name: of the module.
+        module: the norm.
+        offset: what it adds to its weight.
+        kind: ``rms`` or ``layer``.
+        width: size of its input.
     """
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, nn.Parameter) or weight.dim() != 1:
-        raise ValueError(f"{name} ({type(module).__name__}) has no parameter 'weight' to fold")
-    if getattr(module, "bias", None) is not None:
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+    plain = isinstance(weight, nn.Parameter) and weight.shape == (width,)
+    if (weight is not None and not plain) or any(m is not module for m in module.modules()):
         raise ValueError(
-            f"{name} ({type(module).__name__}) has a bias: R1 needs an RMSNorm without one; "
-            "leave R1 out for this model"
+            f"{name} ({type(module).__name__}) is no norm with a parameter 'weight' of size "
+            f"{width}, or none at all; correct NormMapping.norm"
         )
-    check_parameter(f"{name}.weight", weight)
+    if bias is not None and (kind == "rms" or weight is None):
+        raise ValueError(
+            f"{name} ({type(module).__name__}) has a bias, so it is no RMSNorm; say kind='layer' "
+            "in its NormMapping if it centres, or leave R1 out for this model"
+        )
+    if weight is None:
+        weight, offset = torch.ones(width), 0.0
+    else:
+        check_parameter(f"{name}.weight", weight)
     generator = torch.Generator().manual_seed(0)
     x = 1.0 + 3.0 * torch.randn(2, weight.numel(), generator=generator, device="cpu")
     with torch.no_grad():
         # The class's forward, so that no hook of the user runs.
         got = type(module).forward(module, x.to(weight.device, weight.dtype)).double().cpu()
-    expected = torch.nn.functional.normalize(x.double(), dim=-1) * weight.numel() ** 0.5
-    expected = expected * (weight.detach().double().cpu() + offset)
+    x, gamma = x.double(), weight.detach().double().cpu() + offset
+    if kind == "layer":
+        x = x - x.mean(-1, keepdim=True)
+    expected = torch.nn.functional.normalize(x, dim=-1) * weight.numel() ** 0.5 * gamma
+    if bias is not None:
+        expected = expected + bias.detach().double().cpu()
     error = float((got - expected).norm() / expected.norm().clamp_min(1e-30))
     if not error < 1.5 * torch.finfo(weight.dtype).eps + 1e-4:
+        form = "(x - mean(x)) / std(x)" if kind == "layer" else "x / rms(x)"
         raise ValueError(
-            f"{name} ({type(module).__name__}) does not compute x / rms(x) · (weight + {offset:g}) "
-            f"(off by {error:.1%}): it centres its input or has another offset; correct "
-            "NormMapping.offset, or leave R1 out for this model"
+            f"{name} ({type(module).__name__}) does not compute {form} · (weight + {offset:g}) "
+            f"(off by {error:.1%}): it centres or does not, or has another offset; correct "
+            "NormMapping.offset or kind, or leave R1 out for this model"
         )
+    if bias is not None:
+        _check_foldable(name, bias.detach().double().cpu() / gamma, bias.dtype)
 
 
-def check_linear(group: str, name: str, module: nn.Module) -> None:
-    """Refuse what is no plain linear or embedding: one whose parameters are weight and bias."""
-    if not isinstance(module, (nn.Linear, nn.Embedding)):
+def _check_foldable(name: str, quotient: Tensor, dtype: torch.dtype) -> None:
+    """The bias divided by the weight must be a number of the storage dtype, however rotated."""
+    if not float(quotient.norm()) < torch.finfo(dtype).max:
+        channel = int(quotient.abs().nan_to_num(torch.inf).argmax())
         raise ValueError(
-            f"{group}: {name} is a {type(module).__name__}; fused rotations act on nn.Linear "
-            "and nn.Embedding"
-        )
-    for attribute in ("weight", "bias"):
-        value = getattr(module, attribute, None)
-        if value is not None and module._parameters.get(attribute) is None:
-            raise ValueError(
-                f"{group}: {name} has a {attribute!r} that is no parameter (quantized or "
-                "parametrized?); rotate the plain model first"
-            )
-    further = [n for n, _ in module.named_parameters() if n not in ("weight", "bias")]
-    if further:
-        raise ValueError(
-            f"{group}: {name} ({type(module).__name__}) has further parameters, "
-            f"{', '.join(further)}, which are not rotated (an adapter?); merge them first"
+            f"{name} has a bias and a weight of (almost) zero at channel {channel}: its bias can't "
+            "be folded; leave R1 out for this model"
         )
 
 

@@ -11,28 +11,57 @@ from fastrot.transform_config import TransformConfig
 
 
 @dataclass(frozen=True)
+class Part:
+    """The last ``size`` entries of each of ``groups`` equal parts of a dimension."""
+
+    groups: int
+    size: int
+
+    def pieces(self, length: int) -> Iterator[tuple[slice, bool]]:
+        """All slices of a dimension of this length, and whether they belong to the part."""
+        each = length // self.groups
+        for start in range(0, length, each):
+            middle = start + each - self.size
+            if middle > start:
+                yield slice(start, middle), False
+            yield slice(middle, start + each), True
+
+
+@dataclass(frozen=True)
 class Scale:
-    """Multiply a parameter along one dimension by a norm's ``weight + offset``."""
+    """Multiply a parameter along one dimension by a norm's ``weight + offset``, or divide by it."""
 
     dim: int
     norm: str
     offset: float
+    inverse: bool = False
 
     def __str__(self) -> str:
-        return f"· {self.norm}" + (f" + {self.offset:g}" if self.offset else "")
+        factor = f"({self.norm} + {self.offset:g})" if self.offset else self.norm
+        return f"{'/' if self.inverse else '·'} {factor}"
 
 
 @dataclass(frozen=True)
 class Rotate:
-    """Multiply the vectors along one dimension of a parameter by a rotation: ``v → v Q``."""
+    """Multiply the vectors along one dimension of a parameter by a rotation: ``v → v Q``.
+
+    Attributes:
+        dim: where the vectors lie.
+        rotation: ``Q``.
+        inverse: use the transpose.
+        group: name of the scheme it comes from.
+        part: only these entries of the dimension; None for all.
+    """
 
     dim: int
     rotation: Rotation
     inverse: bool
     group: str
+    part: Part | None = None
 
     def __str__(self) -> str:
-        return f"{self.group}{'ᵀ' if self.inverse else ''} dim {self.dim} ({self.rotation})"
+        values = "" if self.part is None else f"[values of {self.part.groups}]"
+        return f"{self.group}{'ᵀ' if self.inverse else ''} dim {self.dim}{values} ({self.rotation})"
 
 
 @dataclass(frozen=True)
@@ -66,7 +95,8 @@ class OnlineSite:
 
     Attributes:
         module: full name of the module.
-        location: ``input``, ``output``, ``q_attn`` or ``k_cache``.
+        location: ``input``, ``output``, ``q_attn``, ``k_cache``, or ``down_input``: what goes into
+            the down projections of stacked experts.
         rotation: acts on the last dimension.
         inverse: use the transpose.
         group: name of the scheme it comes from.

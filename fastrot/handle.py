@@ -27,7 +27,8 @@ class Handle:
 
     def remove(self) -> None:
         """Take the online rotations of this application off, see :func:`fastrot.remove`."""
-        remove(self.model, list(dict.fromkeys(site.group for site in self.plan.sites)))
+        groups = dict.fromkeys(site.group for site in self.plan.sites if site.group != "R1")
+        remove(self.model, list(groups))
 
     def __str__(self) -> str:
         return str(self.plan)

@@ -1,18 +1,21 @@
-"""Patterns of module names: a full name, ``re:`` and a regular expression, or a class name."""
+"""Patterns of names: a full name, ``re:`` and a regular expression, or a module's class name."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
+from typing import TypeVar
 
 from torch import nn
+
+T = TypeVar("T")
 
 
 class NoMatchError(ValueError):
     """A pattern that names nothing in the model."""
 
 
-def matches(name: str, pattern: str, module: nn.Module | None = None) -> bool:
-    """Whether a pattern names the module (or the parameter, without ``module``) ``name``.
+def matches(name: str, pattern: str, thing: object = None) -> bool:
+    """Whether a pattern names the module (or the parameter, without ``thing``) ``name``.
 
     Raises:
         ValueError: the regular expression does not compile.
@@ -24,7 +27,8 @@ def matches(name: str, pattern: str, module: nn.Module | None = None) -> bool:
             raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from None
     if name == pattern:
         return True
-    return module is not None and any(c.__name__ == pattern for c in type(module).__mro__[:-2])
+    classes = type(thing).__mro__[:-2] if isinstance(thing, nn.Module) else ()
+    return any(c.__name__ == pattern for c in classes)
 
 
 def find_modules(
@@ -46,17 +50,47 @@ def find_modules(
         NoMatchError: one of the patterns names nothing.
     """
     modules = {name: module for name, module in model.named_modules() if name}
+    return _find(model, modules, patterns, ignore, missing_ok)
+
+
+def find_holders(
+    model: nn.Module,
+    patterns: Iterable[str],
+    ignore: Iterable[str] = (),
+    *,
+    missing_ok: bool = False,
+) -> dict[str, nn.Module | nn.Parameter]:
+    """As :func:`find_modules`, and bare parameters: those whose module the patterns do not name."""
+    patterns = tuple(patterns)
+    things: dict[str, nn.Module | nn.Parameter] = {}
+    for owner, module in model.named_modules():
+        named = any(matches(owner, pattern, module) for pattern in patterns)
+        if owner:
+            things[owner] = module
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if not named and parameter is not None:
+                things[f"{owner}.{leaf}" if owner else leaf] = parameter
+    return _find(model, things, patterns, ignore, missing_ok)
+
+
+def _find(
+    model: nn.Module,
+    things: Mapping[str, T],
+    patterns: Iterable[str],
+    ignore: Iterable[str],
+    missing_ok: bool,
+) -> dict[str, T]:
     found = set()
     for pattern in patterns:
-        names = {name for name, module in modules.items() if matches(name, pattern, module)}
+        names = {name for name, thing in things.items() if matches(name, pattern, thing)}
         if not names and not missing_ok:
-            raise NoMatchError(no_match_message(model, pattern, modules))
+            raise NoMatchError(no_match_message(model, pattern, things))
         found |= names
     ignored = tuple(ignore)
     return {
-        name: module
-        for name, module in modules.items()
-        if name in found and not any(matches(name, pattern, module) for pattern in ignored)
+        name: thing
+        for name, thing in things.items()
+        if name in found and not any(matches(name, pattern, thing) for pattern in ignored)
     }
 
 

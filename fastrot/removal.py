@@ -20,15 +20,16 @@ def remove(model: PreTrainedModel, groups: str | Iterable[str] | None = None) ->
     """Take online rotations off a model; it goes on computing the same function.
 
     R3 has no counterpart in the weights and leaves without a trace. R4 has one: the down
-    projections are rotated back, which rounds them once more. R1 and R2 stay fused.
+    projections are rotated back, which rounds them once more. R1 and R2 stay fused; where R1 has
+    an online part, behind the norms that write into the residual stream, it stays as well.
 
     Args:
         model: rotated by :func:`fastrot.apply`, or loaded from such a checkpoint.
         groups: names of the rotations to take off, for example ``"R4"``; default, all that are
-            online.
+            online but R1.
 
     Raises:
-        ValueError: a group that is not online on this model, whose rotation on the model is not
+        ValueError: a group that is not online on this model, R1, one whose rotation is not
             the recorded one, or whose weights were rotated on the same side again by another one,
             so that it can't be undone alone. The model is untouched after any exception.
     """
@@ -40,12 +41,18 @@ def remove(model: PreTrainedModel, groups: str | Iterable[str] | None = None) ->
     online = [name for name, plan in plans if plan.sites]
     given = (groups,) if isinstance(groups, str) else groups
     by_case = {name.upper(): name for name in online}
-    wanted = online if given is None else [by_case.get(name.upper(), name) for name in given]
+    removable = [name for name in online if name != "R1"]
+    wanted = removable if given is None else [by_case.get(name.upper(), name) for name in given]
+    if "R1" in online and "R1" in wanted:
+        raise ValueError(
+            "R1 is fused into the weights and folded with the norms; its online part can't leave "
+            "alone. Start from the original weights"
+        )
     missing = [name for name in wanted if name not in online]
     if missing or not wanted:
         what = f"{' and '.join(missing)} is not" if missing else "no rotation is"
         raise ValueError(
-            f"{what} online on this {type(model).__name__} (online: {', '.join(online) or 'none'})"
+            f"{what} online on this {type(model).__name__} (online: {', '.join(removable) or 'none'})"
         )
     _check_commutes(plans, wanted)
     for name, plan in plans:

@@ -1,19 +1,22 @@
 """Mapping, configuration and model → :class:`~fastrot.edits.Plan`. Reads, never writes."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from fastrot.checks import check_linear, check_norm, check_overlaps, check_parameter
+from fastrot.checks import check_norm, check_overlaps, check_parameter
+from fastrot.coverage import check_coverage, check_one_stream, some
 from fastrot.edits import NormReset, OnlineSite, Plan, Rotate, Scale, WeightEdit
+from fastrot.heads import KEY_NAMES, head_size, value_part
 from fastrot.mapping import Mapping, NormMapping
-from fastrot.patterns import NoMatchError, find_modules, matches, no_match_message
+from fastrot.patterns import find_modules
 from fastrot.rotation import Rotation
+from fastrot.sites import Site, find_sites
 from fastrot.transform_config import (
     ATTENTION_LOCATIONS,
     FUSED_LOCATIONS,
@@ -23,8 +26,21 @@ from fastrot.transform_config import (
 )
 
 
-class UncoveredParameterError(ValueError):
-    """Parameters of which the mapping does not say what they do with the residual stream."""
+@dataclass
+class _Steps:
+    """What happens to each parameter, while it is being worked out.
+
+    Attributes:
+        scales: parameter → norms that are folded into it.
+        rotates: parameter → its rotations.
+        inputs: name of a reader → the fused rotations of its input.
+        resets: norms that become scale-free.
+    """
+
+    scales: dict[str, tuple[Scale, ...]] = field(default_factory=dict)
+    rotates: dict[str, tuple[Rotate, ...]] = field(default_factory=lambda: defaultdict(tuple))
+    inputs: dict[str, tuple[Rotate, ...]] = field(default_factory=lambda: defaultdict(tuple))
+    resets: list[NormReset] = field(default_factory=list)
 
 
 def resolve(
@@ -37,8 +53,11 @@ def resolve(
 ) -> Plan:
     """The plan of a configuration.
 
+    A model that lies on the meta device as a whole is planned by its shapes; nothing is known of
+    its values then.
+
     Args:
-        model: any decoder whose linears are ``nn.Linear``.
+        model: any decoder.
         config: the rotations.
         norms: the norms that are folded into a reader once a fused rotation acts on its input.
         seed: of random rotations.
@@ -48,31 +67,40 @@ def resolve(
     Raises:
         ValueError: anything that can't be done, naming the thing, its value and the way out.
     """
-    rotates = _fused_steps(model, config, seed)
-    scales, resets = _norm_steps(model, config, norms)
+    loaded = not on_meta(model)
+    sites = resolve_online(model, config, seed)
+    steps = _Steps()
+    _rotate_sites(model, config, seed, steps)
+    online = {
+        name
+        for *_, args in _places(config, online=True)
+        if args.location == "input"
+        for name in find_sites(model, args.targets, args.ignore)
+    }
+    _fold_norms(model, norms, online, steps, loaded)
     edits = [
         WeightEdit(
             parameter=name,
-            steps=(*scales.get(name, ()), *rotates.get(name, ())),
+            steps=(*steps.scales.get(name, ()), *steps.rotates.get(name, ())),
             dtype=dtype,
         )
         for name, _ in model.named_parameters(remove_duplicate=False)
-        if name in rotates or name in scales
+        if name in steps.rotates or name in steps.scales
     ]
-    sites = resolve_online(model, config, seed)
     if mapping is not None and "R1" in config.config_groups:
-        _check_one_stream(edits)
-        _check_coverage(model, mapping, norms, edits)
+        check_one_stream(edits, sites)
+        check_coverage(model, mapping, norms)
     edits = _untie(model, mapping, edits)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    names = (*(e.parameter for e in edits), *(r.parameter for r in resets))
-    for name in names:
-        check_parameter(name, parameters[name])
-    check_overlaps(model, names)
+    names = (*(e.parameter for e in edits), *(r.parameter for r in steps.resets))
+    if loaded:
+        for name in names:
+            check_parameter(name, parameters[name])
+        check_overlaps(model, names)
     return Plan(
         model_class=type(model).__name__,
         edits=tuple(edits),
-        resets=tuple(resets),
+        resets=tuple(steps.resets),
         sites=tuple(sites),
         transform_config=config,
         seed=seed,
@@ -80,21 +108,25 @@ def resolve(
     )
 
 
+def on_meta(model: nn.Module) -> bool:
+    """Whether no weight is in memory, so that a model has shapes only."""
+    return all(parameter.is_meta for parameter in model.parameters())
+
+
 def resolve_online(model: PreTrainedModel, config: TransformConfig, seed: int) -> list[OnlineSite]:
     """The online part alone; needs the names and sizes of modules, no weights."""
-    sites = []
-    for group, scheme, args, name, module in _places(model, config, online=True):
-        size = _online_size(name, module, args.location)
-        sites.append(
-            OnlineSite(
-                module=name,
-                location=args.location,
-                rotation=_rotation(group, scheme, name, size, seed),
-                inverse=args.inverse,
-                group=group,
-                dtype=scheme.precision,
-            )
+    sites = [
+        OnlineSite(
+            module=module,
+            location=location,
+            rotation=_rotation(group, scheme, module, size, seed),
+            inverse=args.inverse,
+            group=group,
+            dtype=scheme.precision,
         )
+        for group, scheme, args in _places(config, online=True)
+        for module, location, size in _online_places(model, group, args)
+    ]
     taken: dict[tuple[str, str], str] = {}
     for site in sites:
         other = taken.setdefault((site.module, site.location), site.group)
@@ -106,55 +138,92 @@ def resolve_online(model: PreTrainedModel, config: TransformConfig, seed: int) -
     return sites
 
 
-def head_dim_of(model: PreTrainedModel, mapping: Mapping) -> int:
-    """Size of one value head: the mapping's, the attention module's or the configuration's.
+def _places(
+    config: TransformConfig, online: bool
+) -> Iterator[tuple[str, TransformScheme, TransformArgs]]:
+    for group, scheme in config.config_groups.items():
+        for args in scheme.apply:
+            if (args.location not in FUSED_LOCATIONS) == online:
+                yield group, scheme, args
 
-    Raises:
-        ValueError: none of them has it, or layers differ.
-    """
-    if mapping.attn_head_dim is not None:
-        return mapping.attn_head_dim
-    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    found = {
-        getattr(module, "head_dim", None) or getattr(config, "head_dim", None)
-        for module in find_modules(model, mapping.attn).values()
-    }
-    if len(found) != 1 or not isinstance(size := found.pop(), int):
+
+def _online_places(
+    model: PreTrainedModel, group: str, args: TransformArgs
+) -> Iterator[tuple[str, str, int]]:
+    """Module, location and size of every place that ``args`` name."""
+    if args.location in ATTENTION_LOCATIONS:
+        config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+        for name, module in find_modules(model, args.targets, args.ignore).items():
+            size = head_size(module, config, KEY_NAMES)
+            if size is None:
+                raise ValueError(f"{name} ({type(module).__name__}) has no head_dim to rotate")
+            yield name, args.location, size
+        return
+    if args.location == "output":
+        for name, module in find_modules(model, args.targets, args.ignore).items():
+            yield name, "output", _output_size(group, name, module)
+        return
+    for name, site in find_sites(model, args.targets, args.ignore, group=group).items():
+        if site.input is None:
+            raise ValueError(f"{group}: {name} is an embedding, it has no input to rotate")
+        size = site.shape[site.input]
+        if not site.is_bare:
+            yield name, "input", size
+        elif len(site.shape) == 3 and name.endswith(".down_proj"):
+            yield name.rpartition(".")[0], "down_input", size
+        else:
+            raise ValueError(
+                f"{group}: {name} is a bare parameter, the input of which no online transform can "
+                "reach"
+            )
+
+
+def _output_size(group: str, name: str, module: nn.Module) -> int:
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, nn.Parameter) and weight.dim() == 1:
+        return weight.numel()
+    size = getattr(module, "out_features", None)
+    if not isinstance(size, int):
         raise ValueError(
-            f"the head size of {type(model).__name__} is not one number ({found}); "
-            "set attn_head_dim in mappings"
+            f"{group}: {name} is a {type(module).__name__}; an output transform needs an "
+            "nn.Linear or a norm, whose size is known"
         )
     return size
 
 
-def _places(
-    model: PreTrainedModel, config: TransformConfig, online: bool
-) -> Iterable[tuple[str, TransformScheme, TransformArgs, str, nn.Module]]:
-    for group, scheme in config.config_groups.items():
-        for args in scheme.apply:
-            if (args.location not in FUSED_LOCATIONS) == online:
-                for name, module in find_modules(model, args.targets, args.ignore).items():
-                    yield group, scheme, args, name, module
-
-
-def _fused_steps(
-    model: PreTrainedModel, config: TransformConfig, seed: int
-) -> dict[str, tuple[Rotate, ...]]:
-    steps: dict[str, tuple[Rotate, ...]] = defaultdict(tuple)
-    for group, scheme, args, name, module in _places(model, config, online=False):
-        check_linear(group, name, module)
-        dim = 1 if args.location == "weight_input" else 0
-        if isinstance(module, nn.Embedding):
-            if dim == 1:
+def _rotate_sites(
+    model: PreTrainedModel, config: TransformConfig, seed: int, steps: _Steps
+) -> None:
+    for group, scheme, args in _places(config, online=False):
+        bare = args.rows == "transposed"
+        found = find_sites(model, args.targets, args.ignore, group=group, transposed=bare)
+        for name, site in found.items():
+            outwards = args.location == "weight_output"
+            dim = site.output if outwards else site.input
+            if dim is None:
                 raise ValueError(f"{group}: {name} is an embedding, it has no weight_input")
-            dim = 1
-        size = model.get_parameter(f"{name}.weight").shape[dim]
-        rotation = _rotation(group, scheme, name, size, seed)
-        inverse = args.inverse != (args.location == "weight_input")
-        steps[f"{name}.weight"] += (Rotate(dim, rotation, inverse, group),)
-        if args.location == "weight_output" and getattr(module, "bias", None) is not None:
-            steps[f"{name}.bias"] += (Rotate(0, rotation, inverse, group),)
-    return steps
+            part = None
+            if outwards and args.rows not in ("all", "transposed"):
+                part = value_part(model, site, args.rows)
+            size = site.shape[dim] if part is None else part.size
+            rotation = _rotation(group, scheme, name, size, seed)
+            inverse = args.inverse if outwards else not args.inverse
+            step = Rotate(dim, rotation, inverse, group, part)
+            _add(steps, site.weight, step)
+            if not outwards:
+                steps.inputs[name] += (step,)
+            elif site.bias is not None:
+                _add(steps, site.bias, replace(step, dim=max(len(site.shape) - 2, 0)))
+
+
+def _add(steps: _Steps, parameter: str, step: Rotate) -> None:
+    old = [s for s in steps.rotates[parameter] if s.dim == step.dim]
+    if old and (step.part or any(s.part for s in old)):
+        raise ValueError(
+            f"{old[0].group} and {step.group} act on the same dimension of {parameter}, one on "
+            "its values only; apply them one after the other"
+        )
+    steps.rotates[parameter] += (step,)
 
 
 def _rotation(group: str, scheme: TransformScheme, name: str, size: int, seed: int) -> Rotation:
@@ -176,39 +245,24 @@ def _layer(name: str) -> str:
     return ".".join(parts[max(index - 1, 0) : index + 1])
 
 
-def _online_size(name: str, module: nn.Module, location: str) -> int:
-    if location in ATTENTION_LOCATIONS:
-        size = getattr(module, "head_dim", None)
-        if not isinstance(size, int):
-            raise ValueError(f"{name} ({type(module).__name__}) has no head_dim to rotate")
-        return size
-    attribute = "in_features" if location == "input" else "out_features"
-    size = getattr(module, attribute, None)
-    if not isinstance(size, int):
-        raise ValueError(
-            f"{location} transform: {name} ({type(module).__name__}) is no nn.Linear, "
-            "so the size of the rotation is unknown"
-        )
-    return size
-
-
-def _norm_steps(
-    model: PreTrainedModel, config: TransformConfig, norms: Sequence[NormMapping]
-) -> tuple[dict[str, tuple[Scale, ...]], list[NormReset]]:
+def _fold_norms(
+    model: PreTrainedModel,
+    norms: Sequence[NormMapping],
+    online: set[str],
+    steps: _Steps,
+    loaded: bool,
+) -> None:
     """Fold every norm of which at least one reader's input is rotated by a fused transform."""
-    online = {
-        name for *_, args, name, _ in _places(model, config, True) if args.location == "input"
-    }
-    rotated = {
-        name
-        for *_, args, name, _ in _places(model, config, False)
-        if args.location == "weight_input" and name not in online
-    }
-    scales: dict[str, tuple[Scale, ...]] = {}
-    resets = []
+    rotated = {name for name in steps.inputs if name not in online}
     for mapping in norms:
-        readers = find_modules(model, mapping.linears, missing_ok=True)
-        if mapping.norm is None or not rotated.intersection(readers):
+        readers = find_sites(model, mapping.linears, missing_ok=True)
+        touched = rotated.intersection(readers)
+        if not touched:
+            continue
+        if mapping.kind == "layer":
+            for name in sorted(touched):
+                _check_centred(name, steps.inputs[name])
+        if mapping.norm is None:
             continue
         found = find_modules(model, (mapping.norm,))
         norm_of = {reader: _nearest(reader, found) for reader in readers}
@@ -218,17 +272,52 @@ def _norm_steps(
                 raise ValueError(f"norm {norm} feeds none of {', '.join(mapping.linears)}")
             if not rotated.intersection(own):
                 continue
-            check_norm(norm, module, mapping.offset)
+            if loaded:
+                check_norm(norm, module, mapping.offset, mapping.kind, _width(readers[own[0]]))
+            if getattr(module, "weight", None) is None:
+                continue
             for reader in own:
-                weight = f"{reader}.weight"
-                if weight in scales:
+                site = readers[reader]
+                turns = steps.inputs.get(reader)
+                dim = turns[0].dim if turns else site.input
+                if dim is None:
+                    raise ValueError(f"{reader} is an embedding and can't read the norm {norm}")
+                if site.weight in steps.scales:
                     raise ValueError(
-                        f"{reader} reads two norms, {scales[weight][0].norm} and {norm}.weight; "
-                        "give it one in norm_mappings"
+                        f"{reader} reads two norms, {steps.scales[site.weight][0].norm} and "
+                        f"{norm}.weight; give it one in norm_mappings"
                     )
-                scales[weight] = (Scale(1, f"{norm}.weight", mapping.offset),)
-            resets.append(NormReset(f"{norm}.weight", 1.0 - mapping.offset))
-    return scales, resets
+                scale = Scale(dim, f"{norm}.weight", mapping.offset)
+                steps.scales[site.weight] = (scale,)
+            if getattr(module, "bias", None) is not None:
+                _fold_bias(norm, mapping.offset, own, steps)
+            steps.resets.append(NormReset(f"{norm}.weight", 1.0 - mapping.offset))
+
+
+def _width(reader: Site) -> int:
+    return reader.shape[-1 if reader.input is None else reader.input]
+
+
+def _check_centred(name: str, turns: Sequence[Rotate]) -> None:
+    for turn in turns:
+        if not turn.rotation.fixes_ones:
+            raise ValueError(
+                f"{turn.group}: {name} reads a LayerNorm, which centres; only a rotation with "
+                "fixes_ones commutes with it"
+            )
+
+
+def _fold_bias(norm: str, offset: float, readers: Sequence[str], steps: _Steps) -> None:
+    """``β → (β / γ) Q``: the readers take the scale, and read the bias through it."""
+    turns = {
+        tuple(replace(turn, dim=0) for turn in steps.inputs.get(reader, ())) for reader in readers
+    }
+    if len(turns) != 1:
+        raise ValueError(
+            f"{norm} has a bias, so all its readers must be rotated alike: {some(readers)}"
+        )
+    steps.scales[f"{norm}.bias"] = (Scale(0, f"{norm}.weight", offset, inverse=True),)
+    steps.rotates[f"{norm}.bias"] += turns.pop()
 
 
 def _nearest(reader: str, norms: Iterable[str]) -> str:
@@ -238,7 +327,7 @@ def _nearest(reader: str, norms: Iterable[str]) -> str:
         norms = [n for n in norms if _layer(n) == layer or not _layer(n).split(".")[-1].isdigit()]
         if not norms:
             raise ValueError(
-                f"no norm in the layer of {reader} (norm_mappings names {_some(everywhere)}); "
+                f"no norm in the layer of {reader} (norm_mappings names {some(everywhere)}); "
                 "give it its own"
             )
     pairs = {norm: zip(norm.split("."), parts, strict=False) for norm in norms}
@@ -250,83 +339,6 @@ def _nearest(reader: str, norms: Iterable[str]) -> str:
             f"{reader} could read {nearest[0]} or {nearest[1]}; make the norm pattern narrower"
         )
     return nearest[0]
-
-
-def _check_one_stream(edits: Iterable[WeightEdit]) -> None:
-    sizes: dict[int, str] = {}
-    for edit in edits:
-        for step in edit.steps:
-            if isinstance(step, Rotate) and step.group == "R1":
-                sizes.setdefault(step.rotation.size, edit.parameter)
-    if len(sizes) > 1:
-        (a, first), (b, second), *_ = sizes.items()
-        raise ValueError(
-            f"R1 must act on one residual stream, but {first} has size {a} and {second} {b} there"
-        )
-
-
-def _check_coverage(
-    model: PreTrainedModel,
-    mapping: Mapping,
-    norms: Sequence[NormMapping],
-    edits: Iterable[WeightEdit],
-) -> None:
-    """Every parameter is rotated, a folded norm, the bias of a reader, or explicitly ignored."""
-    edited = {e.parameter for e in edits if any(isinstance(s, Rotate) for s in e.steps)}
-    folded = {s.norm for edit in edits for s in edit.steps if isinstance(s, Scale)}
-    fed = {name for m in norms for name in find_modules(model, m.linears)}
-    readers = find_modules(
-        model,
-        (*mapping.attn_q, *mapping.attn_k, *mapping.attn_v, *mapping.mlp_in, *mapping.lm_head),
-    )
-    without = sorted(set(readers) - fed)
-    if without:
-        raise UncoveredParameterError(
-            f"no norm mapping feeds {_some(without)}; name its norm in norm_mappings "
-            "(NormMapping(norm=None, …) if it reads the stream as it is)"
-        )
-    biases = {f"{name}.bias" for name in readers}
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    for pattern in mapping.ignore:
-        if not any(matches(name, pattern) for name in names):
-            raise NoMatchError(no_match_message(model, pattern, names))
-    known = edited | folded | biases
-    leftover = [
-        name
-        for name in names
-        if name not in known and not any(matches(name, pattern) for pattern in mapping.ignore)
-    ]
-    if leftover:
-        raise UncoveredParameterError(
-            f"the mapping does not say how {_some(leftover)} of {type(model).__name__} meets the "
-            "residual stream; add it to a role or, if it does not, to Mapping.ignore"
-        )
-
-
-def check_heads(model: PreTrainedModel, mapping: Mapping, head_dim: int) -> None:
-    """Refuse R2 unless every attention block has one value and one output projection to rotate."""
-    blocks = find_modules(model, mapping.attn)
-    values, outputs = find_modules(model, mapping.attn_v), find_modules(model, mapping.attn_o)
-    for block, module in blocks.items():
-        own = [[n for n in names if n.startswith(f"{block}.")] for names in (values, outputs)]
-        if [len(names) for names in own] != [1, 1]:
-            raise ValueError(
-                f"R2: {block} needs one attn_v and one attn_o in mappings, "
-                f"found {own[0]} and {own[1]}"
-            )
-        actual = getattr(module, "head_dim", head_dim)
-        if actual != head_dim:
-            raise ValueError(
-                f"R2: {block} has heads of size {actual}, mappings says attn_head_dim={head_dim}"
-            )
-    if len(values) != len(blocks) or len(outputs) != len(blocks):
-        stray = [n for n in (*values, *outputs) if n.rpartition(".")[0] not in blocks]
-        raise ValueError(f"R2: {_some(stray)} is in no attention block that attn names")
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return ", ".join(names[:4]) + more
 
 
 def _untie(

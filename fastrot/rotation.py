@@ -3,7 +3,7 @@
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -24,12 +24,19 @@ class Rotation:
     distributed uniformly over the orthogonal group (``random-matrix``; Stewart, "The efficient
     generation of random orthogonal matrices", 1980). The inverse is always the transpose.
 
+    With ``fixes_ones`` each block maps the all-ones vector to itself, so that the rotation commutes
+    with centring and thus with LayerNorm. It is ``S·H·D·Hᵀ·S/b`` then, where the signs ``S`` are
+    the first column of ``H``, which make ``S·H`` map the ones to a unit vector, and ``D`` are signs
+    that leave this one alone: fixed ones for ``hadamard``, seeded ones for ``random-hadamard``. A
+    ``random-matrix`` is uniform among the orthogonal matrices that fix the ones.
+
     Attributes:
         kind: one of the three above.
         size: order of ``Q``.
         block_size: order ``b`` of ``B``; None means ``size``.
         seed: the source of all randomness, together with ``label``.
         label: distinguishes rotations of one seed, for example ``"R2.model.layers.3"``.
+        fixes_ones: map the all-ones vector to itself.
 
     Raises:
         ValueError: an unknown kind, a block size that does not divide, or an order for which no
@@ -41,6 +48,7 @@ class Rotation:
     block_size: int | None = None
     seed: int = 0
     label: str = ""
+    fixes_ones: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -61,22 +69,40 @@ class Rotation:
     def operand(self) -> Tensor | None:
         """What defines the block besides its order, on the CPU.
 
-        None for ``hadamard``; the signs, ``(b,)`` int8, for ``random-hadamard``; the block itself,
-        ``(b, b)`` float64, for ``random-matrix``. The signs are bits of SHAKE-256 over seed, label
-        and order, so that no library version can change them; the random matrix comes from a QR
-        decomposition, whose last digits depend on the machine.
+        None for ``hadamard``, unless it fixes the ones; the signs ``D``, ``(b,)`` int8, for
+        ``random-hadamard``; the block itself, ``(b, b)`` float64, for ``random-matrix``. The signs
+        are bits of SHAKE-256 over seed, label and order, so that no library version can change
+        them; the random matrix comes from a QR decomposition, whose last digits depend on the
+        machine.
         """
         if self.kind == "hadamard":
-            return None
-        key = hashlib.shake_256(f"fastrot:{self.seed}:{self.label}:{self.block}".encode())
+            return self._signs("fixes-ones") if self.fixes_ones else None
+        name = f"{self.seed}:{self.label}"
         if self.kind == "random-hadamard":
-            digest = np.frombuffer(key.digest((self.block + 7) // 8), dtype=np.uint8)
-            bits = np.unpackbits(digest)[: self.block]
-            return torch.from_numpy(1 - 2 * bits.astype(np.int8))
-        generator = np.random.default_rng(int.from_bytes(key.digest(16), "little"))
-        gaussian = torch.from_numpy(generator.standard_normal((self.block, self.block)))
+            return self._signs(f"{name}:fixes-ones" if self.fixes_ones else name)
+        order = self.block - self.fixes_ones
+        generator = np.random.default_rng(int.from_bytes(self._key(name).digest(16), "little"))
+        gaussian = torch.from_numpy(generator.standard_normal((order, order)))
         q, r = torch.linalg.qr(gaussian)
-        return q * r.diagonal().sign()
+        q = q * r.diagonal().sign()
+        return _bordered(q) if self.fixes_ones else q
+
+    def _key(self, name: str) -> Any:
+        return hashlib.shake_256(f"fastrot:{name}:{self.block}".encode())
+
+    def _signs(self, name: str) -> Tensor:
+        digest = np.frombuffer(self._key(name).digest((self.block + 7) // 8), dtype=np.uint8)
+        signs = 1 - 2 * np.unpackbits(digest)[: self.block].astype(np.int8)
+        if self.fixes_ones:
+            signs[0] = 1
+        return torch.from_numpy(signs)
+
+    @cached_property
+    def column_signs(self) -> Tensor:
+        """The first column of the Hadamard matrix of order ``b``, ``(b,)`` int8."""
+        unit = torch.zeros(self.block, dtype=torch.float64)
+        unit[0] = 1
+        return hadamard_transform(unit, transpose=True).to(torch.int8)
 
     def apply(
         self,
@@ -109,15 +135,27 @@ class Rotation:
         if operand is None and self.operand is not None:
             operand = self.operand.to(x.device)
         if self.kind != "random-matrix":
-            return hadamard_transform(
-                x,
-                self.block**-0.5,
-                dim=dim,
-                block_size=self.block,
-                signs=operand,
-                transpose=inverse,
-                impl=impl,
-            )
+
+            def transform(x: Tensor, signs: Tensor | None, transpose: bool) -> Tensor:
+                return hadamard_transform(
+                    x,
+                    self.block**-0.5,
+                    dim=dim,
+                    block_size=self.block,
+                    signs=signs,
+                    transpose=transpose,
+                    impl=impl,
+                )
+
+            if not self.fixes_ones:
+                return transform(x, operand, inverse)
+            assert operand is not None
+            column = self.column_signs.to(x.device)
+            # The product is symmetric: its inverse is itself.
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            middle = transform(wide, column, False).movedim(dim, -1).unflatten(-1, (-1, self.block))
+            middle = (middle * operand.to(wide.dtype)).flatten(-2).movedim(-1, dim)
+            return transform(middle, column, True).to(x.dtype)
         assert operand is not None
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         matrix = operand.to(dtype)
@@ -133,11 +171,28 @@ class Rotation:
         else:
             block = torch.from_numpy(hadamard_matrix(self.block)).to(torch.float64)
             block = block * self.block**-0.5
-            if self.operand is not None:
+            if self.fixes_ones:
+                assert self.operand is not None
+                half = block[:, :1].sign() * block
+                block = (half * self.operand) @ half.T
+            elif self.operand is not None:
                 block = self.operand[:, None] * block
         return torch.block_diag(*[block] * (self.size // self.block)).to(dtype)
 
     def __str__(self) -> str:
         """Short form for tables, for example ``hadamard 2048`` or ``hadamard 32x64``."""
         blocks = self.size // self.block
-        return f"{self.kind} {self.size}" if blocks == 1 else f"{self.kind} {blocks}x{self.block}"
+        order = f"{self.size}" if blocks == 1 else f"{blocks}x{self.block}"
+        return f"{self.kind} {order}{', fixes ones' if self.fixes_ones else ''}"
+
+
+def _bordered(q: Tensor) -> Tensor:
+    """The orthogonal matrix that fixes the ones and acts as ``q`` on their complement."""
+    n = len(q) + 1
+    # The reflection that exchanges the first unit vector and the normalised ones.
+    v = torch.full((n,), -(n**-0.5), dtype=q.dtype)
+    v[0] += 1
+    if n > 1:
+        v /= v.norm()
+    reflection = torch.eye(n, dtype=q.dtype) - 2 * torch.outer(v, v)
+    return reflection @ torch.block_diag(torch.ones(1, 1, dtype=q.dtype), q) @ reflection

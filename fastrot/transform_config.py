@@ -15,17 +15,20 @@ location          where                    meaning
 ``weight_input``  fused                    W → W Tᵀ, so that (x T)(W Tᵀ)ᵀ = x Wᵀ
 ``weight_output`` fused                    W → Tᵀ W and b → b T, so that y → y T
 ================  =======================  =====================================
+
+Beyond that schema, and written only where needed, are ``rows`` of a place and ``fixes_ones`` of a
+scheme.
 """
 
 from collections.abc import Iterable, Sequence
 from collections.abc import Mapping as MappingABC
 from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 
 from fastrot.checks import check_flag
-from fastrot.mapping import Mapping, as_patterns
+from fastrot.mapping import Mapping, NormMapping, as_patterns
 from fastrot.rotation import KINDS
 
 FUSED_LOCATIONS = ("weight_input", "weight_output")
@@ -33,6 +36,7 @@ ATTENTION_LOCATIONS = ("q_attn", "k_cache")
 LOCATIONS = ("input", "output", *FUSED_LOCATIONS, *ATTENTION_LOCATIONS)
 ROTATIONS = ("R1", "R2", "R3", "R4")
 PRECISIONS = (torch.float64, torch.float32)
+Rows = Literal["all", "transposed", "qkv", "grouped", "latent"]
 
 
 @dataclass(frozen=True)
@@ -44,12 +48,15 @@ class TransformArgs:
         location: one of :data:`LOCATIONS`.
         inverse: use the transpose.
         ignore: patterns of modules that are left out of ``targets``.
+        rows: ``all``; ``transposed`` for bare matrices (in, out); otherwise only the values, see
+            ``Mapping.attn_v_rows``.
     """
 
     targets: tuple[str, ...]
     location: str
     inverse: bool = False
     ignore: tuple[str, ...] = ()
+    rows: Rows = "all"
 
     def __post_init__(self) -> None:
         for name in ("targets", "ignore"):
@@ -59,6 +66,8 @@ class TransformArgs:
         object.__setattr__(self, "location", location)
         if location not in LOCATIONS:
             raise ValueError(f"location {location!r} is not one of {', '.join(LOCATIONS)}")
+        if self.rows not in get_args(Rows):
+            raise ValueError(f"rows {self.rows!r} is not one of {', '.join(get_args(Rows))}")
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,7 @@ class TransformScheme:
     requires_grad: bool = False
     head_dim: int | None = None
     precision: torch.dtype = torch.float32
+    fixes_ones: bool = False
 
     def __post_init__(self) -> None:
         if self.type not in KINDS:
@@ -91,6 +101,7 @@ class TransformScheme:
             )
         object.__setattr__(self, "precision", parse_precision(self.precision))
         check_flag("randomize", self.randomize)
+        check_flag("fixes_ones", self.fixes_ones)
         size = self.head_dim
         if size is not None and (not isinstance(size, int) or isinstance(size, bool)):
             raise TypeError(f"head_dim must be an int or None, got {size!r}")
@@ -111,10 +122,15 @@ class TransformConfig:
         groups = {name: asdict(scheme) for name, scheme in self.config_groups.items()}
         for group in groups.values():
             group["precision"] = str(group["precision"])
+            if not group["fixes_ones"]:
+                del group["fixes_ones"]
             group["apply"] = [
                 {**args, "targets": list(args["targets"]), "ignore": list(args["ignore"])}
                 for args in group["apply"]
             ]
+            for args in group["apply"]:
+                if args["rows"] == "all":
+                    del args["rows"]
         return {"config_groups": groups}
 
 
@@ -155,6 +171,7 @@ def parse_transform_config(value: Any) -> TransformConfig:
 
 def spinquant_config(
     mapping: Mapping,
+    norms: Sequence[NormMapping],
     rotations: Sequence[str],
     *,
     transform_type: str,
@@ -166,27 +183,20 @@ def spinquant_config(
 
     Args:
         mapping: the roles.
+        norms: if one of them centres, R1 fixes the ones vector.
         rotations: some of :data:`ROTATIONS`.
         transform_type: kind of every rotation.
         randomize: one rotation per layer for R2, R3 and R4; R1 acts on the one residual stream.
         block_sizes: block of each rotation; None is the whole dimension.
         precision: of online arithmetic.
     """
-    out, into = "weight_output", "weight_input"
-    readers = (*mapping.attn_q, *mapping.attn_k, *mapping.attn_v, *mapping.mlp_in, *mapping.lm_head)
-    writers = (*mapping.embedding, *mapping.attn_o, *mapping.mlp_out)
     places = {
-        "R1": (TransformArgs(writers, out), TransformArgs(readers, into, inverse=True)),
-        "R2": (
-            TransformArgs(mapping.attn_v, out),
-            TransformArgs(mapping.attn_o, into, inverse=True),
-        ),
+        "R1": _stream_places(mapping),
+        "R2": _value_places(mapping),
         "R3": (TransformArgs(mapping.attn, "q_attn"), TransformArgs(mapping.attn, "k_cache")),
-        "R4": (
-            TransformArgs(mapping.mlp_out, "input"),
-            TransformArgs(mapping.mlp_out, into, inverse=True),
-        ),
+        "R4": _before(mapping.mlp_out),
     }
+    centred = any(norm.kind == "layer" for norm in norms)
     return TransformConfig(
         {
             name: TransformScheme(
@@ -195,9 +205,45 @@ def spinquant_config(
                 randomize=randomize and name != "R1",
                 head_dim=block_sizes[name],
                 precision=precision,
+                fixes_ones=centred and name == "R1",
             )
             for name in rotations
         }
+    )
+
+
+def _stream_places(mapping: Mapping) -> tuple[TransformArgs, ...]:
+    bare = mapping.transposed
+    elsewhere = (*mapping.post_norm_in, *bare)
+    places = [
+        TransformArgs(mapping.stream_writers, "weight_output", ignore=elsewhere),
+        TransformArgs(mapping.stream_readers, "weight_input", inverse=True, ignore=bare),
+    ]
+    if bare:
+        writers = tuple(p for p in bare if p in mapping.stream_writers)
+        readers = tuple(p for p in bare if p in mapping.stream_readers)
+        places += [TransformArgs(writers, "weight_output", rows="transposed")] if writers else []
+        if readers:
+            places.append(TransformArgs(readers, "weight_input", inverse=True, rows="transposed"))
+    if mapping.post_norm:
+        places.append(TransformArgs(mapping.post_norm, "output"))
+    return tuple(places)
+
+
+def _value_places(mapping: Mapping) -> tuple[TransformArgs, ...]:
+    if mapping.attn_gated:
+        return _before(mapping.attn_o)
+    return (
+        TransformArgs(mapping.attn_v, "weight_output", rows=mapping.attn_v_rows),
+        TransformArgs(mapping.attn_o, "weight_input", inverse=True),
+    )
+
+
+def _before(targets: tuple[str, ...]) -> tuple[TransformArgs, ...]:
+    """Online on the input, and taken back in the weight."""
+    return (
+        TransformArgs(targets, "input"),
+        TransformArgs(targets, "weight_input", inverse=True),
     )
 
 

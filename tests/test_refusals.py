@@ -394,8 +394,8 @@ ARGUMENTS = {
         ValueError, ("mappings", "atn_q", "fields", "attn_q"), mapping(atn_q=["x"])
     ),
     "mappings: missing field": Case(
-        TypeError,
-        ("mappings", "'lm_head'"),
+        fastrot.NoMatchError,
+        ("R1", "lm_head", "LlamaForCausalLM"),
         {"mappings": without(MAPPING, "lm_head")},
     ),
     "mappings: wrong type": Case(TypeError, ("mappings", "Mapping", "int"), {"mappings": 3}),
@@ -445,7 +445,9 @@ ARGUMENTS = {
         {"rotations": "R2", **mapping(attn_head_dim="16")},
     ),
     "mappings: R2 without the outputs": Case(
-        ValueError, ("R2", "attn_o"), {"rotations": "R2", **mapping(attn_o=())}
+        fastrot.UnsupportedRotationError,
+        ("R2", "attn_o"),
+        {"rotations": "R2", **mapping(attn_o=())},
     ),
     "mappings: R2 with one value projection of two": Case(
         ValueError,
@@ -575,7 +577,9 @@ TRANSFORM_CONFIGS = {
         ValueError, (f"{LAYER}.mlp", "LlamaMLP", "nn.Linear"), config(targets="LlamaMLP")
     ),
     "queries of no attention": Case(
-        ValueError, ("down_proj", "Linear", "head_dim"), config(location="q_attn")
+        ValueError,
+        ("down_proj", "Linear", "attention interface", "leave R3 out"),
+        config(location="q_attn"),
     ),
     "two in one place": Case(
         ValueError,
@@ -677,9 +681,6 @@ MODELS = {
             f"{LAYER}.self_attn.o_proj.weight",
             lambda w: nn.Parameter(Packed(w), requires_grad=False),
         ),
-    ),
-    "meta": Case(
-        ValueError, ("meta device", "load the whole model"), {}, lambda model: model.to("meta")
     ),
     "partly meta": Case(
         ValueError, ("model.layers.1.", "meta device", "load the whole model"), {}, half_meta
@@ -819,9 +820,11 @@ MODELS = {
     ),
     "norm without a weight": Case(
         ValueError,
-        (f"{LAYER}.input_layernorm", "RMSNorm", "no parameter 'weight'"),
+        (f"{LAYER}.input_layernorm", "LayerNorm", "x / rms(x)", "NormMapping"),
         {},
-        with_module(f"{LAYER}.input_layernorm", lambda _: nn.RMSNorm(96, elementwise_affine=False)),
+        with_module(
+            f"{LAYER}.input_layernorm", lambda _: nn.LayerNorm(96, elementwise_affine=False)
+        ),
     ),
     "flash attention": Case(
         ValueError,
@@ -897,6 +900,12 @@ def test_refused_and_untouched(case):
     model = case.change(model_of(case.model_type, **case.options))
     refused(fastrot.plan, model, case)
     refused(fastrot.apply, model, case)
+
+
+def test_a_model_without_weights_can_be_planned_but_not_rotated():
+    model = model_of().to("meta")
+    assert str(fastrot.plan(model, ROTATIONS)) == str(fastrot.plan(model_of(), ROTATIONS))
+    refused(fastrot.apply, model, Case(ValueError, ("meta device", "load the whole model"), {}))
 
 
 def test_there_are_many_distinct_refusals():

@@ -1,9 +1,10 @@
 """Executes the edits of a plan: every weight is read once, rotated and rounded once."""
 
 from collections.abc import Iterable
-from itertools import chain
+from itertools import chain, zip_longest
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -14,6 +15,9 @@ from fastrot.rotation import Rotation
 
 if TYPE_CHECKING:
     from fastrot.kernels.cpu import Side
+
+    Stage = tuple[Side | None, Tensor | None]
+    """A transform along one dimension, and the diagonal before it."""
 
 CHUNK_BYTES = 1 << 26
 
@@ -60,51 +64,120 @@ def rotate_parameter(
     """Write all factors of ``edit`` times ``source`` into ``target``, which may be the same.
 
     Args:
-        source: ``(out, in)`` or ``(n,)``, floating point.
+        source: ``(n,)``, ``(rows, cols)`` or ``(experts, rows, cols)``, floating point.
         target: as ``source``.
         edit: the factors, and the dtype of the arithmetic.
         scales: norm weights by name.
     """
-    gamma = None
+    dims = max(source.dim(), 2)
+    # A vector is a matrix of one row, and its only dimension the last.
+    x, out = (t.detach().view((1,) * (dims - t.dim()) + t.shape) for t in (source, target))
+    gammas = {dim: _gamma(edit, scales, dim - dims + source.dim(), x.device) for dim in range(dims)}
+    rotates: dict[int, list[Rotate]] = {dim: [] for dim in range(dims)}
     for step in edit.steps:
-        if isinstance(step, Scale):
-            gamma = scales[step.norm].to(source.device, edit.dtype) + step.offset
-    rotates = [step for step in edit.steps if isinstance(step, Rotate)]
-    # A bias is a matrix of one row.
-    last = source.dim() - 1
-    x, out = (t.detach() if last else t.detach().view(1, -1) for t in (source, target))
-    by_dim = {dim: [step for step in rotates if step.dim == dim] for dim in range(source.dim())}
-    right, left = by_dim[last], by_dim[0] if last else []
-    dense = any(step.rotation.kind == "random-matrix" for step in rotates)
-    rows = x.stride(-1) == out.stride(-1) == 1
-    if x.device.type == "cpu" and rows and not dense and len(right) < 2 and len(left) < 2:
-        from fastrot.kernels.cpu import rotate_matrix
+        if isinstance(step, Rotate):
+            rotates[step.dim + dims - source.dim()].append(step)
+    sides = [_pieces(x.shape[dim], rotates[dim], gammas[dim]) for dim in (dims - 2, dims - 1)]
+    for matrix, result in zip(*(t.view(-1, *t.shape[-2:]) for t in (x, out)), strict=True):
+        for rows, left, row_gamma in sides[0]:
+            for cols, right, gamma in sides[1]:
+                place = rows, cols
+                _rotate(matrix[place], result[place], left, right, row_gamma, gamma, edit.dtype)
+    torch.autograd.graph.increment_version(target)
 
-        rotate_matrix(
-            x,
-            out,
-            left=_side(left),
-            right=_side(right),
-            gamma=gamma,
-            dtype=edit.dtype,
-        )
-        torch.autograd.graph.increment_version(target)
+
+def _gamma(
+    edit: WeightEdit, scales: dict[str, Tensor], dim: int, device: torch.device
+) -> Tensor | None:
+    for step in edit.steps:
+        if isinstance(step, Scale) and step.dim == dim:
+            gamma = scales[step.norm].to(device, edit.dtype) + step.offset
+            return 1 / gamma if step.inverse else gamma
+    return None
+
+
+def _pieces(
+    length: int, steps: list[Rotate], gamma: Tensor | None
+) -> list[tuple[slice, list[Rotate], Tensor | None]]:
+    """The parts of a dimension in which the same steps act, each with its steps and scales."""
+    part = next((step.part for step in steps if step.part is not None), None)
+    if part is None:
+        return [(slice(0, length), steps, gamma)]
+    whole = [step for step in steps if step.part is None]
+    return [
+        (piece, steps if within else whole, None if gamma is None else gamma[piece])
+        for piece, within in part.pieces(length)
+    ]
+
+
+def _rotate(
+    x: Tensor,
+    out: Tensor,
+    left: list[Rotate],
+    right: list[Rotate],
+    row_gamma: Tensor | None,
+    gamma: Tensor | None,
+    dtype: torch.dtype,
+) -> None:
+    """Rotate one matrix along its columns (left) and its rows (right), and round it once."""
+    dense = any(step.rotation.kind == "random-matrix" for step in (*left, *right))
+    if x.device.type == "cpu" and x.stride(-1) == out.stride(-1) == 1 and not dense:
+        _rotate_in_panels(x, out, _stages(left), _stages(right), row_gamma, gamma, dtype)
         return
-    work = x.to(edit.dtype, copy=True)
+    work = x.to(dtype, copy=True)
     if gamma is not None:
         work *= gamma
+    if row_gamma is not None:
+        work *= row_gamma[:, None]
     for dim, step in chain(((1, s) for s in right), ((0, s) for s in left)):
         _rotate_in_chunks(work, dim, step.rotation, step.inverse)
     out.copy_(work)
 
 
-def _side(steps: list[Rotate]) -> "Side | None":
+def _stages(steps: list[Rotate]) -> list["Stage"]:
+    """The transforms that make up the rotations, in their order."""
     from fastrot.kernels.cpu import Side
 
-    if not steps:
-        return None
-    rotation = steps[0].rotation
-    return Side(rotation.block, rotation.operand, steps[0].inverse)
+    stages: list[Stage] = []
+    for step in steps:
+        rotation = step.rotation
+        if rotation.fixes_ones:
+            assert rotation.operand is not None
+            middle = rotation.operand.repeat(rotation.size // rotation.block)
+            stages.append((Side(rotation.block, rotation.column_signs, False), None))
+            stages.append((Side(rotation.block, rotation.column_signs, True), middle))
+        else:
+            stages.append((Side(rotation.block, rotation.operand, step.inverse), None))
+    return stages
+
+
+def _rotate_in_panels(
+    x: Tensor,
+    out: Tensor,
+    left: list["Stage"],
+    right: list["Stage"],
+    row_gamma: Tensor | None,
+    gamma: Tensor | None,
+    dtype: torch.dtype,
+) -> None:
+    from fastrot.kernels.cpu import rotate_matrix
+
+    passes = max(len(left), len(right), 1)
+    nothing: Stage = (None, None)
+    # NumPy asks for huge pages: touching fresh memory costs more than the transform.
+    kind = np.float64 if dtype == torch.float64 else np.float32
+    scratch = x if passes == 1 else torch.from_numpy(np.empty(x.shape, kind))
+    sides = zip_longest(left or [nothing], right or [nothing], fillvalue=nothing)
+    for index, (on_left, on_right) in enumerate(sides):
+        rotate_matrix(
+            x if index == 0 else scratch,
+            out if index == passes - 1 else scratch,
+            left=on_left[0],
+            right=on_right[0],
+            gamma=gamma if index == 0 else on_right[1],
+            row_gamma=row_gamma if index == 0 else on_left[1],
+            dtype=dtype,
+        )
 
 
 def _rotate_in_chunks(work: Tensor, dim: int, rotation: Rotation, inverse: bool) -> None:

@@ -92,9 +92,10 @@ def rotate_matrix(
     left: Side | None,
     right: Side | None,
     gamma: Tensor | None,
+    row_gamma: Tensor | None = None,
     dtype: torch.dtype,
 ) -> None:
-    """Rotate a weight on both sides with one rounding: ``out = Lᵀ (w diag(gamma)) R``.
+    """Rotate a weight with one rounding: ``out = Lᵀ (diag(row_gamma) w diag(gamma)) R``.
 
     R transforms every block of ``right.size`` columns of each row and L every block of
     ``left.size`` rows of each column, as :func:`transform` does with ``scale = size ** -0.5``.
@@ -103,22 +104,26 @@ def rotate_matrix(
 
     Args:
         w: ``(rows, cols)``, a floating dtype, unit column stride, any row stride.
-        out: as ``w``, or ``w`` itself.
+        out: as ``w`` but for the dtype, or ``w`` itself.
         left: the side along the columns, or None for the identity.
         right: the side along the rows, likewise.
         gamma: ``(cols,)``, or None.
+        row_gamma: ``(rows,)``, or None.
         dtype: float64 or float32, of every intermediate.
     """
     if w.numel() == 0:
         return
     rows, cols = w.shape
-    item = w.element_size()
+    item = max(w.element_size(), out.element_size())
     none = _none(dtype)[0]
     nothing = 1, False
     on_left = (left.size, left.transpose) if left else nothing
     on_right = (right.size, right.transpose) if right else nothing
-    before = _row_signs(left, False, dtype), _column_weights(gamma, right, False, cols, dtype)
-    after = _row_signs(left, True, dtype), _column_weights(None, right, True, cols, dtype)
+    before = (
+        _weights(row_gamma, left, False, rows, dtype),
+        _weights(gamma, right, False, cols, dtype),
+    )
+    after = _weights(None, left, True, rows, dtype), _weights(None, right, True, cols, dtype)
     scale = float(on_left[0] * on_right[0]) ** -0.5
     if left and right and left.size * right.size * dtype.itemsize > TILE_BYTES:
         # NumPy asks for huge pages: touching fresh memory costs more than the transform.
@@ -133,20 +138,14 @@ def rotate_matrix(
         _run(plan, _matrix(w), _matrix(out), before, after, scale, dtype)
 
 
-def _row_signs(side: Side | None, transpose: bool, dtype: torch.dtype) -> NDArray[Any]:
-    if side is None or side.signs is None or side.transpose != transpose:
-        return _none(dtype)[0]
-    return _array(side.signs, dtype)
-
-
-def _column_weights(
-    gamma: Tensor | None, side: Side | None, transpose: bool, cols: int, dtype: torch.dtype
+def _weights(
+    gamma: Tensor | None, side: Side | None, transpose: bool, length: int, dtype: torch.dtype
 ) -> NDArray[Any]:
+    """The diagonal along one dimension: gamma, times the signs if they stand on this end."""
     weights = _none(dtype)[0] if gamma is None else _array(gamma, dtype)
-    signs = _row_signs(side, transpose, dtype)
-    if not signs.size:
+    if side is None or side.signs is None or side.transpose != transpose:
         return weights
-    signs = np.tile(signs, cols // signs.size)
+    signs = np.tile(_array(side.signs, dtype), length // side.size)
     return weights * signs if weights.size else signs
 
 

@@ -1,6 +1,7 @@
 """Puts online rotations on a model and takes them off."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from fastrot.edits import OnlineSite
 from fastrot.online.attention import PREFIX, rotate_keys
+from fastrot.online.experts import experts_forward
 from fastrot.online.rotation import OnlineRotation
 from fastrot.transform_config import ATTENTION_LOCATIONS
 
@@ -47,6 +49,9 @@ def _hook(module: nn.Module, location: str, journal: Undo) -> None:
         module.register_forward_pre_hook(_rotate_input, with_kwargs=True)
     elif location == "k_cache":
         module.register_forward_pre_hook(rotate_keys, with_kwargs=True)
+    elif location == "down_input":
+        # No hook reaches inside a forward. A partial survives deepcopy and pickle.
+        module.forward = partial(experts_forward, module)
     else:
         config: Any = module.config
         name = config._attn_implementation
@@ -86,16 +91,23 @@ def _snapshot(module: nn.Module) -> Callable[[], None]:
         module._forward_pre_hooks_with_kwargs,
     )
     copies = [dict(place) for place in places]
+    absent = object()
+    forward = module.__dict__.get("forward", absent)
 
     def restore() -> None:
         for place, saved in zip(places, copies, strict=True):
             place.clear()
             place.update(saved)
+        module.__dict__.pop("forward", None)
+        if forward is not absent:
+            module.__dict__["forward"] = forward
 
     return restore
 
 
 def _drop_hook(module: nn.Module, location: str) -> None:
+    if location == "down_input":
+        del module.forward
     # Handles do not survive deepcopy and pickle; the functions do.
     function = {"input": _rotate_input, "output": _rotate_output, "k_cache": rotate_keys}
     for hooks in (module._forward_pre_hooks, module._forward_hooks):

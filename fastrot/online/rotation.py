@@ -43,11 +43,15 @@ class OnlineRotation(nn.Module):
     @property
     def value(self) -> Tensor | None:
         """The operand as :meth:`fastrot.Rotation.apply` takes it."""
-        if self.rotation.kind == "hadamard":
+        if not self._has_operand:
             return None
         return (
             self.operand if self.operand.dtype == torch.int8 else self.operand.view(torch.float64)
         )
+
+    @property
+    def _has_operand(self) -> bool:
+        return self.rotation.kind != "hadamard" or self.rotation.fixes_ones
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate ``x``, ``(..., size)`` of any floating dtype; the result has the same."""
@@ -60,7 +64,7 @@ class OnlineRotation(nn.Module):
             1, self.rotation.size, generator=torch.Generator().manual_seed(0), device="cpu"
         )
         x = x.to(self.operand.device, torch.float64)
-        marker = self.rotation.kind != "hadamard" or bool((self.operand == 1).all())
+        marker = self._has_operand or bool((self.operand == 1).all())
         return marker and abs(float(self(x).norm() / x.norm()) - 1) < 1e-6
 
     def extra_repr(self) -> str:

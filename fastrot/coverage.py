@@ -1,0 +1,107 @@
+"""Whether a mapping says of every parameter how it meets the residual stream."""
+
+from collections.abc import Iterable, Sequence
+
+from transformers import PreTrainedModel
+
+from fastrot.edits import OnlineSite, Rotate, WeightEdit
+from fastrot.mapping import Mapping, NormMapping
+from fastrot.patterns import NoMatchError, find_modules, matches, no_match_message
+from fastrot.sites import find_sites
+
+
+class UncoveredParameterError(ValueError):
+    """Parameters of which the mapping does not say what they do with the residual stream."""
+
+
+def classify(
+    model: PreTrainedModel, mapping: Mapping, norms: Sequence[NormMapping]
+) -> dict[str, str]:
+    """The role of every parameter that has one: reader, writer, value, norm, post-norm, untouched.
+
+    A bias has the role of its weight. Parameters without a role are left out.
+    """
+    roles: dict[str, str] = {}
+    for role, patterns in (
+        ("reader", mapping.stream_readers),
+        ("writer", mapping.stream_writers),
+        ("value", mapping.attn_v),
+    ):
+        for site in find_sites(model, patterns).values():
+            for name in filter(None, (site.weight, site.bias)):
+                roles.setdefault(name, role)
+    for role, pattern in (
+        *(("norm", norm.norm) for norm in norms if norm.norm is not None),
+        *(("post-norm", pattern) for pattern in mapping.post_norm),
+    ):
+        for owner, module in find_modules(model, (pattern,), missing_ok=True).items():
+            for leaf, _ in module.named_parameters(recurse=False):
+                roles.setdefault(f"{owner}.{leaf}", role)
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        for pattern, reason in mapping.ignore:
+            if matches(name, pattern):
+                roles.setdefault(name, f"untouched: {reason}" if reason else "untouched")
+    return roles
+
+
+def check_coverage(model: PreTrainedModel, mapping: Mapping, norms: Sequence[NormMapping]) -> None:
+    """Refuse R1 if a reader has no norm mapping or a parameter no role.
+
+    Raises:
+        UncoveredParameterError: names what is missing, and guesses its role.
+        NoMatchError: an entry of ``ignore`` matches nothing.
+    """
+    fed = {name for norm in norms for name in find_sites(model, norm.linears)}
+    without = sorted(set(find_sites(model, mapping.stream_readers)) - fed)
+    if without:
+        raise UncoveredParameterError(
+            f"no norm mapping feeds {some(without)}; name its norm in norm_mappings "
+            "(NormMapping(norm=None, …) if it reads the stream as it is)"
+        )
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for pattern, _ in mapping.ignore:
+        if not any(matches(name, pattern) for name in parameters):
+            raise NoMatchError(no_match_message(model, pattern, parameters))
+    roles = classify(model, mapping, norms)
+    leftover = [name for name in parameters if name not in roles]
+    if leftover:
+        embeddings = find_sites(model, mapping.embedding).values()
+        width = {site.shape[site.output] for site in embeddings}
+        guesses = [f"{name} ({_guess(tuple(parameters[name].shape), width)})" for name in leftover]
+        raise UncoveredParameterError(
+            f"the mapping does not say how {some(guesses)} of {type(model).__name__} meets the "
+            "residual stream; add it to a role or, if it does not, to Mapping.ignore"
+        )
+
+
+def check_one_stream(edits: Iterable[WeightEdit], sites: Iterable[OnlineSite]) -> None:
+    """Refuse R1 on streams of different widths."""
+    sizes: dict[int, str] = {}
+    for edit in edits:
+        for step in edit.steps:
+            if isinstance(step, Rotate) and step.group == "R1":
+                sizes.setdefault(step.rotation.size, edit.parameter)
+    for site in sites:
+        if site.group == "R1":
+            sizes.setdefault(site.rotation.size, site.module)
+    if len(sizes) > 1:
+        (a, first), (b, second), *_ = sizes.items()
+        raise ValueError(
+            f"R1 must act on one residual stream, but {first} has size {a} and {second} {b} there"
+        )
+
+
+def _guess(shape: tuple[int, ...], width: set[int]) -> str:
+    if len(shape) > 1 and shape[-1] in width:
+        return "perhaps a reader"
+    if len(shape) > 1 and shape[-2] in width:
+        return "perhaps a writer"
+    if len(shape) == 1 and shape[0] in width:
+        return "perhaps a norm, or the bias of a writer"
+    return "perhaps to ignore"
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return ", ".join(names[:4]) + more

@@ -1,0 +1,96 @@
+"""Attention heads: their sizes, and which rows of a projection are values."""
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from fastrot.edits import Part
+from fastrot.mapping import Mapping
+from fastrot.patterns import find_modules
+from fastrot.sites import Site, find_sites
+from fastrot.transform_config import Rows
+
+VALUE_NAMES = ("v_head_dim", "head_dim", "head_size")
+KEY_NAMES = ("qk_head_dim", "head_dim", "head_size")
+
+
+def head_size(module: nn.Module, config: Any, names: tuple[str, ...] = VALUE_NAMES) -> int | None:
+    """Size of one head: the attention module's own word, or the configuration's."""
+    for holder in (module, config):
+        for name in names:
+            size = getattr(holder, name, None)
+            if isinstance(size, int):
+                return size
+    return None
+
+
+def head_dim_of(
+    model: PreTrainedModel, mapping: Mapping, names: tuple[str, ...] = VALUE_NAMES
+) -> int:
+    """Size of one value (or key) head: the mapping's, the module's or the configuration's.
+
+    Raises:
+        ValueError: none of them has it, or layers differ.
+    """
+    if mapping.attn_head_dim is not None:
+        return mapping.attn_head_dim
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    found = {head_size(m, config, names) for m in find_modules(model, mapping.attn).values()}
+    if len(found) != 1 or not isinstance(size := found.pop(), int):
+        raise ValueError(
+            f"the head size of {type(model).__name__} is not one number ({found}); "
+            "set attn_head_dim in mappings"
+        )
+    return size
+
+
+def value_part(model: PreTrainedModel, site: Site, rows: Rows) -> Part:
+    """Where the values lie among the outputs of a fused projection.
+
+    Raises:
+        ValueError: the number of rows does not fit the heads.
+    """
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    module = model.get_submodule(site.name.rpartition(".")[0])
+    size, heads = head_size(module, config), getattr(config, "num_attention_heads", None)
+    length = site.shape[site.output]
+    if not isinstance(size, int) and isinstance(heads, int):
+        size = int(config.hidden_size) // heads
+    if not isinstance(heads, int) or not isinstance(size, int) or length % size:
+        raise ValueError(f"R2: {site.name} has {length} rows, no multiple of head size {size}")
+    if rows == "latent":
+        if length % heads or length // heads <= size:
+            raise ValueError(f"R2: {site.name} has {length} rows, not {heads} heads of [k | v]")
+        return Part(heads, size)
+    twice = length // size - heads
+    if twice < 2 or twice % 2 or heads % (twice // 2):
+        raise ValueError(
+            f"R2: {site.name} has {length} rows, which are not {heads} query heads of size {size} "
+            "and as many keys as values"
+        )
+    kv_heads = twice // 2
+    return Part(1, kv_heads * size) if rows == "qkv" else Part(kv_heads, size)
+
+
+def check_heads(model: PreTrainedModel, mapping: Mapping, head_dim: int) -> None:
+    """Refuse R2 unless every attention block has one value and one output projection to rotate."""
+    blocks = find_modules(model, mapping.attn)
+    roles = [mapping.attn_o] if mapping.attn_gated else [mapping.attn_v, mapping.attn_o]
+    found = [[*find_sites(model, patterns, group="R2")] for patterns in roles]
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    for block, module in blocks.items():
+        own = [[n for n in names if n.startswith(f"{block}.")] for names in found]
+        if any(len(names) != 1 for names in own):
+            raise ValueError(
+                f"R2: {block} needs one attn_v and one attn_o in mappings, "
+                f"found {' and '.join(map(str, own))}"
+            )
+        actual = head_size(module, config)
+        if actual not in (None, head_dim):
+            raise ValueError(
+                f"R2: {block} has heads of size {actual}, mappings says attn_head_dim={head_dim}"
+            )
+    if any(len(names) != len(blocks) for names in found):
+        stray = [n for names in found for n in names if n.rpartition(".")[0] not in blocks]
+        raise ValueError(f"R2: {', '.join(stray[:4])} is in no attention block that attn names")

@@ -1,0 +1,37 @@
+"""The tables: which modules read and write the residual stream, one row a shape."""
+
+from fastrot.mapping.roles import (
+    Architecture,
+    Mapping,
+    NormKind,
+    NormMapping,
+    Patterns,
+    Shell,
+    Untouched,
+    as_mapping,
+    as_norm_mapping,
+    as_patterns,
+)
+from fastrot.mapping.tables import (
+    ARCHITECTURES,
+    SHELLS,
+    UnknownArchitectureError,
+    find_architecture,
+)
+
+__all__ = [
+    "ARCHITECTURES",
+    "SHELLS",
+    "Architecture",
+    "Mapping",
+    "NormKind",
+    "NormMapping",
+    "Patterns",
+    "Shell",
+    "UnknownArchitectureError",
+    "Untouched",
+    "as_mapping",
+    "as_norm_mapping",
+    "as_patterns",
+    "find_architecture",
+]

@@ -1,0 +1,5 @@
+"""Decoders with LayerNorm."""
+
+from fastrot.mapping.roles import Architecture
+
+ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {}

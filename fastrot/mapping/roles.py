@@ -1,0 +1,213 @@
+"""What a row of the tables is: the roles of a model's modules. Strings only, no torch.
+
+A pattern is a full name, ``re:`` and a regular expression that is matched from the start of the
+full name, or a class name (as in llm-compressor and compressed-tensors).
+"""
+
+from collections.abc import Iterable, Sequence
+from collections.abc import Mapping as MappingABC
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, NamedTuple, get_args
+
+Patterns = tuple[str, ...]
+ValueRows = Literal["all", "qkv", "grouped", "latent"]
+NormKind = Literal["rms", "layer"]
+
+
+def as_patterns(field: str, value: str | Sequence[str]) -> Patterns:
+    """One pattern or several as a tuple.
+
+    Raises:
+        TypeError: something else than strings.
+    """
+    patterns = (value,) if isinstance(value, str) else value
+    if not isinstance(patterns, Iterable) or not all(isinstance(p, str) for p in patterns):
+        raise TypeError(f"{field} must be a pattern or a list of patterns, got {value!r}")
+    return tuple(patterns)
+
+
+class Untouched(NamedTuple):
+    """Parameters that neither read nor write the residual stream, and why."""
+
+    pattern: str
+    reason: str = ""
+
+
+def _as_untouched(value: Any) -> tuple[Untouched, ...]:
+    if isinstance(value, MappingABC):
+        return tuple(Untouched(pattern, reason) for pattern, reason in value.items())
+    if not isinstance(value, str) and all(isinstance(item, Untouched) for item in value):
+        return tuple(value)
+    return tuple(Untouched(pattern) for pattern in as_patterns("ignore", value))
+
+
+@dataclass(frozen=True)
+class Mapping:
+    r"""The roles of a decoder's modules; the field names are llm-compressor's ``SpinQuantMapping``.
+
+    A pattern names modules, or bare parameters where no module holds the weight by itself, such as
+    ``re:.*experts\.down_proj$`` of stacked experts. A role that a model lacks is empty.
+
+    Attributes:
+        embedding: embeddings (tokens, learned positions), write the residual stream.
+        attn: attention blocks, whose queries and keys R3 rotates.
+        attn_q: read the stream, like ``attn_k`` and ``attn_v``.
+        attn_k: see ``attn_q``.
+        attn_v: see ``attn_q``; R2 rotates their output.
+        attn_o: write the stream; R2 rotates their input.
+        mlp_in: read the stream: gate, up, routers.
+        mlp_out: write the stream; R4 rotates their input.
+        lm_head: reads the stream after the last norm.
+        attn_head_dim: size of one value head; None takes it from the model.
+        ignore: *parameters* that neither read nor write the stream, as patterns or as a dict of
+            patterns and reasons. Every parameter must have a role or stand here, else R1 refuses
+            the model.
+        attn_v_rows: which rows of ``attn_v`` are values: ``all``; ``qkv``, one matrix [q | k | v];
+            ``grouped``, for each key head its queries, key and value; ``latent``, for each head
+            [key | value] (multi-head latent attention, where ``attn_v`` reads a latent and not the
+            stream).
+        attn_gated: a gate stands between values and ``attn_o``: R2 acts online, on the input of
+            ``attn_o``, and leaves ``attn_v`` alone.
+        readers: whatever else reads the stream.
+        writers: whatever else writes it.
+        post_norm: norms whose output is added to the stream (or is it): R1 rotates their output
+            online.
+        post_norm_in: the writers among the above that write into such a norm instead of the stream.
+        transposed: the bare matrices among the above that are (in, out).
+    """
+
+    embedding: Patterns = ()
+    attn: Patterns = ()
+    attn_q: Patterns = ()
+    attn_k: Patterns = ()
+    attn_v: Patterns = ()
+    attn_o: Patterns = ()
+    mlp_in: Patterns = ()
+    mlp_out: Patterns = ()
+    lm_head: Patterns = ()
+    attn_head_dim: int | None = None
+    ignore: tuple[Untouched, ...] = ()
+    attn_v_rows: ValueRows = "all"
+    attn_gated: bool = False
+    readers: Patterns = ()
+    writers: Patterns = ()
+    post_norm: Patterns = ()
+    post_norm_in: Patterns = ()
+    transposed: Patterns = ()
+
+    def __post_init__(self) -> None:
+        for role in fields(self):
+            if role.type == Patterns:
+                patterns = as_patterns(role.name, getattr(self, role.name))
+                object.__setattr__(self, role.name, patterns)
+        object.__setattr__(self, "ignore", _as_untouched(self.ignore))
+        size = self.attn_head_dim
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise TypeError(f"attn_head_dim must be a positive int or None, got {size!r}")
+        if self.attn_v_rows not in get_args(ValueRows):
+            known = ", ".join(get_args(ValueRows))
+            raise TypeError(f"attn_v_rows must be one of {known}, got {self.attn_v_rows!r}")
+        if not isinstance(self.attn_gated, bool):
+            raise TypeError(f"attn_gated must be True or False, got {self.attn_gated!r}")
+
+    @property
+    def stream_readers(self) -> Patterns:
+        """Everything that reads the residual stream, the head included."""
+        values = () if self.attn_v_rows == "latent" else self.attn_v
+        return (*self.attn_q, *self.attn_k, *values, *self.mlp_in, *self.readers, *self.lm_head)
+
+    @property
+    def stream_writers(self) -> Patterns:
+        """Everything that writes it, or writes into a norm that does."""
+        return (*self.embedding, *self.attn_o, *self.mlp_out, *self.writers)
+
+
+@dataclass(frozen=True)
+class NormMapping:
+    """A norm and the modules that read its output.
+
+    Attributes:
+        norm: the norms; None for readers that take the stream as it is, or after a norm without
+            parameters.
+        linears: the readers; each belongs to the norm with which its name shares most.
+        offset: the norm multiplies by ``weight + offset`` (1 for Gemma's norms and LayerNorm1p).
+        kind: ``rms``, or ``layer`` for a LayerNorm: it centres, so R1 must fix the ones vector.
+    """
+
+    norm: str | None
+    linears: Patterns
+    offset: float = 0.0
+    kind: NormKind = "rms"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "linears", as_patterns("linears", self.linears))
+        if self.norm is not None and not isinstance(self.norm, str):
+            raise TypeError(f"norm must be a pattern or None, got {self.norm!r}")
+        if not isinstance(self.offset, (int, float)) or isinstance(self.offset, bool):
+            raise TypeError(f"offset must be a number, got {self.offset!r}")
+        if self.kind not in get_args(NormKind):
+            raise TypeError(f"kind must be 'rms' or 'layer', got {self.kind!r}")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One row: everything a rotation must know about a family of models.
+
+    Attributes:
+        mapping: the roles.
+        norms: which norm feeds which readers.
+        when: attributes of the (text) configuration and the values for which the row holds; a model
+            type may have several rows, of which the first that fits is taken.
+        refuses: rotation → why it can't be done.
+        notes: what is special, for the documentation.
+    """
+
+    mapping: Mapping
+    norms: tuple[NormMapping, ...]
+    when: MappingABC[str, Any] = field(default_factory=dict)
+    refuses: MappingABC[str, str] = field(default_factory=dict)
+    notes: str = ""
+
+
+@dataclass(frozen=True)
+class Shell:
+    """A model around a language model: vision towers and their projectors.
+
+    Attributes:
+        text: full name of the language model's base (without head); the patterns of its row are
+            sought below it.
+        writers: what writes image features into the residual stream: the last linear of projectors.
+        ignore: parameters of the towers; a parameter that a writer owns need not be left out.
+        notes: what is special, for the documentation.
+    """
+
+    text: str
+    writers: Patterns = ()
+    ignore: tuple[Untouched, ...] = ()
+    notes: str = ""
+
+
+def as_mapping(value: Mapping | MappingABC[str, Any] | Any) -> Mapping:
+    """A :class:`Mapping` from itself, a dict, or an object with the same fields."""
+    return value if isinstance(value, Mapping) else _build(Mapping, value, "mappings")
+
+
+def as_norm_mapping(value: NormMapping | MappingABC[str, Any] | Any) -> NormMapping:
+    """A :class:`NormMapping` from itself, a dict, or an object with the same fields."""
+    return value if isinstance(value, NormMapping) else _build(NormMapping, value, "norm_mappings")
+
+
+def _build(cls: type[Any], value: Any, argument: str) -> Any:
+    names = [field.name for field in fields(cls)]
+    if not isinstance(value, MappingABC):
+        found = {name: getattr(value, name) for name in names if hasattr(value, name)}
+        if not found:
+            raise TypeError(f"{argument}: {type(value).__name__} is not a {cls.__name__} or dict")
+        value = found
+    unknown = sorted(set(value) - set(names))
+    if unknown:
+        raise ValueError(f"{argument}: unknown {', '.join(unknown)}; fields: {', '.join(names)}")
+    try:
+        return cls(**value)
+    except TypeError as error:
+        raise TypeError(f"{argument}: {error}") from None

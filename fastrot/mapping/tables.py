@@ -1,0 +1,97 @@
+"""All rows by transformers' ``model_type``, and how a model's configuration finds its own."""
+
+import re
+from collections.abc import Mapping as MappingABC
+from dataclasses import fields, replace
+from difflib import get_close_matches
+from typing import Any
+
+from fastrot.mapping import dense, experts, hybrid, layernorm, vision
+from fastrot.mapping.roles import Architecture, Mapping, Patterns, Shell, Untouched
+
+ARCHITECTURES: dict[str, Architecture | tuple[Architecture, ...]] = {
+    **dense.ROWS,
+    **layernorm.ROWS,
+    **experts.ROWS,
+    **hybrid.ROWS,
+    **vision.ROWS,
+}
+"""``model_type`` of a (text) configuration → its row, or several for different settings."""
+
+SHELLS: dict[str, Shell] = vision.SHELLS
+"""``model_type`` of a multimodal configuration → what surrounds its language model."""
+
+
+class UnknownArchitectureError(ValueError):
+    """No row for this model."""
+
+
+def find_architecture(config: Any) -> Architecture:
+    """The row of a model's configuration; for a multimodal one, its language model's in its shell.
+
+    Raises:
+        UnknownArchitectureError: there is none; names the nearest known ones and the way out.
+    """
+    shell = SHELLS.get(config.model_type)
+    if shell is None:
+        return _find_row(config)
+    return _inside(_find_row(config.get_text_config()), shell)
+
+
+def _find_row(config: Any) -> Architecture:
+    model_type = config.model_type
+    rows = ARCHITECTURES.get(model_type)
+    if rows is None:
+        known = {**ARCHITECTURES, **SHELLS}
+        near = get_close_matches(model_type, known, n=3, cutoff=0.4)
+        names = f"nearest known: {', '.join(near)}" if near else f"known: {', '.join(known)}"
+        raise UnknownArchitectureError(
+            f"model type {model_type!r} has no row in fastrot's table ({names}); describe it with "
+            "mappings= and norm_mappings=, fastrot.suggest_mapping(model) proposes them"
+        )
+    rows = rows if isinstance(rows, tuple) else (rows,)
+    for row in rows:
+        if _fits(row.when, config):
+            return row
+    settings = " or ".join(
+        " and ".join(f"{name}={value!r}" for name, value in row.when.items()) for row in rows
+    )
+    flags = dict.fromkeys(name for row in rows for name in row.when)
+    actual = ", ".join(f"{name}={getattr(config, name, None)!r}" for name in flags)
+    raise UnknownArchitectureError(
+        f"fastrot knows {model_type} models with {settings}; this one has {actual}, which changes "
+        "what reads and writes its residual stream; describe it with mappings= and norm_mappings="
+    )
+
+
+def _fits(when: MappingABC[str, Any], config: Any) -> bool:
+    return all(getattr(config, name, None) == value for name, value in when.items())
+
+
+def _inside(row: Architecture, shell: Shell) -> Architecture:
+    """The row of a language model, sought only where its shell keeps it."""
+    mapping = row.mapping
+    scoped: dict[str, Any] = {
+        field.name: tuple(_scoped(pattern, shell) for pattern in getattr(mapping, field.name))
+        for field in fields(Mapping)
+        if field.type == Patterns
+    }
+    inner = (Untouched(_scoped(u.pattern, shell), u.reason) for u in mapping.ignore)
+    mapping = replace(mapping, **scoped, ignore=(*inner, *shell.ignore))
+    norms = tuple(
+        replace(
+            norm,
+            norm=norm.norm and _scoped(norm.norm, shell),
+            linears=tuple(_scoped(pattern, shell) for pattern in norm.linears),
+        )
+        for norm in row.norms
+    )
+    writers = (*mapping.writers, *shell.writers)
+    notes = "; ".join(note for note in (row.notes, shell.notes) if note)
+    return replace(row, mapping=replace(mapping, writers=writers), norms=norms, notes=notes)
+
+
+def _scoped(pattern: str, shell: Shell) -> str:
+    if not pattern.startswith("re:"):
+        return pattern
+    return rf"re:(?={re.escape(shell.text)}\.|lm_head){pattern.removeprefix('re:')}"

@@ -1,0 +1,90 @@
+"""R4 inside stacked experts: what their gate or activation makes is rotated before it goes down.
+
+transformers' experts implementations ``batched_mm`` and ``grouped_mm`` call methods of the module
+for it; its eager loop does not, so a module with R4 runs ``grouped_mm`` instead.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from fastrot.online.rotation import OnlineRotation
+
+IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
+"""The experts implementations around which R4 can be put; the first stands in for ``eager``."""
+
+
+class RotatedExperts:
+    """Stands before an experts module, for one call; everything but the gate is the module's."""
+
+    def __init__(self, module: Any):
+        self.module = module
+
+    def _apply_gate(self, gate_up: Tensor) -> Tensor:
+        rotated: Tensor = self.module.fastrot_down_input(self.module._apply_gate(gate_up))
+        return rotated
+
+    def act_fn(self, up: Tensor) -> Tensor:
+        """The activation of experts without a gate."""
+        rotated: Tensor = self.module.fastrot_down_input(self.module.act_fn(up))
+        return rotated
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+
+def on_interface(module: nn.Module) -> bool:
+    """Whether an experts module dispatches through transformers' experts interface."""
+    return hasattr(module, "_apply_gate") and hasattr(module, "is_transposed")
+
+
+def is_llama4(module: nn.Module) -> bool:
+    """Whether these are Llama 4's experts: every expert sees every token, in one product."""
+    return type(module).__name__ == "Llama4TextExperts"
+
+
+def check_experts(name: str, module: nn.Module) -> None:
+    """Refuse experts into which R4 can't be put."""
+    if not (on_interface(module) or is_llama4(module)):
+        raise ValueError(
+            f"R4: the experts of {name} ({type(module).__name__}) do not use transformers' experts "
+            "interface, so nothing can act between their activation and their down projection; "
+            "leave R4 out"
+        )
+    implementation = _implementation(module)
+    if on_interface(module) and implementation not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"R4: {name} uses experts implementation {implementation!r}; R4 works with "
+            f"{' and '.join(IMPLEMENTATIONS)}: call "
+            f"model.set_experts_implementation({IMPLEMENTATIONS[0]!r}) first"
+        )
+
+
+def _implementation(module: Any) -> str:
+    name = getattr(getattr(module, "config", None), "_experts_implementation", None)
+    return IMPLEMENTATIONS[0] if name in (None, "eager", "fastrot") else str(name)
+
+
+def experts_forward(module: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """The forward of an experts module with R4; arguments are those of the module's own."""
+    if is_llama4(module):
+        return _llama4_forward(module, *args, **kwargs)
+    name = _implementation(module)
+    if name not in IMPLEMENTATIONS:
+        raise RuntimeError(
+            f"R4 rotates inside this {type(module).__name__}, which experts implementation "
+            f"{name!r} would skip; call model.set_experts_implementation({IMPLEMENTATIONS[0]!r})"
+        )
+    result: Tensor = ALL_EXPERTS_FUNCTIONS[name](RotatedExperts(module), *args, **kwargs)
+    return result
+
+
+def _llama4_forward(module: Any, hidden_states: Tensor) -> Tensor:
+    """Tokens come sorted by expert, as many for each: ``(experts · tokens, hidden)``."""
+    rotation: OnlineRotation = module.fastrot_down_input
+    x = hidden_states.view(len(module.gate_up_proj), -1, module.hidden_size)
+    gate, up = torch.bmm(x, module.gate_up_proj).chunk(2, dim=-1)
+    down = torch.bmm(rotation(up * module.act_fn(gate)), module.down_proj)
+    return down.view(-1, module.hidden_size)

@@ -1,0 +1,123 @@
+"""Every row of the tables, on a tiny random model of the family: exact, and every edit matters."""
+
+import copy
+from dataclasses import replace
+from functools import lru_cache
+
+import pytest
+import torch
+from helpers import relative_error
+from zoo import FAMILIES, build, inputs
+
+import fastrot
+import fastrot.api
+from fastrot.mapping import find_architecture
+
+ROTATIONS = ("R1", "R2", "R3", "R4")
+EVERY = pytest.mark.parametrize("name", FAMILIES)
+
+
+@lru_cache(maxsize=4)
+def original(name, dtype=torch.float64):
+    """The model before rotation, its inputs, and its logits."""
+    family = FAMILIES[name]
+    model = build(family, dtype)
+    given = inputs(family, model)
+    return model, given, logits(model, given)
+
+
+@torch.no_grad()
+def logits(model, given):
+    floats = {k: v.to(model.dtype) if v.is_floating_point() else v for k, v in given.items()}
+    return model(**floats).logits.double()
+
+
+def allowed(name):
+    """The rotations that the family's row does not refuse."""
+    model, _, _ = original(name)
+    found = []
+    for rotation in ROTATIONS:
+        try:
+            fastrot.plan(model, rotation)
+        except fastrot.UnsupportedRotationError:
+            continue
+        found.append(rotation)
+    return tuple(found)
+
+
+def error_of(name, rotations, dtype=torch.float64, **kwargs):
+    model, given, before = original(name, dtype)
+    model = copy.deepcopy(model)
+    fastrot.apply(model, rotations, undo="none", **kwargs)
+    return relative_error(logits(model, given), before)
+
+
+@EVERY
+@pytest.mark.parametrize("kind", ["hadamard", "random-hadamard"])
+def test_exact(name, kind):
+    possible = allowed(name)
+    assert possible, "a family of which nothing can be rotated"
+    for rotations in [*possible, possible]:
+        settings = {"transform_type": kind, "precision": torch.float64}
+        error = error_of(name, rotations, randomize=rotations is possible, **settings)
+        assert error <= FAMILIES[name].exact, (rotations, error)
+        error = error_of(name, rotations, torch.float32, transform_type=kind)
+        assert error <= 1e-5, (rotations, "float32", error)
+
+
+def without_one(plan):
+    """The plan without each of its single steps, resets and online sites."""
+    for i, edit in enumerate(plan.edits):
+        for skipped, step in enumerate(edit.steps):
+            edits = list(plan.edits)
+            edits[i] = replace(edit, steps=(*edit.steps[:skipped], *edit.steps[skipped + 1 :]))
+            yield f"{edit.parameter}: {step}", replace(plan, edits=tuple(edits))
+    for i, reset in enumerate(plan.resets):
+        resets = (*plan.resets[:i], *plan.resets[i + 1 :])
+        yield f"{reset.parameter}: reset", replace(plan, resets=resets)
+    for i, site in enumerate(plan.sites):
+        if site.location != "k_cache":  # without it the queries' hook has no partner to check
+            sites = (*plan.sites[:i], *plan.sites[i + 1 :])
+            yield f"{site.module}: {site}", replace(plan, sites=sites)
+
+
+@pytest.mark.slow
+@EVERY
+def test_every_single_edit_matters(name, monkeypatch):
+    model, given, before = original(name)
+    whole = fastrot.plan(model, allowed(name), transform_type="random-hadamard")
+    for what, plan in without_one(whole):
+        monkeypatch.setattr(fastrot.api, "plan", lambda *args, plan=plan, **kwargs: plan)
+        changed = copy.deepcopy(model)
+        fastrot.apply(changed, undo="none")
+        error = relative_error(logits(changed, given), before)
+        assert error > 1e-3, (what, error)
+
+
+@EVERY
+def test_the_row_is_complete(name):
+    """Every parameter has a role, every reader a norm; what the row ignores has a reason."""
+    from fastrot.coverage import classify
+
+    model, _, _ = original(name)
+    row = fastrot.api._present(model, find_architecture(model.config))
+    roles = classify(model, row.mapping, row.norms)
+    names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
+    if "R1" not in row.refuses:
+        assert [n for n in names if n not in roles] == []
+    assert [u.pattern for u in row.mapping.ignore if not u.reason] == []
+
+
+@EVERY
+def test_generate_and_save(name, tmp_path):
+    model, given, _ = original(name, torch.float32)
+    model = copy.deepcopy(model)
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    with torch.no_grad():
+        tokens = model.generate(**given, **settings, eos_token_id=None)
+    fastrot.apply(model, allowed(name), transform_type="random-hadamard", randomize=True)
+    with torch.no_grad():
+        assert torch.equal(model.generate(**given, **settings, eos_token_id=None), tokens)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert torch.equal(logits(loaded, given), logits(model, given))
