@@ -12,7 +12,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from fastrot.checks import (
     AlreadyRotatedError,
-    check_attention,
     check_flag,
     check_loaded,
     check_model,
@@ -32,7 +31,7 @@ from fastrot.mapping import (
     as_norm_mapping,
     find_architecture,
 )
-from fastrot.online import check_experts, install
+from fastrot.online import check_attention, check_experts, install
 from fastrot.patterns import NoMatchError, find_holders, matches
 from fastrot.record import applied_groups, own_config, retrace, with_application
 from fastrot.resolve import on_meta, resolve

@@ -1,7 +1,5 @@
 """Refusals: whether a model, a parameter or a norm is what a rotation can act on."""
 
-import inspect
-
 import torch
 from torch import Tensor, nn
 
@@ -187,20 +185,3 @@ def check_flag(name: str, value: object) -> None:
     """Refuse anything but True and False."""
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
-
-
-def check_attention(name: str, module: nn.Module) -> None:
-    """Refuse an attention module in which R3 can't stand between RoPE and the cache."""
-    code = inspect.unwrap(type(module).forward).__code__
-    on_interface = "get_interface" in code.co_names and "update" in code.co_names
-    if not on_interface or "past_key_values" not in code.co_varnames:
-        raise ValueError(
-            f"{name} ({type(module).__name__}) does not use transformers' attention interface and "
-            "cache, so R3 can't rotate its queries and keys after RoPE; leave R3 out"
-        )
-    implementation = str(module.config._attn_implementation)  # type: ignore[union-attr]
-    if implementation.removeprefix("fastrot_") not in ("eager", "sdpa", "flex_attention"):
-        raise ValueError(
-            f"{name} uses attention implementation {implementation!r}; R3 works with eager, sdpa "
-            "and flex_attention: call model.set_attn_implementation('sdpa') first"
-        )

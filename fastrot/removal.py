@@ -51,9 +51,8 @@ def remove(model: PreTrainedModel, groups: str | Iterable[str] | None = None) ->
     missing = [name for name in wanted if name not in online]
     if missing or not wanted:
         what = f"{' and '.join(missing)} is not" if missing else "no rotation is"
-        raise ValueError(
-            f"{what} online on this {type(model).__name__} (online: {', '.join(removable) or 'none'})"
-        )
+        there = ", ".join(removable) or "none"
+        raise ValueError(f"{what} online on this {type(model).__name__} (online: {there})")
     _check_commutes(plans, wanted)
     for name, plan in plans:
         if name in wanted:

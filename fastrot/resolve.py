@@ -233,7 +233,14 @@ def _rotation(group: str, scheme: TransformScheme, name: str, size: int, seed: i
         kind = "random-hadamard" if kind == "hadamard" else kind
         label = f"{group}.{_layer(name)}"
     try:
-        return Rotation(kind, size, scheme.head_dim, seed, label)  # type: ignore[arg-type]
+        return Rotation(
+            kind,  # type: ignore[arg-type]
+            size,
+            scheme.head_dim,
+            seed,
+            label,
+            scheme.fixes_ones,
+        )
     except ValueError as error:
         raise type(error)(f"{group} of {name}: {error}") from None
 

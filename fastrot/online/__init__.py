@@ -1,6 +1,6 @@
 """The online part of a plan: rotations of activations, as submodules that can be taken off."""
 
-from fastrot.online.attention import IMPLEMENTATIONS, attention_forward
+from fastrot.online.attention import IMPLEMENTATIONS, attention_forward, check_attention
 from fastrot.online.experts import check_experts
 from fastrot.online.install import install, installed, uninstall
 from fastrot.online.rotation import OnlineRotation
@@ -9,6 +9,7 @@ __all__ = [
     "IMPLEMENTATIONS",
     "OnlineRotation",
     "attention_forward",
+    "check_attention",
     "check_experts",
     "install",
     "installed",

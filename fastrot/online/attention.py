@@ -4,6 +4,7 @@ Both come after RoPE. A key is rotated once, when it is new, so a cache holds ro
 The state lies on the attention module; the functions here hold none.
 """
 
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,30 @@ IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
 """The attention implementations around which R3 can be put."""
 
 PREFIX = "fastrot_"
+CACHE_NAMES = ("past_key_values", "layer_past")
+
+
+def check_attention(name: str, module: Any) -> None:
+    """Refuse an attention module in which R3 can't stand between RoPE and the cache."""
+    code = inspect.unwrap(type(module).forward).__code__
+    on_interface = "get_interface" in code.co_names and "update" in code.co_names
+    if not on_interface or cache_name(module) is None:
+        raise ValueError(
+            f"{name} ({type(module).__name__}) does not use transformers' attention interface and "
+            "cache, so R3 can't rotate its queries and keys after RoPE; leave R3 out"
+        )
+    implementation = str(module.config._attn_implementation)
+    if implementation.removeprefix(PREFIX) not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"{name} uses attention implementation {implementation!r}; R3 works with eager, sdpa "
+            "and flex_attention: call model.set_attn_implementation('sdpa') first"
+        )
+
+
+def cache_name(module: nn.Module) -> str | None:
+    """What an attention module calls its cache."""
+    code = inspect.unwrap(type(module).forward).__code__
+    return next((name for name in CACHE_NAMES if name in code.co_varnames), None)
 
 
 def attention_forward(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
@@ -74,5 +99,6 @@ def rotate_keys(
             f"{implementation!r} would not rotate the queries; call "
             f"model.set_attn_implementation({PREFIX + implementation!r})"
         )
-    cache = KeyRotatingCache(kwargs.get("past_key_values"), module.fastrot_k_cache)
-    return args, {**kwargs, "past_key_values": cache}
+    rotation = module.fastrot_k_cache
+    cache = KeyRotatingCache(kwargs.get(rotation.cache_name), rotation)
+    return args, {**kwargs, rotation.cache_name: cache}

@@ -1,7 +1,8 @@
 """R4 inside stacked experts: what their gate or activation makes is rotated before it goes down.
 
 transformers' experts implementations ``batched_mm`` and ``grouped_mm`` call methods of the module
-for it; its eager loop does not, so a module with R4 runs ``grouped_mm`` instead.
+for it; its eager loop does not, so a module with R4 runs ``grouped_mm`` instead (``batched_mm`` in
+float64).
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from fastrot.online.rotation import OnlineRotation
 
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
-"""The experts implementations around which R4 can be put; the first stands in for ``eager``."""
+"""The experts implementations around which R4 can be put."""
 
 
 class RotatedExperts:
@@ -64,7 +65,10 @@ def check_experts(name: str, module: nn.Module) -> None:
 
 def _implementation(module: Any) -> str:
     name = getattr(getattr(module, "config", None), "_experts_implementation", None)
-    return IMPLEMENTATIONS[0] if name in (None, "eager", "fastrot") else str(name)
+    if name not in (None, "eager", "fastrot"):
+        return str(name)
+    # torch has no grouped product in float64.
+    return IMPLEMENTATIONS[module.down_proj.dtype == torch.float64]
 
 
 def experts_forward(module: Any, *args: Any, **kwargs: Any) -> Tensor:
