@@ -3,14 +3,20 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+OLDEST := $(VENV)/oldest
 
-.PHONY: demo test lint fast-test clean
+.PHONY: demo test lint fast-test test-oldest clean
 
 demo: $(READY)
 	$(BIN)/fastrot demo
 
-test: lint
+test: lint test-oldest
 	$(BIN)/python -m pytest -q
+
+# The fast tests of everything that meets transformers, on the oldest one we support.
+test-oldest: $(READY) $(OLDEST)/.ready
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -q -m "not slow" tests/test_zoo.py tests/test_exact.py \
+	    tests/test_save_load.py tests/test_generate.py tests/test_online.py
 
 fast-test: $(READY)
 	$(BIN)/python -m pytest -q -m "not slow"
@@ -26,6 +32,11 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+$(OLDEST)/.ready: constraints-oldest.txt $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	    --target $(OLDEST) -r constraints-oldest.txt
 	touch $@
 
 clean:

@@ -291,7 +291,7 @@ REFUSALS = [
     (["rotate", "S", "T"], no_weights, "model.safetensors"),
     (["rotate", "S", "T"], half_the_weights, "can't be read: "),
     (["rotate", "S", "T"], weight_missing, "lacks weights for a LlamaForCausalLM"),
-    (["plan", "S"], weight_unknown, "unknown weights for a LlamaForCausalLM: model.mtp.weight (1)"),
+    (["rotate", "S", "T"], weight_unknown, "unknown weights for a LlamaForCausalLM: model.mtp"),
     (
         ["rotate", "S", "T"],
         wrong_shape,
@@ -424,3 +424,17 @@ def test_a_reader_that_goes_away(checkpoints):
     result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_plan_needs_no_weights(source, capsys):
+    """Shapes alone decide: the same table with and without the weights."""
+    status, whole, _ = run(capsys, "plan", str(source), "--rotations", "R1", "R4")
+    (source / "model.safetensors").unlink()
+    assert run(capsys, "plan", str(source), "--rotations", "R1", "R4") == (status, whole, "")
+    assert status == 0
+
+
+def test_architectures_prints_the_document(capsys):
+    from fastrot.mapping.document import architectures_document
+
+    assert run(capsys, "architectures") == (0, architectures_document(), "")

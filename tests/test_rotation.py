@@ -11,8 +11,9 @@ SHAPES = [(64, None), (96, None), (96, 12), (28, None), (60, 20), (1, None)]
 
 @pytest.mark.parametrize(("size", "block"), SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_orthogonal_and_consistent(kind, size, block):
-    rotation = Rotation(kind, size, block, seed=3, label="R1")
+@pytest.mark.parametrize("fixes_ones", [False, True])
+def test_orthogonal_and_consistent(kind, size, block, fixes_ones):
+    rotation = Rotation(kind, size, block, seed=3, label="R1", fixes_ones=fixes_ones)
     matrix = rotation.matrix()
     eye = torch.eye(size, dtype=torch.float64)
     torch.testing.assert_close(matrix @ matrix.T, eye, rtol=0, atol=1e-13)
@@ -22,6 +23,26 @@ def test_orthogonal_and_consistent(kind, size, block):
         torch.testing.assert_close(rotation.apply(x, inverse=inverse), x @ dense)
         torch.testing.assert_close(rotation.apply(x.T, 0, inverse=inverse), (x @ dense).T)
     torch.testing.assert_close(rotation.apply(rotation.apply(x), inverse=True), x)
+
+
+@pytest.mark.parametrize(("size", "block"), [(64, None), (96, 12), (28, None), (768, None)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_fixes_ones_and_spreads_the_rest(kind, size, block):
+    """It commutes with centring, and one outlier goes everywhere: entries like Gaussian noise."""
+    matrix = Rotation(kind, size, block, fixes_ones=True).matrix()
+    ones = torch.ones(size, dtype=torch.float64)
+    torch.testing.assert_close(ones @ matrix, ones)
+    torch.testing.assert_close(matrix @ ones, ones)
+    plain = Rotation(kind, size, block).matrix()
+    assert (ones @ plain - ones).norm() > 1, "the plain rotation must not pass"
+    order = block or size
+    assert matrix.abs().max() < 6 * order**-0.5
+
+
+@pytest.mark.parametrize("kind", ["random-hadamard", "random-matrix"])
+def test_rotations_that_fix_the_ones_depend_on_the_seed(kind):
+    first, second = (Rotation(kind, 32, seed=s, fixes_ones=True).matrix() for s in (0, 1))
+    assert not torch.equal(first, second)
 
 
 def test_blocks_are_equal():

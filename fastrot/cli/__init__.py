@@ -1,4 +1,4 @@
-"""The command line: ``fastrot plan``, ``rotate``, ``verify`` and ``demo``.
+"""The command line: ``fastrot plan``, ``rotate``, ``verify``, ``architectures`` and ``demo``.
 
 Exit status: 0 done, 1 a checkpoint failed verification, 2 refused, 130 interrupted.
 """

@@ -27,7 +27,9 @@ def parser() -> argparse.ArgumentParser:
     rotation = _rotation_options()
 
     plan = actions.add_parser(
-        "plan", parents=[rotation, common], help="show what a rotation would do"
+        "plan",
+        parents=[rotation, common],
+        help="show what a rotation would do; reads config.json, no weights",
     )
     plan.add_argument("source", type=Path, metavar="MODEL_DIR")
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -51,6 +53,11 @@ def parser() -> argparse.ArgumentParser:
     )
     _add_verify_options(verification)
     verification.set_defaults(command=verify)
+
+    architectures = actions.add_parser(
+        "architectures", parents=[common], help="print which models are known, as Markdown"
+    )
+    architectures.set_defaults(command=commands.architectures)
 
     demo = actions.add_parser(
         "demo", parents=[common], help="quantize a small model with and without rotations"

@@ -27,6 +27,36 @@ COMPANIONS = (
 TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
 
+def outline(folder: Path) -> Any:
+    """The model of a checkpoint on the meta device: shapes without weights.
+
+    Raises:
+        FileNotFoundError: there is no config.json.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    _check_folder(folder)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    with torch.device("meta"):
+        return _auto_class(config).from_config(config)
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} is not the folder of a transformers model: no config.json"
+        )
+
+
+def _auto_class(config: Any) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    from fastrot.mapping import SHELLS
+
+    return AutoModelForImageTextToText if config.model_type in SHELLS else AutoModelForCausalLM
+
+
 def load(folder: Path, dtype: str = "auto") -> Any:
     """Load a causal language model, with online rotations, in evaluation mode.
 
@@ -39,14 +69,12 @@ def load(folder: Path, dtype: str = "auto") -> Any:
         ValueError: its weights are not exactly those of the model.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} is not the folder of a transformers model: no config.json"
-        )
+    _check_folder(folder)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = _auto_class(config).from_pretrained(
             folder,
             dtype=dtype,
             local_files_only=True,

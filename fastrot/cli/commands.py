@@ -1,4 +1,4 @@
-"""The commands ``plan``, ``rotate`` and ``demo``."""
+"""The commands ``plan``, ``rotate``, ``architectures`` and ``demo``."""
 
 import json
 import sys
@@ -6,12 +6,12 @@ from argparse import Namespace
 from typing import Any
 
 import fastrot
-from fastrot.cli.checkpoint import check_target, copy_companions, load, staged
+from fastrot.cli.checkpoint import check_target, copy_companions, load, outline, staged
 
 
 def plan(args: Namespace) -> int:
-    """Print what a rotation would do to a checkpoint."""
-    made = fastrot.plan(load(args.source), **_rotation(args))
+    """Print what a rotation would do to a checkpoint, as far as shapes decide it."""
+    made = fastrot.plan(outline(args.source), **_rotation(args))
     if not args.json:
         print(made)
         return 0
@@ -37,6 +37,14 @@ def rotate(args: Namespace) -> int:
         copy_companions(source, folder)
     print(str(handle).splitlines()[0])
     print(f"written to {args.target}")
+    return 0
+
+
+def architectures(args: Namespace) -> int:
+    """Print the tables."""
+    from fastrot.mapping.document import architectures_document
+
+    print(architectures_document(), end="")
     return 0
 
 

@@ -1,0 +1,119 @@
+"""The tables as Markdown: ``docs/architectures.md`` and the list in the README."""
+
+from collections.abc import Iterator
+
+from fastrot.mapping.roles import Architecture
+from fastrot.mapping.tables import ARCHITECTURES, SHELLS
+
+ROTATIONS = ("R1", "R2", "R3", "R4")
+
+HEAD = """\
+# Architectures
+
+Written by `fastrot architectures` from the tables in `fastrot/mapping/`; the tests check that it is
+current. Model types are those of transformers. A model that is not listed, or whose settings do not
+fit, is refused before anything is written; `fastrot.suggest_mapping(model)` proposes a row for it.
+
+✓ fused into the weights (R1, R2) or online (R3, R4) as usual. ✓ₒ online where it is usually fused:
+R1 then rotates the output of the norms that write into the residual stream, R2 the input of the
+output projection. – is refused, for the reason that follows.
+
+## Language models
+
+"""
+
+SHELL_HEAD = """
+## Around a language model
+
+A multimodal model takes its rotations from the row of its language model; what else writes into the
+residual stream is rotated with R1.
+
+| model type | further writers | special |
+|---|---|---|
+"""
+
+
+def architectures_document() -> str:
+    """``docs/architectures.md``."""
+    shells = "".join(
+        f"| {name} | {', '.join(map(_code, shell.writers)) or '–'} | {shell.notes} |\n"
+        for name, shell in sorted(SHELLS.items())
+    )
+    return f"{HEAD}{architectures_table()}{SHELL_HEAD}{shells}"
+
+
+def architectures_table() -> str:
+    """One line for each shape: model types, what each rotation does, what is special."""
+    lines = ["| model types | R1 | R2 | R3 | R4 | special |", "|---|---|---|---|---|---|"]
+    for names, row in sorted(_groups(), key=lambda pair: pair[0]):
+        marks = " | ".join(_mark(row, rotation) for rotation in ROTATIONS)
+        lines.append(f"| {', '.join(names)} | {marks} | {_special(row)} |")
+    return "\n".join(lines) + "\n"
+
+
+def support_summary() -> str:
+    """For the README: which rotations, and the model types that have them."""
+    groups: dict[str, list[str]] = {}
+    for names, row in _groups():
+        marks = {rotation: _mark(row, rotation) for rotation in ROTATIONS}
+        key = ", ".join(rotation for rotation, mark in marks.items() if mark != "–")
+        groups.setdefault(key, []).extend(names)
+    order = sorted(groups, key=lambda key: (-len(key), key))
+    lines = ["| rotations | model types |", "|---|---|"]
+    lines += [f"| {key} | {', '.join(sorted(dict.fromkeys(groups[key])))} |" for key in order]
+    lines.append(f"| those of their language model | {', '.join(sorted(SHELLS))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _groups() -> Iterator[tuple[list[str], Architecture]]:
+    """Rows of the same shape together."""
+    rows: list[tuple[list[str], Architecture]] = []
+    for name, found in sorted(ARCHITECTURES.items()):
+        for row in found if isinstance(found, tuple) else (found,):
+            same = next((names for names, other in rows if other == row), None)
+            if same is None:
+                rows.append(([name], row))
+            else:
+                same.append(name)
+    yield from rows
+
+
+def _mark(row: Architecture, rotation: str) -> str:
+    mapping = row.mapping
+    places = {
+        "R1": mapping.embedding,
+        "R2": mapping.attn_o,
+        "R3": mapping.attn,
+        "R4": mapping.mlp_out,
+    }
+    if rotation in row.refuses or not places[rotation]:
+        return "–"
+    unusual = {"R1": bool(mapping.post_norm), "R2": mapping.attn_gated}
+    return "✓ₒ" if unusual.get(rotation) else "✓"
+
+
+def _special(row: Architecture) -> str:
+    mapping = row.mapping
+    rows = {
+        "all": "",
+        "qkv": "one matrix [q, k, v]",
+        "grouped": "one matrix, q, k and v of each head together",
+        "latent": "latent attention",
+    }
+    kinds = {norm.kind for norm in row.norms}
+    remarks = [
+        " and ".join(f"{name} = {value}" for name, value in row.when.items()),
+        rows[mapping.attn_v_rows],
+        "LayerNorm, R1 fixes the ones vector" if "layer" in kinds else "",
+        "norms 1 + γ" if any(norm.offset == 1 for norm in row.norms) else "",
+        "norms behind attention and MLP" if mapping.post_norm else "",
+        "gate between values and o" if mapping.attn_gated else "",
+        row.notes,
+        *(f"{name}: {reason}" for name, reason in row.refuses.items()),
+    ]
+    return "; ".join(remark for remark in remarks if remark)
+
+
+def _code(pattern: str) -> str:
+    name = pattern.removeprefix("re:").replace("\\", "").removesuffix("$").removeprefix(".*")
+    return f"`{name.removeprefix('.')}`"
