@@ -95,6 +95,11 @@ def plan(
         )
     dtype = parse_precision(torch.float64 if precision is None else precision)
     result = resolve(model, config, norms, _parse_seed(seed), mapping, dtype)
+    if result.sites and getattr(model, "use_kernels", False):
+        raise ValueError(
+            "the model uses kernels from the hub, which replace whole modules and pass by the "
+            "rotations inside; call model.set_use_kernels(False) first"
+        )
     for site in result.sites:
         module = model.get_submodule(site.module)
         if not on_meta(model):
@@ -290,6 +295,10 @@ def _check_roles(model: PreTrainedModel, mapping: Mapping, wanted: Sequence[str]
         raise NoMatchError(
             f"R1 rotates the residual stream from the embedding to the head, but no module of "
             f"{type(model).__name__} has the role lm_head; pass {whole}"
+        )
+    if "R3" in wanted and mapping.attn_v_rows == "latent":
+        raise UnsupportedRotationError(
+            f"R3: {type(model).__name__} caches latents, not keys; leave it out"
         )
     if "R2" in wanted:
         check_heads(model, mapping, head_dim_of(model, mapping))

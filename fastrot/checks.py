@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from fastrot.mapping import NormKind
 
@@ -39,6 +40,8 @@ def check_model(model: nn.Module) -> None:
         )
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{type(model).__name__} is an encoder-decoder; fastrot rotates decoders")
+    if type(model).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+        raise ValueError(f"{type(model).__name__} is an encoder; fastrot rotates decoders")
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         get = quantization.get if isinstance(quantization, dict) else quantization.__dict__.get

@@ -1,0 +1,114 @@
+"""Folding: the scale of a norm moves into its readers before these are rotated."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import takewhile
+
+from transformers import PreTrainedModel
+
+from fastrot.checks import check_norm
+from fastrot.coverage import some
+from fastrot.edits import NormReset, Rotate, Scale
+from fastrot.mapping import NormMapping
+from fastrot.patterns import find_modules
+from fastrot.resolve.places import layer_of
+from fastrot.resolve.steps import Steps
+from fastrot.sites import Site, find_sites
+
+
+def fold_norms(
+    model: PreTrainedModel,
+    norms: Sequence[NormMapping],
+    online: set[str],
+    steps: Steps,
+    loaded: bool,
+) -> None:
+    """Fold every norm of which at least one reader's input is rotated by a fused transform."""
+    rotated = {name for name in steps.inputs if name not in online}
+    for mapping in norms:
+        readers = find_sites(model, mapping.linears, missing_ok=True)
+        touched = rotated.intersection(readers)
+        if not touched:
+            continue
+        if mapping.kind == "layer":
+            for name in sorted(touched):
+                _check_centred(name, steps.inputs[name])
+        if mapping.norm is None:
+            continue
+        found = find_modules(model, (mapping.norm,))
+        norm_of = {reader: _nearest(reader, found) for reader in readers}
+        for norm, module in found.items():
+            own = [reader for reader in readers if norm_of[reader] == norm]
+            if not own:
+                raise ValueError(f"norm {norm} feeds none of {', '.join(mapping.linears)}")
+            if not rotated.intersection(own):
+                continue
+            if loaded:
+                check_norm(norm, module, mapping.offset, mapping.kind, _width(readers[own[0]]))
+            if getattr(module, "weight", None) is None:
+                continue
+            for reader in own:
+                site = readers[reader]
+                turns = steps.inputs.get(reader)
+                dim = turns[0].dim if turns else site.input
+                if dim is None:
+                    raise ValueError(f"{reader} is an embedding and can't read the norm {norm}")
+                if site.weight in steps.scales:
+                    raise ValueError(
+                        f"{reader} reads two norms, {steps.scales[site.weight][0].norm} and "
+                        f"{norm}.weight; give it one in norm_mappings"
+                    )
+                scale = Scale(dim, f"{norm}.weight", mapping.offset)
+                steps.scales[site.weight] = (scale,)
+            if getattr(module, "bias", None) is not None:
+                _fold_bias(norm, mapping.offset, own, steps)
+            steps.resets.append(NormReset(f"{norm}.weight", 1.0 - mapping.offset))
+
+
+def _width(reader: Site) -> int:
+    return reader.shape[-1 if reader.input is None else reader.input]
+
+
+def _check_centred(name: str, turns: Sequence[Rotate]) -> None:
+    for turn in turns:
+        if not turn.rotation.fixes_ones:
+            raise ValueError(
+                f"{turn.group}: {name} reads a LayerNorm, which centres; only a rotation with "
+                "fixes_ones commutes with it"
+            )
+
+
+def _fold_bias(norm: str, offset: float, readers: Sequence[str], steps: Steps) -> None:
+    """``β → (β / γ) Q``: the readers take the scale, and read the bias through it."""
+    turns = {
+        tuple(replace(turn, dim=0) for turn in steps.inputs.get(reader, ())) for reader in readers
+    }
+    if len(turns) != 1:
+        raise ValueError(
+            f"{norm} has a bias, so all its readers must be rotated alike: {some(readers)}"
+        )
+    steps.scales[f"{norm}.bias"] = (Scale(0, f"{norm}.weight", offset, inverse=True),)
+    steps.rotates[f"{norm}.bias"] += turns.pop()
+
+
+def _nearest(reader: str, norms: Iterable[str]) -> str:
+    """The norm that shares most leading name parts with the reader."""
+    parts, everywhere = reader.split("."), list(norms)
+    if "." in (layer := layer_of(reader)) and layer.split(".")[-1].isdigit():
+        norms = [
+            n for n in norms if layer_of(n) == layer or not layer_of(n).split(".")[-1].isdigit()
+        ]
+        if not norms:
+            raise ValueError(
+                f"no norm in the layer of {reader} (norm_mappings names {some(everywhere)}); "
+                "give it its own"
+            )
+    pairs = {norm: zip(norm.split("."), parts, strict=False) for norm in norms}
+    shared = {n: len([*takewhile(lambda ab: ab[0] == ab[1], p)]) for n, p in pairs.items()}
+    best = max(shared.values())
+    nearest = [norm for norm, count in shared.items() if count == best]
+    if len(nearest) > 1:
+        raise ValueError(
+            f"{reader} could read {nearest[0]} or {nearest[1]}; make the norm pattern narrower"
+        )
+    return nearest[0]

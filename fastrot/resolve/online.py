@@ -1,0 +1,82 @@
+"""The online part: which module's input or output is rotated at run time."""
+
+from collections.abc import Iterator
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from fastrot.edits import OnlineSite
+from fastrot.heads import KEY_NAMES, head_size
+from fastrot.patterns import find_modules
+from fastrot.resolve.places import places, rotation_of
+from fastrot.sites import find_sites
+from fastrot.transform_config import ATTENTION_LOCATIONS, TransformArgs, TransformConfig
+
+
+def resolve_online(model: PreTrainedModel, config: TransformConfig, seed: int) -> list[OnlineSite]:
+    """The online part alone; needs the names and sizes of modules, no weights."""
+    sites = [
+        OnlineSite(
+            module=module,
+            location=location,
+            rotation=rotation_of(group, scheme, module, size, seed),
+            inverse=args.inverse,
+            group=group,
+            dtype=scheme.precision,
+        )
+        for group, scheme, args in places(config, online=True)
+        for module, location, size in _online_places(model, group, args)
+    ]
+    taken: dict[tuple[str, str], str] = {}
+    for site in sites:
+        other = taken.setdefault((site.module, site.location), site.group)
+        if other != site.group:
+            raise ValueError(
+                f"{site.group} and {other} both act on the {site.location} of {site.module}; "
+                "give each place one online transform"
+            )
+    return sites
+
+
+def _online_places(
+    model: PreTrainedModel, group: str, args: TransformArgs
+) -> Iterator[tuple[str, str, int]]:
+    """Module, location and size of every place that ``args`` name."""
+    if args.location in ATTENTION_LOCATIONS:
+        config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+        for name, module in find_modules(model, args.targets, args.ignore).items():
+            size = head_size(module, config, KEY_NAMES)
+            if size is None:
+                raise ValueError(f"{name} ({type(module).__name__}) has no head_dim to rotate")
+            yield name, args.location, size
+        return
+    if args.location == "output":
+        for name, module in find_modules(model, args.targets, args.ignore).items():
+            yield name, "output", _output_size(group, name, module)
+        return
+    for name, site in find_sites(model, args.targets, args.ignore, group=group).items():
+        if site.input is None:
+            raise ValueError(f"{group}: {name} is an embedding, it has no input to rotate")
+        size = site.shape[site.input]
+        if not site.is_bare:
+            yield name, "input", size
+        elif len(site.shape) == 3 and name.endswith(".down_proj"):
+            yield name.rpartition(".")[0], "down_input", size
+        else:
+            raise ValueError(
+                f"{group}: {name} is a bare parameter, the input of which no online transform can "
+                "reach"
+            )
+
+
+def _output_size(group: str, name: str, module: nn.Module) -> int:
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, nn.Parameter) and weight.dim() == 1:
+        return weight.numel()
+    size = getattr(module, "out_features", None)
+    if not isinstance(size, int):
+        raise ValueError(
+            f"{group}: {name} is a {type(module).__name__}; an output transform needs an "
+            "nn.Linear or a norm, whose size is known"
+        )
+    return size

@@ -1,0 +1,52 @@
+"""The places of a configuration, and the rotation that acts at each."""
+
+from collections.abc import Iterator
+
+from fastrot.rotation import Rotation
+from fastrot.transform_config import (
+    FUSED_LOCATIONS,
+    TransformArgs,
+    TransformConfig,
+    TransformScheme,
+)
+
+
+def places(
+    config: TransformConfig, online: bool
+) -> Iterator[tuple[str, TransformScheme, TransformArgs]]:
+    """Group, scheme and place of everything that acts online, or in the weights."""
+    for group, scheme in config.config_groups.items():
+        for args in scheme.apply:
+            if (args.location not in FUSED_LOCATIONS) == online:
+                yield group, scheme, args
+
+
+def rotation_of(group: str, scheme: TransformScheme, name: str, size: int, seed: int) -> Rotation:
+    """The rotation of a scheme at the module or parameter ``name``.
+
+    Raises:
+        ValueError: the size does not allow it.
+    """
+    kind, label = scheme.type, group
+    if scheme.randomize:
+        # One fixed matrix can't differ between layers: give each its signs.
+        kind = "random-hadamard" if kind == "hadamard" else kind
+        label = f"{group}.{layer_of(name)}"
+    try:
+        return Rotation(
+            kind,  # type: ignore[arg-type]
+            size,
+            scheme.head_dim,
+            seed,
+            label,
+            scheme.fixes_ones,
+        )
+    except ValueError as error:
+        raise type(error)(f"{group} of {name}: {error}") from None
+
+
+def layer_of(name: str) -> str:
+    """``layers.3`` of any module inside that layer, whatever the model around it is called."""
+    parts = name.split(".")
+    index = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+    return ".".join(parts[max(index - 1, 0) : index + 1])

@@ -1,0 +1,89 @@
+"""From configuration, norms and mapping to the plan."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from fastrot.checks import check_overlaps, check_parameter
+from fastrot.coverage import check_coverage, check_one_stream
+from fastrot.edits import Plan, WeightEdit
+from fastrot.mapping import Mapping, NormMapping
+from fastrot.resolve.norms import fold_norms
+from fastrot.resolve.online import resolve_online
+from fastrot.resolve.places import places
+from fastrot.resolve.steps import Steps, rotate_sites
+from fastrot.resolve.ties import untie
+from fastrot.sites import find_sites
+from fastrot.transform_config import TransformConfig
+
+
+def resolve(
+    model: PreTrainedModel,
+    config: TransformConfig,
+    norms: Sequence[NormMapping],
+    seed: int,
+    mapping: Mapping | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Plan:
+    """The plan of a configuration.
+
+    A model that lies on the meta device as a whole is planned by its shapes; nothing is known of
+    its values then.
+
+    Args:
+        model: any decoder.
+        config: the rotations.
+        norms: the norms that are folded into a reader once a fused rotation acts on its input.
+        seed: of random rotations.
+        mapping: if given and ``config`` has a group R1, every parameter must have a role in it.
+        dtype: of the arithmetic on weights.
+
+    Raises:
+        ValueError: anything that can't be done, naming the thing, its value and the way out.
+    """
+    loaded = not on_meta(model)
+    sites = resolve_online(model, config, seed)
+    steps = Steps()
+    rotate_sites(model, config, seed, steps)
+    online = {
+        name
+        for *_, args in places(config, online=True)
+        if args.location == "input"
+        for name in find_sites(model, args.targets, args.ignore)
+    }
+    fold_norms(model, norms, online, steps, loaded)
+    edits = [
+        WeightEdit(
+            parameter=name,
+            steps=(*steps.scales.get(name, ()), *steps.rotates.get(name, ())),
+            dtype=dtype,
+        )
+        for name, _ in model.named_parameters(remove_duplicate=False)
+        if name in steps.rotates or name in steps.scales
+    ]
+    if mapping is not None and "R1" in config.config_groups:
+        check_one_stream(edits, sites)
+        check_coverage(model, mapping, norms)
+    edits = untie(model, mapping, edits)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names = (*(e.parameter for e in edits), *(r.parameter for r in steps.resets))
+    if loaded:
+        for name in names:
+            check_parameter(name, parameters[name])
+        check_overlaps(model, names)
+    return Plan(
+        model_class=type(model).__name__,
+        edits=tuple(edits),
+        resets=tuple(steps.resets),
+        sites=tuple(sites),
+        transform_config=config,
+        seed=seed,
+        shapes={name: tuple(parameters[name].shape) for name in names},
+    )
+
+
+def on_meta(model: nn.Module) -> bool:
+    """Whether no weight is in memory, so that a model has shapes only."""
+    return all(parameter.is_meta for parameter in model.parameters())
