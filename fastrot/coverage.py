@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from fastrot.edits import OnlineSite, Rotate, WeightEdit
@@ -48,7 +49,8 @@ def check_coverage(model: PreTrainedModel, mapping: Mapping, norms: Sequence[Nor
     """Refuse R1 if a reader has no norm mapping or a parameter no role.
 
     Raises:
-        UncoveredParameterError: names what is missing, and guesses its role.
+        UncoveredParameterError: names what is missing, also buffers as wide as the stream, and
+            guesses its role.
         NoMatchError: an entry of ``ignore`` matches nothing.
     """
     fed = {name for norm in norms for name in find_sites(model, norm.linears)}
@@ -58,16 +60,24 @@ def check_coverage(model: PreTrainedModel, mapping: Mapping, norms: Sequence[Nor
             f"no norm mapping feeds {some(without)}; name its norm in norm_mappings "
             "(NormMapping(norm=None, …) if it reads the stream as it is)"
         )
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    embeddings = find_sites(model, mapping.embedding).values()
+    width = {site.shape[site.output] for site in embeddings}
+    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    # Fixed positions are no parameters, but are added to the stream all the same.
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point() and buffer.dim() and buffer.shape[-1] in width:
+            tensors[name] = buffer
     for pattern, _ in mapping.ignore:
-        if not any(matches(name, pattern) for name in parameters):
-            raise NoMatchError(no_match_message(model, pattern, parameters))
+        if not any(matches(name, pattern) for name in tensors):
+            raise NoMatchError(no_match_message(model, pattern, tensors))
     roles = classify(model, mapping, norms)
-    leftover = [name for name in parameters if name not in roles]
+    leftover = [
+        name
+        for name in tensors
+        if name not in roles and not any(matches(name, u.pattern) for u in mapping.ignore)
+    ]
     if leftover:
-        embeddings = find_sites(model, mapping.embedding).values()
-        width = {site.shape[site.output] for site in embeddings}
-        guesses = [f"{name} ({_guess(tuple(parameters[name].shape), width)})" for name in leftover]
+        guesses = [f"{name} ({_guess(tuple(tensors[name].shape), width)})" for name in leftover]
         raise UncoveredParameterError(
             f"the mapping does not say how {some(guesses)} of {type(model).__name__} meets the "
             "residual stream; add it to a role or, if it does not, to Mapping.ignore"

@@ -57,12 +57,15 @@ def value_part(model: PreTrainedModel, site: Site, rows: Rows) -> Part:
     length = site.shape[site.output]
     if not isinstance(size, int) and isinstance(heads, int):
         size = int(config.hidden_size) // heads
-    if not isinstance(heads, int) or not isinstance(size, int) or length % size:
-        raise ValueError(f"R2: {site.name} has {length} rows, no multiple of head size {size}")
+    if not isinstance(heads, int) or not isinstance(size, int):
+        raise ValueError(f"R2: {site.name} has {length} rows of {heads} heads of size {size}")
     if rows == "latent":
+        # Keys need not have the size of values, so the rows need not be a multiple of it.
         if length % heads or length // heads <= size:
             raise ValueError(f"R2: {site.name} has {length} rows, not {heads} heads of [k | v]")
         return Part(heads, size)
+    if length % size:
+        raise ValueError(f"R2: {site.name} has {length} rows, no multiple of head size {size}")
     twice = length // size - heads
     if twice < 2 or twice % 2 or heads % (twice // 2):
         raise ValueError(

@@ -27,8 +27,10 @@ from transformers import (
     AutoModelForCausalLM,
     BartConfig,
     BartForConditionalGeneration,
-    GPT2Config,
-    GPT2LMHeadModel,
+    BertConfig,
+    BertForMaskedLM,
+    CTRLConfig,
+    CTRLLMHeadModel,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
 )
@@ -266,9 +268,15 @@ def sequence_classifier(_):
         return LlamaForSequenceClassification(config)
 
 
-def gpt2(_):
+def bert(_):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     with torch.random.fork_rng(devices=[]):
-        return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=16))
+        return BertForMaskedLM(BertConfig(intermediate_size=16, vocab_size=16, **sizes))
+
+
+def ctrl(_):
+    with torch.random.fork_rng(devices=[]):
+        return CTRLLMHeadModel(CTRLConfig(n_embd=16, n_layer=1, n_head=2, vocab_size=16))
 
 
 def bart(_):
@@ -615,10 +623,11 @@ MODELS = {
     ),
     "unknown architecture": Case(
         fastrot.UnknownArchitectureError,
-        ("'gpt2'", "llama", "mappings=", "norm_mappings="),
+        ("'ctrl'", "mappings=", "norm_mappings=", "suggest_mapping"),
         {},
-        gpt2,
+        ctrl,
     ),
+    "encoder": Case(ValueError, ("BertForMaskedLM", "is an encoder"), {}, bert),
     "nearly known architecture": Case(
         fastrot.UnknownArchitectureError,
         ("'qwen4'", "nearest", "qwen3", "qwen2", "mappings="),

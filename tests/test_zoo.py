@@ -7,10 +7,12 @@ from functools import lru_cache
 import pytest
 import torch
 from helpers import relative_error
+from torch.overrides import TorchFunctionMode
 from zoo import FAMILIES, build, inputs
 
 import fastrot
 import fastrot.api
+from fastrot.edits import Scale
 from fastrot.mapping import find_architecture
 
 ROTATIONS = ("R1", "R2", "R3", "R4")
@@ -65,6 +67,28 @@ def test_exact(name, kind):
         assert error <= 1e-5, (rotations, "float32", error)
 
 
+class WithoutCasts(TorchFunctionMode):
+    """What a model casts to float32 inside (norms, routers, softmax) stays float64."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.float:
+            return args[0].double()
+        wide = [torch.float64 if a is torch.float32 else a for a in args]
+        named = {k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()}
+        return func(*wide, **named)
+
+
+@EVERY
+def test_exact_to_the_last_digits_without_the_models_own_casts(name):
+    family = FAMILIES[name]
+    model = build(family)
+    given = inputs(family, model)
+    with WithoutCasts():
+        before = logits(model, given)
+        fastrot.apply(model, allowed(name), precision=torch.float64, undo="none")
+        assert relative_error(logits(model, given), before) <= 1e-12
+
+
 def without_one(plan):
     """The plan without each of its single steps, resets and online sites."""
     for i, edit in enumerate(plan.edits):
@@ -92,6 +116,40 @@ def test_every_single_edit_matters(name, monkeypatch):
         fastrot.apply(changed, undo="none")
         error = relative_error(logits(changed, given), before)
         assert error > 1e-3, (what, error)
+
+
+def dense_product(model, edit):
+    """The edit by dense float64 matrices."""
+    weight = model.get_parameter(edit.source or edit.parameter).detach().double()
+    for step in edit.steps:
+        vectors = weight.movedim(step.dim, -1)
+        if isinstance(step, Scale):
+            gamma = model.get_parameter(step.norm).detach().double() + step.offset
+            vectors = vectors / gamma if step.inverse else vectors * gamma
+        else:
+            matrix = step.rotation.matrix()
+            matrix = matrix.T if step.inverse else matrix
+            if step.part is not None:
+                each = vectors.shape[-1] // step.part.groups
+                block = torch.block_diag(torch.eye(each - step.part.size).double(), matrix)
+                matrix = torch.block_diag(*[block] * step.part.groups)
+            vectors = vectors @ matrix
+        weight = vectors.movedim(-1, step.dim)
+    return weight
+
+
+@EVERY
+def test_every_weight_is_the_dense_product_rounded_once(name):
+    model, _, _ = original(name, torch.float32)
+    plan = fastrot.plan(model, allowed(name), transform_type="random-hadamard")
+    exact = {edit.parameter: dense_product(model, edit) for edit in plan.edits}
+    model = copy.deepcopy(model)
+    fastrot.apply(model, allowed(name), transform_type="random-hadamard", undo="none")
+    for parameter, wanted in exact.items():
+        got = model.get_parameter(parameter).detach().double()
+        # Of two neighbours equally near, within float64's own error, either will do.
+        nearest = (wanted.float().double() - wanted).abs()
+        assert ((got - wanted).abs() <= nearest + 1e-14 * wanted.abs().max()).all(), parameter
 
 
 @EVERY

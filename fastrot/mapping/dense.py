@@ -4,8 +4,11 @@ from dataclasses import replace
 
 from fastrot.mapping.roles import Architecture, Mapping, NormMapping, Untouched
 
+QKV = (r"re:.*self_attn\.[qkv]_proj$",)
+GATE_UP = (r"re:.*mlp\.gate_proj$", r"re:.*mlp\.up_proj$")
 HEAD_NORMS = Untouched(
-    r"re:.*self_attn\.[qk]_norm\.weight$", "acts inside one head, before RoPE and R3"
+    r"re:.*self_attn\.(q|k|query|key)_(layer)?norm\.weight$",
+    "acts on queries and keys, before R3",
 )
 
 LLAMA = Architecture(
@@ -16,22 +19,153 @@ LLAMA = Architecture(
         attn_k=(r"re:.*self_attn\.k_proj$",),
         attn_v=(r"re:.*self_attn\.v_proj$",),
         attn_o=(r"re:.*self_attn\.o_proj$",),
-        mlp_in=(r"re:.*mlp\.gate_proj$", r"re:.*mlp\.up_proj$"),
+        mlp_in=GATE_UP,
         mlp_out=(r"re:.*mlp\.down_proj$",),
         lm_head=("lm_head",),
     ),
     (
-        NormMapping(r"re:.*\.input_layernorm$", (r"re:.*self_attn\.[qkv]_proj$",)),
-        NormMapping(r"re:.*\.post_attention_layernorm$", (r"re:.*mlp\.(gate|up)_proj$",)),
+        NormMapping(r"re:.*\.input_layernorm$", QKV),
+        NormMapping(r"re:.*\.post_attention_layernorm$", GATE_UP),
         NormMapping(r"re:.*model\.norm$", ("lm_head",)),
     ),
 )
 
 QWEN3 = replace(LLAMA, mapping=replace(LLAMA.mapping, ignore=(HEAD_NORMS,)))
 
+GRANITE = replace(LLAMA, notes="scalar multipliers, which commute with rotations")
+
+GATE_UP_FUSED = (r"re:.*mlp\.gate_up_proj$",)
+
+GLM = Architecture(
+    replace(LLAMA.mapping, mlp_in=GATE_UP_FUSED),
+    (
+        LLAMA.norms[0],
+        NormMapping(r"re:.*\.post_attention_layernorm$", GATE_UP_FUSED),
+        LLAMA.norms[2],
+    ),
+    notes="one matrix [gate, up]",
+)
+
+PHI3 = Architecture(
+    replace(
+        GLM.mapping,
+        attn_q=(),
+        attn_k=(),
+        attn_v=(r"re:.*self_attn\.qkv_proj$",),
+        attn_v_rows="qkv",
+    ),
+    (NormMapping(r"re:.*\.input_layernorm$", (r"re:.*self_attn\.qkv_proj$",)), *GLM.norms[1:]),
+    notes="one matrix [gate, up]",
+)
+
+GLM4 = replace(
+    GLM,
+    mapping=replace(
+        GLM.mapping,
+        post_norm=(r"re:.*\.post_(self_attn|mlp)_layernorm$",),
+        post_norm_in=(r"re:.*self_attn\.o_proj$", r"re:.*mlp\.down_proj$"),
+    ),
+)
+
+GEMMA = replace(LLAMA, norms=tuple(replace(norm, offset=1.0) for norm in LLAMA.norms))
+
+VAULT_GEMMA = replace(
+    GEMMA,
+    norms=(
+        GEMMA.norms[0],
+        NormMapping(r"re:.*\.pre_feedforward_layernorm$", GATE_UP, offset=1.0),
+        GEMMA.norms[2],
+    ),
+)
+
+GEMMA2 = replace(
+    VAULT_GEMMA,
+    mapping=replace(
+        GEMMA.mapping,
+        post_norm=(r"re:.*\.post_(attention|feedforward)_layernorm$",),
+        post_norm_in=(r"re:.*self_attn\.o_proj$", r"re:.*mlp\.down_proj$"),
+        ignore=(HEAD_NORMS,),
+    ),
+)
+
+OLMO2 = Architecture(
+    replace(GEMMA2.mapping),
+    (NormMapping(None, (*QKV, *GATE_UP)), LLAMA.norms[2]),
+    notes="no norm before attention and MLP",
+)
+
+BITNET = replace(
+    LLAMA,
+    mapping=replace(
+        LLAMA.mapping,
+        ignore=(Untouched(r"re:.*mlp\.ffn_sub_norm\.weight$", "acts before R4"),),
+    ),
+    norms=(*LLAMA.norms, NormMapping(r"re:.*\.attn_sub_norm$", (r"re:.*self_attn\.o_proj$",))),
+    notes="the norm before o is folded into it with R2",
+)
+
+UNGATED = Architecture(
+    replace(LLAMA.mapping, mlp_in=(r"re:.*mlp\.up_proj$",)),
+    (
+        LLAMA.norms[0],
+        NormMapping(r"re:.*\.post_attention_layernorm$", (r"re:.*mlp\.up_proj$",)),
+        LLAMA.norms[2],
+    ),
+    notes="MLP without a gate",
+)
+
+APERTUS = Architecture(
+    replace(
+        UNGATED.mapping,
+        ignore=(
+            HEAD_NORMS,
+            Untouched(r"re:.*mlp\.act_fn\.(alpha_p|alpha_n|beta|eps)$", "shape the activation"),
+        ),
+    ),
+    (
+        NormMapping(r"re:.*\.attention_layernorm$", QKV),
+        NormMapping(r"re:.*\.feedforward_layernorm$", (r"re:.*mlp\.up_proj$",)),
+        LLAMA.norms[2],
+    ),
+    notes="MLP without a gate",
+)
+
+NANOCHAT = Architecture(
+    replace(LLAMA.mapping, mlp_in=(r"re:.*mlp\.fc1$",), mlp_out=(r"re:.*mlp\.fc2$",)),
+    (
+        LLAMA.norms[0],
+        NormMapping(r"re:.*\.post_attention_layernorm$", (r"re:.*mlp\.fc1$",)),
+        LLAMA.norms[2],
+    ),
+    notes="norms without parameters; MLP without a gate",
+)
+
 ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     "llama": LLAMA,
     "mistral": LLAMA,
+    "ministral": LLAMA,
+    "ministral3": LLAMA,
+    "smollm3": LLAMA,
+    "ernie4_5": LLAMA,
     "qwen2": LLAMA,
+    "seed_oss": LLAMA,
+    "helium": LLAMA,
+    "cwm": LLAMA,
+    "granite": GRANITE,
     "qwen3": QWEN3,
+    "hunyuan_v1_dense": QWEN3,
+    "glm": GLM,
+    "phi3": PHI3,
+    "glm4": GLM4,
+    "gemma": GEMMA,
+    "vaultgemma": VAULT_GEMMA,
+    "gemma2": GEMMA2,
+    "gemma3_text": GEMMA2,
+    "olmo2": OLMO2,
+    "olmo3": OLMO2,
+    "exaone4": OLMO2,
+    "bitnet": BITNET,
+    "arcee": UNGATED,
+    "apertus": APERTUS,
+    "nanochat": NANOCHAT,
 }

@@ -57,7 +57,7 @@ def _find_row(config: Any) -> Architecture:
         " and ".join(f"{name}={value!r}" for name, value in row.when.items()) for row in rows
     )
     flags = dict.fromkeys(name for row in rows for name in row.when)
-    actual = ", ".join(f"{name}={getattr(config, name, None)!r}" for name in flags)
+    actual = ", ".join(f"{name}={_setting(config, name)!r}" for name in flags)
     raise UnknownArchitectureError(
         f"fastrot knows {model_type} models with {settings}; this one has {actual}, which changes "
         "what reads and writes its residual stream; describe it with mappings= and norm_mappings="
@@ -65,7 +65,13 @@ def _find_row(config: Any) -> Architecture:
 
 
 def _fits(when: MappingABC[str, Any], config: Any) -> bool:
-    return all(getattr(config, name, None) == value for name, value in when.items())
+    return all(_setting(config, name) == value for name, value in when.items())
+
+
+def _setting(config: Any, name: str) -> Any:
+    for part in name.split("."):
+        config = config.get(part) if isinstance(config, dict) else getattr(config, part, None)
+    return config
 
 
 def _inside(row: Architecture, shell: Shell) -> Architecture:

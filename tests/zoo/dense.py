@@ -1,0 +1,129 @@
+"""Decoders with RMSNorm and one MLP a layer."""
+
+from typing import Any
+
+from zoo import Family
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 96,
+    "intermediate_size": 112,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+
+SIZES: dict[str, tuple[Any, ...]] = {
+    "hidden_size": (96, 80, 48, 160),
+    "intermediate_size": (112, 56, 144),
+    "num_key_value_heads": (2, 1, 6, 3),
+    "head_dim": (16, 8, 24),
+    "tie_word_embeddings": (False, True),
+    "num_hidden_layers": (2, 1, 3),
+}
+
+DERIVED: dict[str, Any] = {key: value for key, value in COMMON.items() if key != "head_dim"}
+"""For models that take head_dim from the hidden size."""
+
+DERIVED_SIZES: dict[str, tuple[Any, ...]] = {
+    "hidden_size": (96, 48, 192),
+    **{key: values for key, values in SIZES.items() if key not in ("hidden_size", "head_dim")},
+}
+
+BIASES = {"attention_bias": (True, False)}
+SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+WITHOUT_LAYERS = {key: values for key, values in SIZES.items() if key != "num_hidden_layers"}
+
+
+def _family(model_type: str, model_class: str, changes: Any = None, more: Any = None) -> Family:
+    return Family(
+        model_type, f"{model_class}ForCausalLM", COMMON | (changes or {}), SIZES | (more or {})
+    )
+
+
+def _derived(model_type: str, model_class: str, changes: Any = None, more: Any = None) -> Family:
+    return Family(
+        model_type,
+        f"{model_class}ForCausalLM",
+        DERIVED | (changes or {}),
+        DERIVED_SIZES | (more or {}),
+    )
+
+
+def _layered(model_type: str, model_class: str, changes: Any, more: Any = None) -> Family:
+    """Layers of two kinds: their number stays."""
+    return Family(
+        model_type,
+        f"{model_class}ForCausalLM",
+        COMMON | changes,
+        WITHOUT_LAYERS | (more or {}),
+    )
+
+
+FAMILIES: dict[str, Family] = {
+    "llama": _family(
+        "llama",
+        "Llama",
+        {"attention_bias": True, "mlp_bias": True},
+        BIASES | {"mlp_bias": (True, False)},
+    ),
+    "mistral": _family("mistral", "Mistral", {"sliding_window": 8}),
+    "ministral": _layered("ministral", "Ministral", SLIDING),
+    "ministral3": _family("ministral3", "Ministral3"),
+    "smollm3": _derived(
+        "smollm3",
+        "SmolLM3",
+        {"attention_bias": True, "mlp_bias": True, "no_rope_layers": [1, 0]},
+        BIASES | {"num_hidden_layers": (2,)},
+    ),
+    "ernie4_5": _family("ernie4_5", "Ernie4_5", {"use_bias": True}, {"use_bias": (True, False)}),
+    "qwen2": _layered("qwen2", "Qwen2", SLIDING | {"use_sliding_window": True}),
+    "qwen3": _family("qwen3", "Qwen3", {"attention_bias": True}, BIASES),
+    "hunyuan_v1_dense": _family("hunyuan_v1_dense", "HunYuanDenseV1", {"attention_bias": True}),
+    "granite": _derived(
+        "granite",
+        "Granite",
+        {
+            "attention_bias": True,
+            "mlp_bias": True,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.1,
+            "logits_scaling": 2.0,
+        },
+        BIASES,
+    ),
+    "seed_oss": _family(
+        "seed_oss",
+        "SeedOss",
+        {"attention_bias": True, "attention_out_bias": True, "mlp_bias": True},
+        BIASES,
+    ),
+    "helium": _family("helium", "Helium", {"attention_bias": True, "mlp_bias": True}),
+    "cwm": _layered("cwm", "Cwm", SLIDING),
+    "phi3": _derived("phi3", "Phi3", {}, {"partial_rotary_factor": (1.0, 0.5)}),
+    "glm": _family("glm", "Glm", {"attention_bias": True}, BIASES),
+    "glm4": _family("glm4", "Glm4", {"attention_bias": True}, BIASES),
+    "gemma": _family("gemma", "Gemma", {"tie_word_embeddings": True, "attention_bias": True}),
+    "vaultgemma": _layered("vaultgemma", "VaultGemma", SLIDING),
+    "gemma2": _layered("gemma2", "Gemma2", SLIDING | {"query_pre_attn_scalar": 16}),
+    "gemma3_text": _layered("gemma3_text", "Gemma3", SLIDING | {"query_pre_attn_scalar": 16}),
+    "olmo2": _derived("olmo2", "Olmo2", {"attention_bias": True}, BIASES),
+    "olmo3": Family(
+        "olmo3",
+        "Olmo3ForCausalLM",
+        DERIVED | SLIDING,
+        {key: v for key, v in DERIVED_SIZES.items() if key != "num_hidden_layers"},
+    ),
+    "exaone4": _layered("exaone4", "Exaone4", SLIDING),
+    "bitnet": _derived("bitnet", "BitNet", {"attention_bias": True}, BIASES),
+    "arcee": _family("arcee", "Arcee", {"attention_bias": True, "mlp_bias": True}, BIASES),
+    "apertus": _derived("apertus", "Apertus", {"attention_bias": True}, BIASES),
+    "nanochat": _derived("nanochat", "NanoChat", {"attention_bias": True}, BIASES),
+}

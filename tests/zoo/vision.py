@@ -1,0 +1,5 @@
+"""Language models that see."""
+
+from zoo import Family
+
+FAMILIES: dict[str, Family] = {}
