@@ -20,7 +20,7 @@ from fastrot.edits import Plan
 from fastrot.fuse import Journal, execute
 from fastrot.fuse.journal import Undo
 from fastrot.handle import Handle
-from fastrot.heads import KEY_NAMES, check_heads, head_dim_of
+from fastrot.heads import check_heads, head_dim_of, key_dim_of
 from fastrot.integrations.transformers import mark
 from fastrot.mapping import (
     Architecture,
@@ -321,7 +321,7 @@ def _block_sizes(
     if "R2" in wanted:
         sizes["R2"] = head_dim_of(model, mapping)
     if "R3" in wanted:
-        sizes["R3"] = head_dim_of(model, mapping, KEY_NAMES)
+        sizes["R3"] = key_dim_of(model, mapping)
     if isinstance(block_size, MappingABC):
         given = {str(name).upper(): size for name, size in block_size.items()}
         if len(given) < len(block_size):

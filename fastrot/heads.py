@@ -25,10 +25,16 @@ def head_size(module: nn.Module, config: Any, names: tuple[str, ...] = VALUE_NAM
     return None
 
 
-def head_dim_of(
-    model: PreTrainedModel, mapping: Mapping, names: tuple[str, ...] = VALUE_NAMES
-) -> int:
-    """Size of one value (or key) head: the mapping's, the module's or the configuration's.
+def key_dim_of(model: PreTrainedModel, mapping: Mapping) -> int | None:
+    """Size of one key head; None if layers differ, or do not say."""
+    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    blocks = find_modules(model, mapping.attn).values()
+    found = {head_size(module, config, KEY_NAMES) for module in blocks}
+    return found.pop() if len(found) == 1 else None
+
+
+def head_dim_of(model: PreTrainedModel, mapping: Mapping) -> int:
+    """Size of one value head: the mapping's, the module's or the configuration's.
 
     Raises:
         ValueError: none of them has it, or layers differ.
@@ -36,7 +42,7 @@ def head_dim_of(
     if mapping.attn_head_dim is not None:
         return mapping.attn_head_dim
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    found = {head_size(m, config, names) for m in find_modules(model, mapping.attn).values()}
+    found = {head_size(m, config) for m in find_modules(model, mapping.attn).values()}
     if len(found) != 1 or not isinstance(size := found.pop(), int):
         raise ValueError(
             f"the head size of {type(model).__name__} is not one number ({found}); "

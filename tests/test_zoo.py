@@ -1,19 +1,20 @@
 """Every row of the tables, on a tiny random model of the family: exact, and every edit matters."""
 
 import copy
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import lru_cache
 
 import pytest
 import torch
 from helpers import relative_error
 from torch.overrides import TorchFunctionMode
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from zoo import FAMILIES, build, inputs
 
 import fastrot
 import fastrot.api
 from fastrot.edits import Scale
-from fastrot.mapping import find_architecture
+from fastrot.mapping import ARCHITECTURES, SHELLS, find_architecture
 
 ROTATIONS = ("R1", "R2", "R3", "R4")
 EVERY = pytest.mark.parametrize("name", FAMILIES)
@@ -164,6 +165,51 @@ def test_the_row_is_complete(name):
     if "R1" not in row.refuses:
         assert [n for n in names if n not in roles] == []
     assert [u.pattern for u in row.mapping.ignore if not u.reason] == []
+
+
+def test_no_row_and_no_rule_is_unused():
+    """Every row is that of a family in the zoo, and each of its patterns names something there."""
+    types, unused = set(), {}
+    for name in FAMILIES:
+        config = original(name)[0].config
+        types |= {config.model_type, config.get_text_config().model_type}
+        row = find_architecture(config)
+        used = set(patterns_of(fastrot.api._present(original(name)[0], row)))
+        shell = SHELLS.get(config.model_type)
+        # The patterns of a language model in a shell are tried without it.
+        rules = set(patterns_of(row)) if shell is None else set(rules_of(shell))
+        unused.setdefault(frozenset(rules), set(rules)).difference_update(used)
+    assert {name for name in (*ARCHITECTURES, *SHELLS) if name in CONFIG_MAPPING} <= types
+    assert [left for left in unused.values() if left] == []
+
+
+def rules_of(shell):
+    yield from (("writers", pattern) for pattern in shell.writers)
+    yield from (("transposed", pattern) for pattern in shell.transposed)
+    yield from (("ignore", untouched.pattern) for untouched in shell.ignore)
+
+
+def patterns_of(row):
+    """Every pattern of a row, with the role in which it stands."""
+    for role in fields(row.mapping):
+        value = getattr(row.mapping, role.name)
+        if isinstance(value, tuple):
+            yield from ((role.name, v.pattern if role.name == "ignore" else v) for v in value)
+    for norm in row.norms:
+        yield ("norm", norm.norm)
+        yield from (("linears", pattern) for pattern in norm.linears)
+
+
+def test_every_row_of_every_model_type_is_tried():
+    """A model type with several rows needs a family for each."""
+    tried = {}
+    for name in FAMILIES:
+        config = original(name)[0].config.get_text_config()
+        when = str(find_architecture(config).when) if config.model_type in ARCHITECTURES else ""
+        tried.setdefault(config.model_type, set()).add(when)
+    for model_type, rows in ARCHITECTURES.items():
+        if model_type in tried and isinstance(rows, tuple):
+            assert {str(row.when) for row in rows} == tried[model_type], model_type
 
 
 @EVERY

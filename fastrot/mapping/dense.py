@@ -88,8 +88,53 @@ GEMMA2 = replace(
     ),
 )
 
+SHARED = "some layers use the keys and values of others"
+
+GEMMA3N = Architecture(
+    LLAMA.mapping,
+    (),
+    when={"num_kv_shared_layers": 0},
+    refuses={"R1": "AltUp scales several copies of the stream channel by channel"},
+)
+
+GEMMA4 = Architecture(
+    replace(
+        GEMMA2.mapping,
+        readers=(r"re:.*\.per_layer_input_gate$", r"re:.*\.per_layer_model_projection$"),
+        writers=(r"re:.*\.per_layer_projection$",),
+        post_norm=(*GEMMA2.mapping.post_norm, r"re:.*\.post_per_layer_input_norm$"),
+        post_norm_in=(*GEMMA2.mapping.post_norm_in, r"re:.*\.per_layer_projection$"),
+        ignore=(
+            HEAD_NORMS,
+            Untouched(
+                r"re:.*(embed_tokens_per_layer|per_layer_projection_norm)\.weight$",
+                "works in the space of the per-layer inputs",
+            ),
+        ),
+    ),
+    (
+        LLAMA.norms[0],
+        NormMapping(r"re:.*\.pre_feedforward_layernorm$", GATE_UP),
+        LLAMA.norms[2],
+        NormMapping(None, (r"re:.*\.per_layer_input_gate$", r"re:.*\.per_layer_model_projection$")),
+    ),
+    when={"enable_moe_block": False, "num_kv_shared_layers": 0},
+    refuses={"R2": "some layers take their keys for values, and their heads differ in size"},
+    notes="per-layer inputs",
+)
+
+GEMMA4_EXPERTS = replace(
+    GEMMA4,
+    mapping=replace(
+        GEMMA4.mapping,
+        mlp_out=(r"re:.*mlp\.down_proj$", r"re:.*layers\.\d+\.experts\.down_proj$"),
+    ),
+    when={"enable_moe_block": True, "num_kv_shared_layers": 0},
+    refuses={**GEMMA4.refuses, "R1": "its router scales the stream channel by channel"},
+)
+
 OLMO2 = Architecture(
-    replace(GEMMA2.mapping),
+    GEMMA2.mapping,
     (NormMapping(None, (*QKV, *GATE_UP)), LLAMA.norms[2]),
     notes="no norm before attention and MLP",
 )
@@ -147,6 +192,7 @@ ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     "ministral3": LLAMA,
     "smollm3": LLAMA,
     "ernie4_5": LLAMA,
+    "internlm3": LLAMA,
     "qwen2": LLAMA,
     "seed_oss": LLAMA,
     "helium": LLAMA,
@@ -161,6 +207,19 @@ ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     "vaultgemma": VAULT_GEMMA,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA2,
+    "gemma3n_text": (
+        GEMMA3N,
+        replace(GEMMA3N, when={}, refuses={**GEMMA3N.refuses, "R2": SHARED, "R3": SHARED}),
+    ),
+    "gemma4_text": (
+        GEMMA4,
+        GEMMA4_EXPERTS,
+        replace(
+            GEMMA4,
+            when={"enable_moe_block": False},
+            refuses={**GEMMA4.refuses, "R3": SHARED},
+        ),
+    ),
     "olmo2": OLMO2,
     "olmo3": OLMO2,
     "exaone4": OLMO2,

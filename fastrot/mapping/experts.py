@@ -254,6 +254,8 @@ ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     "glm4_moe_lite": LATENT,
     "deepseek_v32": SPARSE,
     "glm_moe_dsa": SPARSE,
+    "minicpm3": LATENT,
+    "youtu": LATENT,
     "gpt_oss": GPT_OSS,
     "phimoe": PHIMOE,
     "llama4_text": LLAMA4,

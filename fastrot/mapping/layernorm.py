@@ -202,13 +202,12 @@ NEOX = Architecture(
         attn_o=(r"re:.*\.attention\.dense$",),
         mlp_in=NEOX_IN,
         mlp_out=(r"re:.*\.mlp\.dense_4h_to_h$",),
-        # The head has one name or the other, by the version of transformers.
-        lm_head=("lm_head", "embed_out"),
+        lm_head=("lm_head",),
     ),
     (
         _layer(r"re:.*\.input_layernorm$", r"re:.*\.query_key_value$"),
         _layer(r"re:.*\.post_attention_layernorm$", *NEOX_IN),
-        _layer(r"re:.*\.final_layer_norm$", "lm_head", "embed_out"),
+        _layer(r"re:.*\.final_layer_norm$", "lm_head"),
     ),
     notes="MLP without a gate",
 )

@@ -177,13 +177,17 @@ class Shell:
         text: full name of the language model's base (without head); the patterns of its row are
             sought below it.
         writers: what writes image features into the residual stream: the last linear of projectors.
+        transposed: the bare matrices among them that are (in, out).
         ignore: parameters of the towers; a parameter that a writer owns need not be left out.
+        head: full name of the language model's head.
         notes: what is special, for the documentation.
     """
 
     text: str
     writers: Patterns = ()
+    transposed: Patterns = ()
     ignore: tuple[Untouched, ...] = ()
+    head: str = "lm_head"
     notes: str = ""
 
 

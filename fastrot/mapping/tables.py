@@ -42,12 +42,12 @@ def _find_row(config: Any) -> Architecture:
     model_type = config.model_type
     rows = ARCHITECTURES.get(model_type)
     if rows is None:
-        known = {**ARCHITECTURES, **SHELLS}
-        near = get_close_matches(model_type, known, n=3, cutoff=0.4)
-        names = f"nearest known: {', '.join(near)}" if near else f"known: {', '.join(known)}"
+        near = get_close_matches(model_type, {**ARCHITECTURES, **SHELLS}, n=3, cutoff=0.4)
+        names = f" (nearest known: {', '.join(near)})" if near else ""
         raise UnknownArchitectureError(
-            f"model type {model_type!r} has no row in fastrot's table ({names}); describe it with "
-            "mappings= and norm_mappings=, fastrot.suggest_mapping(model) proposes them"
+            f"model type {model_type!r} has no row in fastrot's table{names}; describe it with "
+            "mappings= and norm_mappings=, fastrot.suggest_mapping(model) proposes them; "
+            "`fastrot architectures` lists the known ones"
         )
     rows = rows if isinstance(rows, tuple) else (rows,)
     for row in rows:
@@ -92,12 +92,17 @@ def _inside(row: Architecture, shell: Shell) -> Architecture:
         )
         for norm in row.norms
     )
-    writers = (*mapping.writers, *shell.writers)
+    mapping = replace(
+        mapping,
+        writers=(*mapping.writers, *shell.writers),
+        transposed=(*mapping.transposed, *shell.transposed),
+    )
     notes = "; ".join(note for note in (row.notes, shell.notes) if note)
-    return replace(row, mapping=replace(mapping, writers=writers), norms=norms, notes=notes)
+    return replace(row, mapping=mapping, norms=norms, notes=notes)
 
 
 def _scoped(pattern: str, shell: Shell) -> str:
     if not pattern.startswith("re:"):
-        return pattern
-    return rf"re:(?={re.escape(shell.text)}\.|lm_head){pattern.removeprefix('re:')}"
+        return shell.head if pattern == "lm_head" else pattern
+    places = rf"(?={re.escape(shell.text)}\.|{re.escape(shell.head)}\b)"
+    return f"re:{places}(?:{pattern.removeprefix('re:')})"

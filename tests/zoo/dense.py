@@ -40,6 +40,29 @@ BIASES = {"attention_bias": (True, False)}
 SLIDING = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
 WITHOUT_LAYERS = {key: values for key, values in SIZES.items() if key != "num_hidden_layers"}
 
+GEMMA3N = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 8,
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 64,
+    "laurel_rank": 8,
+    "intermediate_size": 112,
+    "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+}
+GEMMA4 = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 8,
+    "global_head_dim": 24,
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 64,
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
+}
+
 
 def _family(model_type: str, model_class: str, changes: Any = None, more: Any = None) -> Family:
     return Family(
@@ -114,6 +137,24 @@ FAMILIES: dict[str, Family] = {
     "vaultgemma": _layered("vaultgemma", "VaultGemma", SLIDING),
     "gemma2": _layered("gemma2", "Gemma2", SLIDING | {"query_pre_attn_scalar": 16}),
     "gemma3_text": _layered("gemma3_text", "Gemma3", SLIDING | {"query_pre_attn_scalar": 16}),
+    "gemma3n_text": _layered("gemma3n_text", "Gemma3n", GEMMA3N),
+    "gemma3n_shared": _layered("gemma3n_text", "Gemma3n", GEMMA3N | {"num_kv_shared_layers": 2}),
+    "gemma4_text": _layered("gemma4_text", "Gemma4", GEMMA4),
+    "gemma4_shared": _layered("gemma4_text", "Gemma4", GEMMA4 | {"num_kv_shared_layers": 2}),
+    "gemma4_experts": _layered(
+        "gemma4_text",
+        "Gemma4",
+        GEMMA4
+        | {
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 56,
+        },
+    ),
+    "internlm3": _family(
+        "internlm3", "Llama", {"qkv_bias": True, "bias": True}, {"qkv_bias": (True, False)}
+    ),
     "olmo2": _derived("olmo2", "Olmo2", {"attention_bias": True}, BIASES),
     "olmo3": Family(
         "olmo3",

@@ -241,6 +241,15 @@ FAMILIES: dict[str, Family] = {
         },
         {**LATENT_SIZES, **GROUPED_SIZES, "q_lora_rank": (None,), "kv_lora_rank": (32, 28)},
     ),
+    "youtu": Family(
+        "youtu", "YoutuForCausalLM", {**LATENT, "attention_bias": True}, LATENT_SIZES
+    ),
+    "minicpm3": Family(
+        "minicpm3",
+        "MiniCPM3ForCausalLM",
+        {**LATENT, "attention_bias": True, "mlp_bias": True, "dim_model_base": 48},
+        LATENT_SIZES,
+    ),
     "deepseek_v2": Family(
         "deepseek_v2",
         "DeepseekV2ForCausalLM",

@@ -132,6 +132,22 @@ FAMILIES: dict[str, Family] = {
         },
         EXACT,
     ),
+    "opt_norms_behind": Family(
+        "opt",
+        "OPTForCausalLM",
+        {
+            **UNTIED,
+            "hidden_size": 96,
+            "ffn_dim": 112,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 6,
+            "max_position_embeddings": 256,
+            "word_embed_proj_dim": 48,
+            "do_layer_norm_before": False,
+        },
+        {"hidden_size": (96, 48), "ffn_dim": (112, 56), **LAYERS, **TIED},
+        EXACT,
+    ),
     "biogpt": Family(
         "biogpt",
         "BioGptForCausalLM",
@@ -232,6 +248,20 @@ FAMILIES: dict[str, Family] = {
         "FalconForCausalLM",
         FALCON | {"parallel_attn": False, "multi_query": False, "alibi": True},
         FALCON_SIZES,
+        EXACT,
+    ),
+    "mpt_clipped": Family(
+        "mpt",
+        "MptForCausalLM",
+        {
+            **UNTIED,
+            "d_model": 96,
+            "n_heads": 8,
+            "n_layers": 2,
+            "max_seq_len": 256,
+            "attn_config": {"clip_qkv": 0.5},
+        },
+        {"d_model": (96, 64), **TIED},
         EXACT,
     ),
     "mpt": Family(

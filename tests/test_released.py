@@ -1,0 +1,68 @@
+"""True dimensions: plans of released models, by their configurations, on the meta device."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+import fastrot
+from fastrot.edits import Rotate
+from fastrot.mapping import find_architecture
+
+CONFIGS = json.loads((Path(__file__).parent / "data" / "released_configs.json").read_text())
+ROTATIONS = ("R1", "R2", "R3", "R4")
+
+ODD = {"13696": "107·128", "27392": "107·256"}
+"""Intermediate sizes for which no Hadamard matrix is known; a block size is the way out."""
+
+UNKNOWN = ("dbrx",)
+
+
+def outline(name):
+    """The model without weights."""
+    entry = CONFIGS[name]
+    if entry["model_type"] not in CONFIG_MAPPING:
+        pytest.skip(f"this transformers has no {entry['model_type']}")
+    config = CONFIG_MAPPING[entry["model_type"]](**entry["config"])
+    with torch.device("meta"):
+        return getattr(transformers, entry["model_class"])(config)
+
+
+def has_place(row, rotation):
+    mapping = row.mapping
+    places = {"R1": mapping.embedding, "R2": mapping.attn_o, "R3": mapping.attn}
+    return bool(places.get(rotation, mapping.mlp_out))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_plan_resolves_or_says_why_not(name):
+    model = outline(name)
+    if model.config.model_type in UNKNOWN:
+        with pytest.raises(fastrot.UnknownArchitectureError):
+            fastrot.plan(model)
+        return
+    row = find_architecture(model.config)
+    possible = [r for r in ROTATIONS if r not in row.refuses and has_place(row, r)]
+    for rotation in set(ROTATIONS).difference(possible):
+        with pytest.raises(fastrot.UnsupportedRotationError):
+            fastrot.plan(model, rotation)
+    try:
+        plan = fastrot.plan(model, possible)
+    except fastrot.HadamardSizeError as error:
+        assert any(f"{size} = {factors}" in str(error) for size, factors in ODD.items())
+        plan = fastrot.plan(model, possible, block_size={"R4": 128})
+    groups = {step.group for edit in plan.edits for step in edit.steps if isinstance(step, Rotate)}
+    assert groups | {site.group for site in plan.sites} == set(possible)
+
+
+def test_there_are_many():
+    """Families, and sizes from small to beyond one machine's memory."""
+    sizes = {entry["config"].get("hidden_size") for entry in CONFIGS.values()}
+    assert len(CONFIGS) >= 40
+    assert {896, 16384} <= sizes
+    known = [e for e in CONFIGS.values() if e["model_type"] not in UNKNOWN]
+    assert len({entry["model_type"] for entry in known}) >= 60
