@@ -16,6 +16,7 @@ from fastrot.mapping import Architecture, Mapping, NormMapping, UnknownArchitect
 from fastrot.patterns import NoMatchError
 from fastrot.removal import remove
 from fastrot.rotation import Rotation
+from fastrot.suggest import Suggestion, suggest_mapping
 from fastrot.transform_config import TransformArgs, TransformConfig, TransformScheme
 from fastrot.version import __version__
 
@@ -29,6 +30,7 @@ __all__ = [
     "NormMapping",
     "Plan",
     "Rotation",
+    "Suggestion",
     "TransformArgs",
     "TransformConfig",
     "TransformScheme",
@@ -42,6 +44,7 @@ __all__ = [
     "hadamard_transform",
     "plan",
     "remove",
+    "suggest_mapping",
 ]
 
 register()

@@ -23,6 +23,7 @@ ROOMS = (
     ("removal",),
     ("handle",),
     ("api",),
+    ("suggest",),
     ("__init__",),
     ("demo",),
     ("cli",),

@@ -79,6 +79,10 @@ class KeyRotatingCache:
             return key_states, value_states
         return self.cache.update(key_states, value_states, *args, **kwargs)
 
+    def get_seq_length(self, *args: Any, **kwargs: Any) -> Any:
+        """As ``transformers.Cache.get_seq_length``: the keys that are cached, 0 without a cache."""
+        return 0 if self.cache is None else self.cache.get_seq_length(*args, **kwargs)
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.cache, name)
 
