@@ -11,15 +11,15 @@ demo: $(READY)
 	$(BIN)/fastrot demo
 
 test: lint test-oldest
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2
 
 # The fast tests of everything that meets transformers, on the oldest one we support.
 test-oldest: $(READY) $(OLDEST)/.ready
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -q -m "not slow" tests/test_zoo.py tests/test_exact.py \
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -q -n 2 -m "not slow" tests/test_zoo.py tests/test_exact.py \
 	    tests/test_save_load.py tests/test_generate.py tests/test_online.py
 
 fast-test: $(READY)
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 -m "not slow"
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ from fastrot.mapping.roles import Architecture
 from fastrot.mapping.tables import ARCHITECTURES, SHELLS
 
 ROTATIONS = ("R1", "R2", "R3", "R4")
+OTHERWISE = " (otherwise)"
 
 HEAD = """\
 # Architectures
@@ -52,15 +53,19 @@ def architectures_table() -> str:
 
 
 def support_summary() -> str:
-    """For the README: which rotations, and the model types that have them."""
-    groups: dict[str, list[str]] = {}
+    """For the README: which rotations, and the model types that have them.
+
+    A model type with several rows counts for the most that one of them can do.
+    """
+    best: dict[str, str] = {}
     for names, row in _groups():
         marks = {rotation: _mark(row, rotation) for rotation in ROTATIONS}
-        key = ", ".join(rotation for rotation, mark in marks.items() if mark != "–")
-        groups.setdefault(key, []).extend(names)
-    order = sorted(groups, key=lambda key: (-len(key), key))
+        able = ", ".join(rotation for rotation, mark in marks.items() if mark != "–")
+        for name in (name.removesuffix(OTHERWISE) for name in names):
+            best[name] = max(best.get(name, ""), able, key=len)
     lines = ["| rotations | model types |", "|---|---|"]
-    lines += [f"| {key} | {', '.join(sorted(dict.fromkeys(groups[key])))} |" for key in order]
+    for able in sorted(set(best.values()), key=lambda able: (-len(able), able)):
+        lines.append(f"| {able} | {', '.join(sorted(n for n in best if best[n] == able))} |")
     lines.append(f"| those of their language model | {', '.join(sorted(SHELLS))} |")
     return "\n".join(lines) + "\n"
 
@@ -69,12 +74,14 @@ def _groups() -> Iterator[tuple[list[str], Architecture]]:
     """Rows of the same shape together."""
     rows: list[tuple[list[str], Architecture]] = []
     for name, found in sorted(ARCHITECTURES.items()):
+        several = isinstance(found, tuple)
         for row in found if isinstance(found, tuple) else (found,):
+            label = f"{name}{OTHERWISE}" if several and not row.when else name
             same = next((names for names, other in rows if other == row), None)
             if same is None:
-                rows.append(([name], row))
+                rows.append(([label], row))
             else:
-                same.append(name)
+                same.append(label)
     yield from rows
 
 
@@ -106,8 +113,6 @@ def _special(row: Architecture) -> str:
         rows[mapping.attn_v_rows],
         "LayerNorm, R1 fixes the ones vector" if "layer" in kinds else "",
         "norms 1 + γ" if any(norm.offset == 1 for norm in row.norms) else "",
-        "norms behind attention and MLP" if mapping.post_norm else "",
-        "gate between values and o" if mapping.attn_gated else "",
         row.notes,
         *(f"{name}: {reason}" for name, reason in row.refuses.items()),
     ]

@@ -47,7 +47,7 @@ ROUTED = replace(
     norms=pre_norms(ROUTED_IN),
 )
 
-CLIPPED = "clip_qkv clips each channel of the values by itself, which no rotation survives"
+CLIPPED = "clip_qkv clips values channel by channel"
 
 ERNIE = replace(
     MOE,
@@ -78,7 +78,7 @@ LATENT = Architecture(
     refuses={
         "R3": "the cache holds the latent from which keys are made, so no rotated key can be cached"
     },
-    notes="multi-head latent attention: R2 on the value rows of kv_b_proj",
+    notes="R2 on the value rows of kv_b_proj",
 )
 
 INDEXER_IN = r"re:.*self_attn\.indexer\.(wk|weights_proj)$"
@@ -114,7 +114,6 @@ GPT_OSS = replace(
 PHIMOE = Architecture(
     replace(ROUTED.mapping, ignore=()),
     tuple(replace(norm, kind="layer") for norm in ROUTED.norms),
-    notes="LayerNorm",
 )
 
 LLAMA4_IN = (
@@ -179,7 +178,7 @@ FLEX_OLMO = Architecture(
         NormMapping(None, (*QKV, *ROUTED_IN)),
         NormMapping(r"re:.*model\.norm$", ("lm_head",)),
     ),
-    notes="norms after attention and MLP only",
+    notes="no norm before attention and MLP",
 )
 
 AFMOE_IN = (
@@ -204,7 +203,7 @@ AFMOE = Architecture(
         NormMapping(r"re:.*\.pre_mlp_layernorm$", AFMOE_IN),
         NormMapping(r"re:.*model\.norm$", ("lm_head",)),
     ),
-    notes="norms before and after; a gate between values and output",
+    notes="norms before and after attention and MLP; a gate between values and output",
 )
 
 PARALLEL = Architecture(
@@ -238,7 +237,10 @@ MINIMAX = Architecture(
 
 ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     "mixtral": ROUTED,
-    "olmoe": (replace(ROUTED, when={"clip_qkv": None}), replace(ROUTED, refuses={"R2": CLIPPED})),
+    "olmoe": (
+        replace(ROUTED, when={"clip_qkv": None}),
+        replace(ROUTED, mapping=replace(ROUTED.mapping, attn_gated=True), notes=CLIPPED),
+    ),
     "qwen2_moe": MOE,
     "qwen3_moe": MOE,
     "glm4_moe": MOE,

@@ -42,7 +42,7 @@ DELTA = Architecture(
         NormMapping(r"re:.*\.post_attention_layernorm$", MLP_IN, offset=1.0),
         NormMapping(r"re:.*model\.norm$", ("lm_head",), offset=1.0),
     ),
-    notes="norms multiply by 1 + weight; q_proj carries a gate between values and output",
+    notes="q_proj carries a gate between values and output",
 )
 
 MIXER_INSIDE = Untouched(
@@ -214,7 +214,7 @@ RECURRENT_GEMMA = Architecture(
         NormMapping(r"re:.*\.channel_pre_norm$", (BLOCK_IN,), offset=1.0),
         NormMapping(r"re:.*model\.final_norm$", ("lm_head",), offset=1.0),
     ),
-    notes="norms multiply by 1 + weight; scaled embedding",
+    notes="scaled embedding",
 )
 
 KIMI_IN = r"re:.*self_attn\.(b_proj|g_a_proj|forget_gate\.f_a_proj)$"

@@ -6,7 +6,7 @@ from fastrot.mapping.dense import LLAMA, QKV
 from fastrot.mapping.roles import Architecture, Mapping, NormMapping, Untouched
 
 OWN_ATTENTION = "its attention does not use transformers' attention interface"
-CLIPPED = "clip_qkv clips each channel of the values by itself, which no rotation survives"
+CLIPPED = "clip_qkv clips values channel by channel"
 QUERY_KEY_NORMS = Untouched(
     r"re:.*self_attn\.[qk]_(layer)?norm\..*$", "acts on queries and keys, before R3"
 )
@@ -183,12 +183,19 @@ GPTJ = Architecture(
 
 CODEGEN = replace(
     GPTJ,
-    mapping=replace(GPTJ.mapping, attn_q=(r"re:.*\.attn\.qkv_proj$",), attn_k=(), attn_v=()),
+    mapping=replace(
+        GPTJ.mapping,
+        attn_q=(r"re:.*\.attn\.qkv_proj$",),
+        attn_k=(),
+        attn_v=(),
+        attn_gated=True,
+    ),
     norms=(
         _layer(r"re:.*\.ln_1$", r"re:.*\.attn\.qkv_proj$", r"re:.*\.mlp\.fc_in$"),
         GPTJ.norms[1],
     ),
-    refuses={"R2": "qkv_proj is laid out for four devices", "R3": OWN_ATTENTION},
+    notes="qkv_proj is laid out for four devices; attention and MLP in parallel behind one norm; "
+    "MLP without a gate",
 )
 
 NEOX_IN = (r"re:.*\.mlp\.dense_h_to_4h$",)
@@ -292,7 +299,10 @@ MPT = Architecture(
 )
 
 ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
-    "olmo": (OLMO, replace(OLMO, when={}, refuses={"R2": CLIPPED})),
+    "olmo": (
+        OLMO,
+        replace(OLMO, mapping=replace(OLMO.mapping, attn_gated=True), when={}, notes=CLIPPED),
+    ),
     "cohere": COHERE,
     "cohere2": COHERE,
     "stablelm": (STABLELM, STABLELM_PARALLEL),
@@ -310,5 +320,8 @@ ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     "persimmon": PERSIMMON,
     "bloom": BLOOM,
     "falcon": (FALCON_TWO_NORMS, FALCON_PARALLEL, FALCON),
-    "mpt": (MPT, replace(MPT, when={}, refuses={"R2": CLIPPED, "R3": OWN_ATTENTION})),
+    "mpt": (
+        MPT,
+        replace(MPT, mapping=replace(MPT.mapping, attn_gated=True), when={}, notes=CLIPPED),
+    ),
 }

@@ -66,8 +66,8 @@ class Mapping:
             ``grouped``, for each key head its queries, key and value; ``latent``, for each head
             [key | value] (multi-head latent attention, where ``attn_v`` reads a latent and not the
             stream).
-        attn_gated: a gate stands between values and ``attn_o``: R2 acts online, on the input of
-            ``attn_o``, and leaves ``attn_v`` alone.
+        attn_gated: a gate, or a clip, stands between ``attn_v`` and ``attn_o``: R2 acts online, on
+            the input of ``attn_o``, and leaves ``attn_v`` alone.
         readers: whatever else reads the stream.
         writers: whatever else writes it.
         post_norm: norms whose output is added to the stream (or is it): R1 rotates their output
