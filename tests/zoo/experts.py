@@ -241,9 +241,7 @@ FAMILIES: dict[str, Family] = {
         },
         {**LATENT_SIZES, **GROUPED_SIZES, "q_lora_rank": (None,), "kv_lora_rank": (32, 28)},
     ),
-    "youtu": Family(
-        "youtu", "YoutuForCausalLM", {**LATENT, "attention_bias": True}, LATENT_SIZES
-    ),
+    "youtu": Family("youtu", "YoutuForCausalLM", {**LATENT, "attention_bias": True}, LATENT_SIZES),
     "minicpm3": Family(
         "minicpm3",
         "MiniCPM3ForCausalLM",
