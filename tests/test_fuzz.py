@@ -9,6 +9,7 @@ from collections import Counter
 import pytest
 import torch
 from helpers import relative_error
+from huggingface_hub.errors import StrictDataclassError
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from test_zoo import ROTATIONS, WithoutCasts, allowed, logits
@@ -18,7 +19,15 @@ import fastrot
 from fastrot.rotation import KINDS
 
 EXAMPLES = int(os.environ.get("FASTROT_FUZZ_EXAMPLES", "20"))
-IMPOSSIBLE = (ValueError, RuntimeError, TypeError, AssertionError, KeyError, IndexError)
+IMPOSSIBLE = (
+    ValueError,
+    RuntimeError,
+    TypeError,
+    AssertionError,
+    KeyError,
+    IndexError,
+    StrictDataclassError,
+)
 """What transformers raises for settings that do not go together."""
 
 

@@ -20,7 +20,8 @@ COMMON: dict[str, Any] = {
 }
 
 SIZES: dict[str, tuple[Any, ...]] = {
-    "hidden_size": (96, 80, 48, 160),
+    # Some configurations insist on a multiple of the heads, whatever head_dim is.
+    "hidden_size": (96, 48, 192),
     "intermediate_size": (112, 56, 144),
     "num_key_value_heads": (2, 1, 6, 3),
     "head_dim": (16, 8, 24),
@@ -32,8 +33,7 @@ DERIVED: dict[str, Any] = {key: value for key, value in COMMON.items() if key !=
 """For models that take head_dim from the hidden size."""
 
 DERIVED_SIZES: dict[str, tuple[Any, ...]] = {
-    "hidden_size": (96, 48, 192),
-    **{key: values for key, values in SIZES.items() if key not in ("hidden_size", "head_dim")},
+    key: values for key, values in SIZES.items() if key != "head_dim"
 }
 
 BIASES = {"attention_bias": (True, False)}
