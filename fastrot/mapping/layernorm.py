@@ -243,9 +243,18 @@ BLOOM = Architecture(
         post_norm_in=(r"re:.*\.word_embeddings$",),
     ),
     (*NEOX.norms[:2], _layer(r"re:.*\.ln_f$", "lm_head")),
-    when={"apply_residual_connection_post_layernorm": False},
+    when={"apply_residual_connection_post_layernorm": False, "slow_but_exact": False},
     refuses={"R3": OWN_ATTENTION},
     notes="a norm behind the embedding; MLP without a gate",
+)
+
+BLOOM_SLICED = replace(
+    BLOOM,
+    when={"apply_residual_connection_post_layernorm": False, "slow_but_exact": True},
+    refuses={
+        **BLOOM.refuses,
+        "R4": "slow_but_exact multiplies by slices of the down projection, past its input",
+    },
 )
 
 FALCON = Architecture(
@@ -318,7 +327,7 @@ ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     "codegen": CODEGEN,
     "gpt_neox": NEOX,
     "persimmon": PERSIMMON,
-    "bloom": BLOOM,
+    "bloom": (BLOOM, BLOOM_SLICED),
     "falcon": (FALCON_TWO_NORMS, FALCON_PARALLEL, FALCON),
     "mpt": (
         MPT,
