@@ -117,7 +117,8 @@ def test_every_single_edit_matters(name, monkeypatch):
         changed = copy.deepcopy(model)
         fastrot.apply(changed, undo="none")
         error = relative_error(logits(changed, given), before)
-        assert error > 1e-3, (what, error)
+        unread = what.split(":")[0].endswith(FAMILIES[name].unread)
+        assert unread or error > 1e-3, (what, error)
 
 
 def dense_product(model, edit):
