@@ -31,7 +31,7 @@ class Family:
         exact: the limit of the relative float64 error: 1e-12 where nothing casts to float32
             (LayerNorm), else 1e-6.
         vision: makes the image inputs and the ids around them; None for text models.
-        unread: ends the names of parameters that transformers does not read in this setting.
+        unread: how the names of parameters end that transformers does not read in this setting.
         ids: the smallest and (exclusive) largest token id that random text uses.
     """
 
@@ -42,7 +42,7 @@ class Family:
     exact: float = 1e-6
     vision: Callable[[nn.Module, torch.Generator], Inputs] | None = None
     ids: tuple[int, int] = (3, 64)
-    unread: str = "nothing"
+    unread: tuple[str, ...] = ()
 
 
 def build(

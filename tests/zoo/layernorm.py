@@ -244,7 +244,7 @@ FAMILIES: dict[str, Family] = {
         },
         {"hidden_size": (96, 48), "pretraining_tp": (2, 1), **TIED},
         EXACT,
-        unread="self_attention.dense.bias",
+        unread=("self_attention.dense.bias", "mlp.dense_4h_to_h.bias"),
     ),
     "falcon_two_norms": Family(
         "falcon",
