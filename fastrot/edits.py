@@ -111,7 +111,9 @@ class OnlineSite:
     dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
-        return f"{self.group}{'ᵀ' if self.inverse else ''} {self.location} ({self.rotation})"
+        # transformers' eager loop over experts leaves no place to act, so it is not run.
+        note = ", experts grouped or batched" if self.location == "down_input" else ""
+        return f"{self.group}{'ᵀ' if self.inverse else ''} {self.location} ({self.rotation}){note}"
 
 
 @dataclass(frozen=True)
