@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST := $(VENV)/oldest
 
-.PHONY: demo test lint fast-test test-oldest clean
+.PHONY: demo test lint fast-test test-oldest attack clean
 
 demo: $(READY)
 	$(BIN)/fastrot demo
@@ -20,6 +20,10 @@ test-oldest: $(READY) $(OLDEST)/.ready
 
 fast-test: $(READY)
 	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+# The attacks of tests/attacks, long: minutes instead of seconds.
+attack: $(READY)
+	FASTROT_ATTACKS=200 $(BIN)/python -m pytest -q -n 2 tests/attacks
 
 lint: $(READY)
 	$(BIN)/ruff check .

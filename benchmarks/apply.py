@@ -29,8 +29,8 @@ CASES = (
     {"dtype": "float32", "rotations": ["R1", "R2"]},
     {"dtype": "bfloat16", "rotations": ["R1", "R2", "R4"]},
 )
-UNDO = ("auto", "none")
-"""With every weight kept until the end, in case of an error, and without."""
+UNDO = ("none", "memory")
+"""Without copies, and with every weight kept until the end, in case of an unforeseen error."""
 
 PEER = Path(__file__).parent / "peers" / "llm_compressor.py"
 

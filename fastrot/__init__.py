@@ -8,6 +8,7 @@ from fastrot.api import UnsupportedRotationError, apply, plan
 from fastrot.checks import AlreadyRotatedError
 from fastrot.coverage import UncoveredParameterError
 from fastrot.edits import Plan
+from fastrot.errors import BusyModelError, HalfRotatedError, RotationError
 from fastrot.hadamard import HadamardSizeError, hadamard_matrix
 from fastrot.handle import Handle
 from fastrot.integrations.transformers import register
@@ -23,13 +24,16 @@ from fastrot.version import __version__
 __all__ = [
     "AlreadyRotatedError",
     "Architecture",
+    "BusyModelError",
     "HadamardSizeError",
+    "HalfRotatedError",
     "Handle",
     "Mapping",
     "NoMatchError",
     "NormMapping",
     "Plan",
     "Rotation",
+    "RotationError",
     "Suggestion",
     "TransformArgs",
     "TransformConfig",

@@ -16,12 +16,14 @@ from fastrot.checks import (
     check_loaded,
     check_model,
 )
+from fastrot.damage import mark_damaged
 from fastrot.edits import Plan
-from fastrot.fuse import Journal, execute
-from fastrot.fuse.journal import Undo
+from fastrot.errors import RotationError
+from fastrot.fuse import Fusion
 from fastrot.handle import Handle
 from fastrot.heads import check_heads, head_dim_of, key_dim_of
 from fastrot.integrations.transformers import mark
+from fastrot.journal import Journal, Undo, exclusive
 from fastrot.mapping import (
     Architecture,
     Mapping,
@@ -31,7 +33,7 @@ from fastrot.mapping import (
     as_norm_mapping,
     find_architecture,
 )
-from fastrot.online import check_attention, check_experts, install
+from fastrot.online import attach, check_attention, check_experts, make
 from fastrot.patterns import NoMatchError, find_holders, matches
 from fastrot.record import applied_groups, own_config, retrace, with_application
 from fastrot.resolve import on_meta, resolve
@@ -129,7 +131,7 @@ def apply(
     mappings: Mapping | MappingABC[str, Any] | None = None,
     norm_mappings: Sequence[NormMapping | MappingABC[str, Any]] | None = None,
     transform_config: Any = None,
-    undo: Undo = "auto",
+    undo: Undo = "none",
     progress: bool = False,
 ) -> Handle:
     """Rotate a language model in place, without changing the function it computes.
@@ -155,50 +157,64 @@ def apply(
             ``rotations``, ``transform_type``, ``randomize``, ``block_size`` and ``mappings``. It
             may describe any transform on any linear module, so it is its author who answers for
             exactness. Its ``precision`` is that of online arithmetic.
-        undo: where originals are kept until the end, in case of an error: ``memory`` (twice the
-            rotated weights, fastest), ``disk`` (a temporary file; no more memory than the largest
-            single weight), ``auto``: memory if there is enough; or ``none``: nowhere. An error in
-            the middle then leaves the weights useless, and says so.
+        undo: copies of the weights, for an error that nobody foresaw. Everything that can fail
+            happens before the first write, and Ctrl-C and SIGTERM wait until the last (a pass
+            over the weights, seconds for most models), so the default, ``none``, keeps no copy:
+            an error in between, such as a failing memory bank, leaves a model that refuses to run
+            and to be saved as a rotated one. ``memory`` (as much again as the rotated weights) and
+            ``disk`` (a temporary file) take the weights back, bit for bit.
         progress: show a progress bar.
 
     Returns:
         A handle: what was done (prints as a table), the transform configuration, ``remove()``.
 
     Raises:
-        ValueError: the model, a size or an argument does not allow it. The model is untouched, bit
-            for bit, after this or any other exception (but for ``undo="none"``).
+        RotationError: the model, a size or an argument does not allow it. The model is untouched,
+            bit for bit, after this or any other exception but the next two.
+        HalfRotatedError: an error after the first write, without copies.
+        KeyboardInterrupt: the model is untouched, or wholly rotated; ``model.config.fastrot``
+            tells.
         TypeError: an argument of the wrong type.
-        OSError: no room for the undo journal.
+        OSError, MemoryError: no room for the copies, or for the largest weight in ``precision``.
     """
-    made = plan(
-        model,
-        rotations,
-        transform_type=transform_type,
-        randomize=randomize,
-        block_size=block_size,
-        seed=seed,
-        precision=precision,
-        mappings=mappings,
-        norm_mappings=norm_mappings,
-        transform_config=transform_config,
-    )
-    if on_meta(model):
-        raise ValueError(
-            f"the weights of {type(model).__name__} are on the meta device (not loaded, or "
-            "offloaded); load the whole model into memory before rotating it"
+    check_model(model)
+    with exclusive(model), torch.device("cpu"):
+        made = plan(
+            model,
+            rotations,
+            transform_type=transform_type,
+            randomize=randomize,
+            block_size=block_size,
+            seed=seed,
+            precision=precision,
+            mappings=mappings,
+            norm_mappings=norm_mappings,
+            transform_config=transform_config,
         )
+        if on_meta(model):
+            raise RotationError(
+                f"the weights of {type(model).__name__} are on the meta device (not loaded, or "
+                "offloaded); load the whole model into memory before rotating it"
+            )
+        _execute(model, made, undo, progress)
+    return Handle(model, made)
+
+
+def _execute(model: PreTrainedModel, made: Plan, undo: Undo, progress: bool) -> None:
+    fusion = Fusion(model, made)
+    modules = make(model, made.sites)
+    record = with_application(model.config, made)
     written = [model.get_parameter(name) for name in made.parameters]
-    with Journal.of(written, undo) as journal:
+    with Journal(written, undo, lambda: mark_damaged(model, made.parameters)) as journal:
         config = own_config(model, journal)
-        execute(model, made, journal, progress)
-        install(model, made.sites, journal)
+        attach(model, made.sites, modules, journal)
         if any(edit.source for edit in made.edits):
             _forget_ties(model, config, journal)
-        config.fastrot = with_application(config, made)
+        config.fastrot = record
         if made.sites:
             mark(config)
-    retrace()
-    return Handle(model, made)
+        retrace()
+        fusion.run(journal, progress)
 
 
 def _parse_rotations(rotations: str | Sequence[str]) -> tuple[str, ...]:

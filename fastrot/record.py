@@ -13,7 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 from fastrot.edits import OnlineSite, Plan
-from fastrot.fuse import Journal
+from fastrot.errors import HalfRotatedError
+from fastrot.journal import Journal
 from fastrot.resolve import resolve_online
 from fastrot.transform_config import TransformConfig, parse_transform_config
 
@@ -25,11 +26,16 @@ def applications(config: Any) -> list[tuple[int, TransformConfig]]:
     """Seed and transform configuration of every application recorded in a model's configuration.
 
     Raises:
-        ValueError: the record is of a newer format.
+        RotationError: the record is of a newer format, or says that the weights are damaged.
     """
     record = getattr(config, "fastrot", None)
     if record is None:
         return []
+    if record.get("damaged"):
+        raise HalfRotatedError(
+            "an error left the weights of this model rotated in part; start from the original "
+            "weights"
+        )
     if record.get("format") != FORMAT:
         raise ValueError(
             f"the model was rotated by a fastrot that writes format {record.get('format')}; this "

@@ -6,9 +6,11 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedModel
 
+from fastrot.damage import mark_damaged
 from fastrot.edits import Plan, Rotate, WeightEdit
-from fastrot.fuse import Journal, execute
+from fastrot.fuse import Fusion
 from fastrot.integrations.transformers import unmark
+from fastrot.journal import Journal, Undo, exclusive
 from fastrot.online import installed, uninstall
 from fastrot.record import applications, own_config, retrace, without_groups
 from fastrot.resolve import resolve
@@ -16,7 +18,9 @@ from fastrot.transform_config import TransformConfig
 
 
 @torch.inference_mode(False)
-def remove(model: PreTrainedModel, groups: str | Iterable[str] | None = None) -> None:
+def remove(
+    model: PreTrainedModel, groups: str | Iterable[str] | None = None, *, undo: Undo = "none"
+) -> None:
     """Take online rotations off a model; it goes on computing the same function.
 
     R3 has no counterpart in the weights and leaves without a trace. R4 has one: the down
@@ -27,12 +31,19 @@ def remove(model: PreTrainedModel, groups: str | Iterable[str] | None = None) ->
         model: rotated by :func:`fastrot.apply`, or loaded from such a checkpoint.
         groups: names of the rotations to take off, for example ``"R4"``; default, all that are
             online but R1.
+        undo: copies of the weights, as for :func:`fastrot.apply`.
 
     Raises:
         ValueError: a group that is not online on this model, R1, one whose rotation is not
             the recorded one, or whose weights were rotated on the same side again by another one,
-            so that it can't be undone alone. The model is untouched after any exception.
+            so that it can't be undone alone. The model is untouched then; after other errors as
+            for :func:`fastrot.apply`.
     """
+    with exclusive(model), torch.device("cpu"):
+        _remove(model, groups, undo)
+
+
+def _remove(model: PreTrainedModel, groups: str | Iterable[str] | None, undo: Undo) -> None:
     plans = [
         (name, resolve(model, TransformConfig({name: scheme}), (), seed))
         for seed, config in applications(getattr(model, "config", None))
@@ -57,18 +68,18 @@ def remove(model: PreTrainedModel, groups: str | Iterable[str] | None = None) ->
     for name, plan in plans:
         if name in wanted:
             _check_installed(model, plan)
-    undone = [(name, _inverse(plan)) for name, plan in plans if name in wanted]
-    written = {edit.parameter for _, plan in undone for edit in plan.edits}
-    weights = [model.get_parameter(name) for name in written]
-    with Journal.of(weights) as journal:
+    fusions = [Fusion(model, _inverse(plan)) for name, plan in plans if name in wanted]
+    written = [edit.parameter for name, plan in plans if name in wanted for edit in plan.edits]
+    weights = [model.get_parameter(name) for name in dict.fromkeys(written)]
+    with Journal(weights, undo, lambda: mark_damaged(model, written)) as journal:
         config = own_config(model, journal)
-        for _, plan in undone:
-            execute(model, plan, journal)
         uninstall(model, wanted, journal)
         config.fastrot = without_groups(config, wanted)
         if not any(True for _ in installed(model)):
             unmark(config)
-    retrace()
+        retrace()
+        for fusion in fusions:
+            fusion.run(journal)
 
 
 def _check_installed(model: PreTrainedModel, plan: Plan) -> None:

@@ -7,7 +7,8 @@ import fastrot
 
 ROOT = Path(fastrot.__file__).parent
 ROOMS = (
-    ("hadamard", "version"),
+    ("errors", "hadamard", "signals", "version"),
+    ("journal",),
     ("kernels",),
     ("rotation",),
     ("mapping",),
@@ -20,6 +21,7 @@ ROOMS = (
     ("fuse", "online"),
     ("record",),
     ("integrations",),
+    ("damage",),
     ("removal",),
     ("handle",),
     ("api",),

@@ -939,7 +939,7 @@ def test_size_without_hadamard_matrix(name):
         assert relative_error(logits(changed, ids), expected) <= 1e-6, way_out
 
 
-@pytest.mark.parametrize("bad", ["ram", None, True])
+@pytest.mark.parametrize("bad", ["ram", "auto", None, True])
 def test_unknown_undo(bad):
     refused(fastrot.apply, model_of(), Case(ValueError, (repr(bad), "disk"), {"undo": bad}))
 
@@ -955,11 +955,12 @@ def test_no_room_for_the_journal(monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_journal_takes_the_disk_only_when_memory_is_short(monkeypatch, tmp_path):
-    """Negative control of the test above: with memory enough no disk is asked for."""
+@pytest.mark.parametrize("undo", ["none", "memory"])
+def test_no_disk_is_needed_without_a_journal_on_it(undo, monkeypatch, tmp_path):
+    """Negative control of the test above."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: DiskUsage(100, 99, 1))
-    fastrot.apply(model_of(), undo="memory")
+    fastrot.apply(model_of(), undo=undo)
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])

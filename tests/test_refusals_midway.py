@@ -1,4 +1,7 @@
-"""An error at any point of ``apply`` leaves the model as it was, bit for bit."""
+"""An error at any point of ``apply`` leaves the model as it was, bit for bit.
+
+Without copies that holds until the first write; from then on the model refuses to run.
+"""
 
 import copy
 import gc
@@ -16,10 +19,10 @@ from torch import nn
 
 import fastrot
 import fastrot.api
-from fastrot.fuse import Journal
+from fastrot.fuse import Fusion
+from fastrot.journal import Journal
+from fastrot.kernels.cpu_weight import MatrixRotation
 
-# The package's attribute of this name is the function.
-EXECUTE = sys.modules["fastrot.fuse.execute"]
 INSTALL = sys.modules["fastrot.online.install"]
 PACKAGE = str(Path(fastrot.__file__).parent)
 
@@ -28,19 +31,22 @@ UNDO = ("memory", "disk")
 ERRORS = (RuntimeError, KeyboardInterrupt, MemoryError)
 
 POINTS = {
-    "rotate_parameter": (EXECUTE, "rotate_parameter"),
-    "save": (Journal, "save"),
+    "Fusion": (fastrot.api, "Fusion"),
+    "make": (fastrot.api, "make"),
+    "run": (Fusion, "run"),
+    "matrix": (MatrixRotation, "run"),
+    "writing": (Journal, "writing"),
     "replace": (Journal, "replace"),
     "set": (Journal, "set"),
     "on_error": (Journal, "on_error"),
-    "execute": (fastrot.api, "execute"),
-    "install": (fastrot.api, "install"),
+    "attach": (fastrot.api, "attach"),
     "OnlineRotation": (INSTALL, "OnlineRotation"),
     "pre-hook": (nn.Module, "register_forward_pre_hook"),
     "own config": (fastrot.api, "own_config"),
     "ties": (fastrot.api, "_forget_ties"),
     "record": (fastrot.api, "with_application"),
     "mark": (fastrot.api, "mark"),
+    "retrace": (fastrot.api, "retrace"),
 }
 
 
@@ -113,6 +119,57 @@ def restored(model, before, undo: str, error: type[BaseException], temporary: Pa
     assert list(temporary.iterdir()) == []
 
 
+def refuses(model) -> bool:
+    """Whether a model says everywhere that it is rotated in part."""
+    for action in (
+        lambda: logits(model, random_ids(model, 1, 4, seed=0)),
+        lambda: logits(model.model, torch.zeros(1, 4, dtype=torch.long)),
+        lambda: fastrot.plan(model),
+        lambda: fastrot.apply(model),
+        lambda: fastrot.remove(model),
+    ):
+        with pytest.raises(fastrot.HalfRotatedError, match=r"load the model anew|start from"):
+            action()
+    return True
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("point", POINTS)
+def test_error_without_copies(point, late, monkeypatch):
+    """Until the first write nothing has changed; from then on nothing can be computed."""
+    count = calls_of(point)
+    for n in sorted({1, (count + 1) // 2, count}):
+        model = small()
+        before = fingerprint(model)
+        owner, name = POINTS[point]
+        with monkeypatch.context() as patch:
+            trap = Trap(getattr(owner, name), n, RuntimeError, late)
+            patch.setattr(owner, name, trap)
+            with pytest.raises(
+                (RuntimeError, fastrot.HalfRotatedError), match="injected"
+            ) as caught:
+                rotate(model, "none")
+        written = point in ("run", "matrix", "writing") and (late or point == "matrix")
+        assert isinstance(caught.value, fastrot.HalfRotatedError) == written
+        if written:
+            assert isinstance(caught.value.__cause__, RuntimeError)
+            assert refuses(model)
+        else:
+            assert difference(before, fingerprint(model)) == []
+
+
+def test_a_damaged_model_is_damaged_on_disk_and_as_a_copy(monkeypatch, tmp_path):
+    model = small()
+    monkeypatch.setattr(Fusion, "run", Trap(Fusion.run, 1, MemoryError, True))
+    with pytest.raises(fastrot.HalfRotatedError):
+        rotate(model, "none")
+    monkeypatch.undo()
+    assert refuses(copy.deepcopy(model))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(fastrot.HalfRotatedError, match="start from the original"):
+        type(model).from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("undo", UNDO)
 @pytest.mark.parametrize("point", POINTS)
@@ -182,7 +239,7 @@ KEEPERS = ("journal.py", "install.py")
 last time that they run."""
 
 
-@pytest.mark.parametrize("undo", UNDO)
+@pytest.mark.parametrize("undo", [*UNDO, "none"])
 def test_interrupt_at_every_line(undo, monkeypatch, temporary):
     model = small()
     made = fastrot.plan(model, ROTATIONS, transform_type="random-hadamard")
@@ -201,6 +258,12 @@ def test_interrupt_at_every_line(undo, monkeypatch, temporary):
             except BaseException as error:
                 interrupted = type(error) is KeyboardInterrupt
             changed = difference(before, fingerprint(model))
+            if undo == "none" and changed and interrupted:
+                with pytest.raises(fastrot.HalfRotatedError):
+                    logits(model, random_ids(model, 1, 4, seed=0))
+                model = small()
+                before = fingerprint(model)
+                continue
             if changed or not interrupted:
                 failures.append((Path(file).name, number, n, changed[:2]))
                 model = small()
@@ -218,10 +281,7 @@ def test_last_step_fails(model_type, kind, undo, monkeypatch, temporary):
     model = small(model_type)
     before = fingerprint(model)
 
-    def fail(_):
-        raise RuntimeError("injected")
-
-    monkeypatch.setattr(fastrot.api, "mark", fail)
+    monkeypatch.setattr(Fusion, "run", Trap(Fusion.run, 1, RuntimeError, True))
     with pytest.raises(RuntimeError, match="injected"):
         fastrot.apply(model, ROTATIONS, transform_type=kind, randomize=True, undo=undo)
     assert difference(before, fingerprint(model)) == []
@@ -236,7 +296,7 @@ def test_other_dtypes_and_layouts_come_back(dtype, undo, monkeypatch, temporary)
     weight.data = weight.data.t().contiguous().t()
     model.model.norm.weight.grad = torch.ones_like(model.model.norm.weight)
     before = fingerprint(model)
-    monkeypatch.setattr(fastrot.api, "mark", Trap(None, 1, MemoryError, False))
+    monkeypatch.setattr(Fusion, "run", Trap(Fusion.run, 1, MemoryError, True))
     restored(model, before, undo, MemoryError, temporary)
 
 
@@ -245,7 +305,7 @@ def test_second_rotation_fails_and_the_first_stays(undo, monkeypatch, temporary)
     model = small()
     fastrot.apply(model, ("R1", "R4"))
     before = fingerprint(model)
-    monkeypatch.setattr(fastrot.api, "with_application", Trap(None, 1, RuntimeError, False))
+    monkeypatch.setattr(Fusion, "run", Trap(Fusion.run, 1, RuntimeError, True))
     with pytest.raises(RuntimeError, match="injected"):
         fastrot.apply(model, ("R2", "R3"), undo=undo)
     assert difference(before, fingerprint(model)) == []
@@ -257,8 +317,7 @@ def test_one_failing_undo_step_does_not_stop_the_others():
     value = nn.Parameter(torch.zeros(3))
 
     def work():
-        with Journal(12, "memory") as journal:
-            journal.save(value)
+        with Journal([value], "memory") as journal:
             value.data.fill_(1.0)
             journal.on_error(lambda: delattr(value, "never_set"))
             raise RuntimeError("injected")
@@ -277,11 +336,18 @@ def test_remove_fails_half_way(monkeypatch):
     def fail(*_):
         raise KeyboardInterrupt("injected")
 
-    for name in ("uninstall", "without_groups", "unmark"):
+    removal = sys.modules["fastrot.removal"]
+    for owner, name, undo in [
+        (removal, "uninstall", "none"),
+        (removal, "without_groups", "none"),
+        (removal, "unmark", "none"),
+        (MatrixRotation, "run", "memory"),
+        (MatrixRotation, "run", "disk"),
+    ]:
         with monkeypatch.context() as patch:
-            patch.setattr(sys.modules["fastrot.removal"], name, fail)
+            patch.setattr(owner, name, fail)
             with pytest.raises(KeyboardInterrupt):
-                fastrot.remove(model)
+                fastrot.remove(model, undo=undo)
         assert difference(before, fingerprint(model)) == [], name
 
 
@@ -304,8 +370,8 @@ def test_these_tests_notice_a_journal_that_forgets(undo, monkeypatch, temporary)
     """Negative control: without undo steps the model does not come back."""
     model = small()
     before = fingerprint(model)
-    monkeypatch.setattr(Journal, "on_error", lambda self, action: None)
-    monkeypatch.setattr(fastrot.api, "mark", Trap(None, 1, RuntimeError, False))
+    monkeypatch.setattr(Journal, "_restore", lambda self: None)
+    monkeypatch.setattr(Fusion, "run", Trap(Fusion.run, 1, RuntimeError, True))
     with pytest.raises(AssertionError):
         restored(model, before, undo, RuntimeError, temporary)
     changed = difference(before, fingerprint(model))

@@ -1,6 +1,5 @@
 """The weight part of a plan: norm folding and rotations, each weight rounded once."""
 
-from fastrot.fuse.execute import execute
-from fastrot.fuse.journal import Journal
+from fastrot.fuse.fusion import Fusion
 
-__all__ = ["Journal", "execute"]
+__all__ = ["Fusion"]

@@ -16,8 +16,8 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from fastrot.fuse import Journal
-from fastrot.online import IMPLEMENTATIONS, attention_forward, install, installed
+from fastrot.journal import Journal
+from fastrot.online import IMPLEMENTATIONS, attach, attention_forward, installed, make
 from fastrot.record import QUANT_METHOD, online_sites
 
 GUARD = "experts_implementation"
@@ -38,8 +38,9 @@ class FastrotQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
-        with Journal(0) as journal:
-            install(model, online_sites(model), journal)
+        sites = online_sites(model)
+        with Journal() as journal:
+            attach(model, sites, make(model, sites), journal)
         return model
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:

@@ -2,16 +2,17 @@
 
 from fastrot.online.attention import IMPLEMENTATIONS, attention_forward, check_attention
 from fastrot.online.experts import check_experts
-from fastrot.online.install import install, installed, uninstall
+from fastrot.online.install import attach, installed, make, uninstall
 from fastrot.online.rotation import OnlineRotation
 
 __all__ = [
     "IMPLEMENTATIONS",
     "OnlineRotation",
+    "attach",
     "attention_forward",
     "check_attention",
     "check_experts",
-    "install",
     "installed",
+    "make",
     "uninstall",
 ]

@@ -15,7 +15,7 @@ from fastrot.transform_config import ATTENTION_LOCATIONS
 
 
 class Undo(Protocol):
-    """What :func:`install` needs of a journal."""
+    """What :func:`attach` needs of a journal."""
 
     def set(self, owner: Any, attribute: str, value: Any) -> None:
         """Set an attribute so that it can be taken back."""
@@ -24,19 +24,33 @@ class Undo(Protocol):
         """Remember what takes a change back."""
 
 
-def install(model: nn.Module, sites: Sequence[OnlineSite], journal: Undo) -> None:
-    """Add a submodule ``fastrot_<location>`` and its hook for every site.
-
-    Args:
-        model: the model the sites were resolved for.
-        sites: the online part of a plan.
-        journal: is told how each step is taken back.
-    """
+def make(model: nn.Module, sites: Sequence[OnlineSite]) -> list[OnlineRotation]:
+    """The module of every site, with its operand where the site's weights are."""
+    made = []
     for site in sites:
         module = model.get_submodule(site.module)
         weight = next(module.parameters(), None)
         device = torch.device("cpu") if weight is None else weight.device
-        rotation = OnlineRotation(site, device).train(module.training)
+        made.append(OnlineRotation(site, device).train(module.training))
+    return made
+
+
+def attach(
+    model: nn.Module,
+    sites: Sequence[OnlineSite],
+    rotations: Sequence[OnlineRotation],
+    journal: Undo,
+) -> None:
+    """Put the rotation of every site into the model as ``fastrot_<location>``, with its hook.
+
+    Args:
+        model: the model the sites were resolved for.
+        sites: the online part of a plan.
+        rotations: what :func:`make` made of them.
+        journal: is told how each step is taken back.
+    """
+    for site, rotation in zip(sites, rotations, strict=True):
+        module = model.get_submodule(site.module)
         journal.on_error(_snapshot(module))
         setattr(module, f"fastrot_{site.location}", rotation)
         _hook(module, site.location, journal)

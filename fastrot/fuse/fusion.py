@@ -1,0 +1,200 @@
+"""The weight part of a plan: every weight is read once, rotated and rounded once."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import zip_longest
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from fastrot.edits import Plan, Rotate, Scale, WeightEdit
+from fastrot.fuse.torch_weight import TorchRotation
+from fastrot.journal import Journal
+from fastrot.kernels.cpu_weight import MatrixRotation, Side, Stage, Workspace, compile_kernels
+
+
+class _Write(NamedTuple):
+    """A matrix, or a part of one, and what will be done to it."""
+
+    rotation: MatrixRotation | TorchRotation
+    source: Tensor
+    target: Tensor
+
+
+class Fusion:
+    """Everything that a plan does to weights, prepared: whatever can fail, fails here.
+
+    Nothing is written yet, but all memory is there and all kernels are compiled.
+
+    Args:
+        model: the model the plan was made for.
+        plan: what to do.
+
+    Raises:
+        MemoryError, torch.OutOfMemoryError: no room for untied weights, or for the largest weight
+            in the dtype of the arithmetic.
+    """
+
+    def __init__(self, model: nn.Module, plan: Plan):
+        self._model = model
+        self._resets = [(model.get_parameter(r.parameter), r.value) for r in plan.resets]
+        self._fresh: dict[str, nn.Parameter] = {}
+        self._writes: list[tuple[Tensor, list[_Write]]] = []
+        # Untied heads come first: they read the embedding as it was.
+        with _as_written():
+            for edit in sorted(plan.edits, key=lambda edit: edit.source is None):
+                source = target = model.get_parameter(edit.parameter)
+                if edit.source is not None:
+                    fresh = torch.empty_like(source, memory_format=torch.contiguous_format)
+                    target = nn.Parameter(fresh, requires_grad=source.requires_grad)
+                    self._fresh[edit.parameter] = target
+                self._writes.append((target, _writes(model, source, target, edit)))
+            self._workspaces = _workspaces([w for _, writes in self._writes for w in writes])
+
+    def run(self, journal: Journal, progress: bool = False) -> None:
+        """Write.
+
+        Args:
+            journal: is told of everything that it has to take back after an error.
+            progress: show a bar.
+        """
+        for name, parameter in self._fresh.items():
+            journal.replace(self._model, name, parameter)
+        bar = tqdm(self._writes, "rotating weights", unit="weight") if progress else None
+        journal.writing()
+        with _as_written():
+            for target, writes in self._writes:
+                for rotation, x, out in writes:
+                    rotation.run(x, out, self._workspaces[x.device])
+                torch.autograd.graph.increment_version(target)
+                # A terminal that has gone is no reason to stop here.
+                if bar is not None:
+                    with suppress(OSError, ValueError):
+                        bar.update()
+            for norm, value in self._resets:
+                norm.fill_(value)
+        if bar is not None:
+            with suppress(OSError, ValueError):
+                bar.close()
+
+
+@contextmanager
+def _as_written() -> Iterator[None]:
+    """No gradient is recorded and nothing is cast, whatever surrounds the caller."""
+    with (
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast("cuda", enabled=False),
+        torch.device("cpu"),
+    ):
+        yield
+
+
+def _workspaces(writes: list[_Write]) -> dict[torch.device, Workspace]:
+    """One for each device, for the largest of its writes, with all kernels compiled."""
+    needs: dict[torch.device, tuple[int, int]] = {}
+    for rotation, x, _ in writes:
+        scratch, panel = needs.get(x.device, (0, 0))
+        needs[x.device] = max(scratch, rotation.scratch), max(panel, rotation.panel)
+    made = {device: Workspace(*sizes, device) for device, sizes in needs.items()}
+    ready: set[object] = set()
+    for rotation, x, _ in writes:
+        if isinstance(rotation, MatrixRotation):
+            if rotation.dtype not in ready:
+                compile_kernels(rotation.dtype)
+                ready.add(rotation.dtype)
+        elif rotation.kind not in ready:
+            rotation.rehearse(made[x.device])
+            ready.add(rotation.kind)
+    return made
+
+
+def _writes(model: nn.Module, source: Tensor, target: Tensor, edit: WeightEdit) -> list[_Write]:
+    """All factors of ``edit``, prepared.
+
+    Args:
+        model: has the norms' weights.
+        source: ``(n,)``, ``(rows, cols)`` or ``(experts, rows, cols)``, floating point.
+        target: as ``source``, which it may be.
+        edit: the factors, and the dtype of the arithmetic.
+    """
+    dims = max(source.dim(), 2)
+    # A vector is a matrix of one row, and its only dimension the last.
+    x, out = (t.detach().view((1,) * (dims - t.dim()) + t.shape) for t in (source, target))
+    gammas = {dim: _gamma(model, edit, dim - dims + source.dim(), x) for dim in range(dims)}
+    rotates: dict[int, list[Rotate]] = {dim: [] for dim in range(dims)}
+    for step in edit.steps:
+        if isinstance(step, Rotate):
+            rotates[step.dim + dims - source.dim()].append(step)
+    sides = [_pieces(x.shape[dim], rotates[dim], gammas[dim]) for dim in (dims - 2, dims - 1)]
+    pairs = list(zip(*(t.view(-1, *t.shape[-2:]) for t in (x, out)), strict=True))
+    return [
+        _Write(rotation, matrix[rows, cols], result[rows, cols])
+        for rows, left, row_gamma in sides[0]
+        for cols, right, gamma in sides[1]
+        for like, like_out in pairs[:1]
+        for rotation in [
+            _rotation(
+                like[rows, cols], like_out[rows, cols], left, right, row_gamma, gamma, edit.dtype
+            )
+        ]
+        for matrix, result in pairs
+    ]
+
+
+def _gamma(model: nn.Module, edit: WeightEdit, dim: int, x: Tensor) -> Tensor | None:
+    for step in edit.steps:
+        if isinstance(step, Scale) and step.dim == dim:
+            norm = model.get_parameter(step.norm).detach()
+            gamma = norm.to(x.device, edit.dtype) + step.offset
+            return 1 / gamma if step.inverse else gamma
+    return None
+
+
+def _pieces(
+    length: int, steps: list[Rotate], gamma: Tensor | None
+) -> list[tuple[slice, list[Rotate], Tensor | None]]:
+    """The parts of a dimension in which the same steps act, each with its steps and scales."""
+    part = next((step.part for step in steps if step.part is not None), None)
+    if part is None:
+        return [(slice(0, length), steps, gamma)]
+    whole = [step for step in steps if step.part is None]
+    return [
+        (piece, steps if within else whole, None if gamma is None else gamma[piece])
+        for piece, within in part.pieces(length)
+    ]
+
+
+def _rotation(
+    x: Tensor,
+    out: Tensor,
+    left: list[Rotate],
+    right: list[Rotate],
+    row_gamma: Tensor | None,
+    gamma: Tensor | None,
+    dtype: torch.dtype,
+) -> MatrixRotation | TorchRotation:
+    dense = any(step.rotation.kind == "random-matrix" for step in (*left, *right))
+    if x.device.type != "cpu" or x.stride(-1) != 1 or out.stride(-1) != 1 or dense:
+        return TorchRotation(x, left, right, gamma, row_gamma, dtype)
+    sides = zip_longest(_sides(left), _sides(right), fillvalue=(None, None))
+    stages = [Stage(a[0], b[0], b[1], a[1]) for a, b in sides] or [Stage()]
+    first = stages[0]._replace(gamma=gamma, row_gamma=row_gamma)
+    return MatrixRotation(x, out, [first, *stages[1:]], dtype)
+
+
+def _sides(steps: list[Rotate]) -> list[tuple[Side, Tensor | None]]:
+    """The transforms that make up the rotations in their order, and the diagonal before each."""
+    sides: list[tuple[Side, Tensor | None]] = []
+    for step in steps:
+        rotation = step.rotation
+        if rotation.fixes_ones:
+            assert rotation.operand is not None
+            middle = rotation.operand.repeat(rotation.size // rotation.block)
+            sides.append((Side(rotation.block, rotation.column_signs, False), None))
+            sides.append((Side(rotation.block, rotation.column_signs, True), middle))
+        else:
+            sides.append((Side(rotation.block, rotation.operand, step.inverse), None))
+    return sides

@@ -1,0 +1,187 @@
+"""Both sides of a weight on the CPU: prepared first, then run without asking for anything."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastrot.kernels import _cpu_kernels as kernels
+from fastrot.kernels.cpu import (
+    KINDS,
+    Matrix,
+    SweepPlan,
+    as_array,
+    constants_of,
+    no_diagonals,
+    plan_sweep,
+    run,
+)
+
+TILE_BYTES = 1 << 22
+"""The largest panel for two sides at once; beyond, a scratch matrix takes the intermediate."""
+
+Diagonals = tuple[NDArray[Any], NDArray[Any]]
+
+
+class Side(NamedTuple):
+    """Orthonormal transforms of blocks of ``size`` along one dimension of a weight."""
+
+    size: int
+    signs: Tensor | None = None
+    transpose: bool = False
+
+
+class Stage(NamedTuple):
+    """``w → Lᵀ (diag(row_gamma) w diag(gamma)) R``; None is the identity.
+
+    R transforms every block of ``right.size`` columns of each row and L every block of
+    ``left.size`` rows of each column, as ``cpu.transform`` does with ``scale = size ** -0.5``.
+    """
+
+    left: Side | None = None
+    right: Side | None = None
+    gamma: Tensor | None = None
+    row_gamma: Tensor | None = None
+
+
+class Workspace:
+    """All memory that rotations of weights need while they run: ask for it before the first write.
+
+    Args:
+        scratch: bytes of the largest intermediate matrix.
+        panel: bytes of the largest panel of a thread.
+        device: where the weights lie; panels are for the CPU.
+    """
+
+    def __init__(self, scratch: int, panel: int, device: torch.device | None = None):
+        on_cpu = device is None or device.type == "cpu"
+        # NumPy asks for huge pages: touching fresh memory costs more than the transform.
+        self.scratch = (
+            torch.from_numpy(np.empty(scratch, np.uint8))
+            if on_cpu
+            else torch.empty(scratch, dtype=torch.uint8, device=device)
+        )
+        count = torch.get_num_threads() if on_cpu else 0
+        self.panels = [np.empty(panel, np.uint8) for _ in range(count)]
+
+    def matrix(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """The scratch memory as a matrix."""
+        return self.scratch[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
+
+
+class _Sweep(NamedTuple):
+    """One pass over a matrix, with everything but addresses."""
+
+    plan: SweepPlan
+    before: Diagonals
+    after: Diagonals
+    scale: float
+
+
+class MatrixRotation:
+    """Stages one after the other, for matrices of one shape and layout, with one rounding.
+
+    Args:
+        like: ``(rows, cols)``, a floating dtype, unit column stride, any row stride.
+        out: the layout of the result, likewise; the dtype may be another.
+        stages: what to do.
+        dtype: float64 or float32, of every intermediate.
+
+    Attributes:
+        scratch: bytes that a run needs for its intermediate: the matrix in ``dtype`` where both
+            sides of a stage are wide or there are several stages, else 0.
+        panel: bytes that each of its threads needs.
+    """
+
+    def __init__(self, like: Tensor, out: Tensor, stages: Sequence[Stage], dtype: torch.dtype):
+        self.shape, self.dtype = (int(like.shape[0]), int(like.shape[1])), dtype
+        item = max(like.element_size(), out.element_size())
+        self._sweeps: list[_Sweep] = []
+        for stage in stages if like.numel() else ():
+            alone = len(stages) == 1
+            self._sweeps += _sweeps(stage, self.shape, item if alone else dtype.itemsize, dtype)
+        self.scratch = like.numel() * dtype.itemsize if len(self._sweeps) > 1 else 0
+        self.panel = max((sweep.plan.memory for sweep in self._sweeps), default=0)
+
+    def run(self, source: Tensor, target: Tensor, workspace: Workspace) -> None:
+        """Write the stages of ``source`` into ``target``, which may be the same memory."""
+        ld = self.shape[1] * self.dtype.itemsize
+        scratch = workspace.scratch.data_ptr(), KINDS[self.dtype][0], self.dtype.itemsize, ld
+        last = len(self._sweeps) - 1
+        for index, (plan, before, after, scale) in enumerate(self._sweeps):
+            run(
+                plan,
+                _matrix(source) if index == 0 else scratch,
+                _matrix(target) if index == last else scratch,
+                before,
+                after,
+                scale,
+                self.dtype,
+                workspace.panels,
+            )
+
+
+def rotate_matrix(
+    w: Tensor,
+    out: Tensor,
+    *,
+    left: Side | None,
+    right: Side | None,
+    gamma: Tensor | None,
+    row_gamma: Tensor | None = None,
+    dtype: torch.dtype,
+) -> None:
+    """Prepare and run one :class:`Stage` from ``w`` into ``out``, which may be ``w`` itself."""
+    rotation = MatrixRotation(w, out, [Stage(left, right, gamma, row_gamma)], dtype)
+    rotation.run(w, out, Workspace(rotation.scratch, rotation.panel))
+
+
+def compile_kernels(dtype: torch.dtype) -> None:
+    """Compile what a run in ``dtype`` calls, or load it from disk, by a sweep over nothing."""
+    nothing = no_diagonals(dtype)
+    plan, place = plan_sweep((1, 1), (1, False), (1, False), 4, dtype), (0, 0, 4, 4)
+    memory, constants = np.empty(plan.memory, np.uint8), constants_of(dtype)
+    factor = constants.dtype.type(1)
+    kernels.sweep(0, 0, place, place, plan.arguments, nothing, nothing, memory, constants, factor)
+
+
+def _sweeps(stage: Stage, shape: tuple[int, int], item: int, dtype: torch.dtype) -> list[_Sweep]:
+    """One pass, or two where a panel with both sides would leave the cache."""
+    left, right = stage.left, stage.right
+    nothing = 1, False
+    on_left = (left.size, left.transpose) if left else nothing
+    on_right = (right.size, right.transpose) if right else nothing
+    none = no_diagonals(dtype)
+    before = (
+        _diagonal(stage.row_gamma, left, False, shape[0], dtype),
+        _diagonal(stage.gamma, right, False, shape[1], dtype),
+    )
+    after = (
+        _diagonal(None, left, True, shape[0], dtype),
+        _diagonal(None, right, True, shape[1], dtype),
+    )
+    scale = float(on_left[0] * on_right[0]) ** -0.5
+    if left and right and left.size * right.size * dtype.itemsize > TILE_BYTES:
+        first = plan_sweep(shape, nothing, on_right, item, dtype)
+        second = plan_sweep(shape, on_left, nothing, dtype.itemsize, dtype)
+        return [_Sweep(first, before, none, 1.0), _Sweep(second, none, after, scale)]
+    return [_Sweep(plan_sweep(shape, on_left, on_right, item, dtype), before, after, scale)]
+
+
+def _diagonal(
+    gamma: Tensor | None, side: Side | None, transpose: bool, length: int, dtype: torch.dtype
+) -> NDArray[Any]:
+    """The diagonal along one dimension: gamma, times the signs if they stand on this end."""
+    weights = no_diagonals(dtype)[0] if gamma is None else as_array(gamma, dtype)
+    if side is None or side.signs is None or side.transpose != transpose:
+        return weights
+    signs = np.tile(as_array(side.signs, dtype), length // side.size)
+    return weights * signs if weights.size else signs
+
+
+def _matrix(w: Tensor) -> Matrix:
+    kind, item = KINDS[w.dtype]
+    return w.data_ptr(), kind, item, w.stride(0) * item

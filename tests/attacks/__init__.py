@@ -1,0 +1,1 @@
+"""Attacks on the promises, in child processes where they may do harm."""

@@ -1,0 +1,42 @@
+"""Real signals at random times: the model is the original or wholly rotated, never between."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent.parent
+RUNS = int(os.environ.get("FASTROT_ATTACKS", "15"))
+"""Runs of each kind; ``make attack`` asks for 200."""
+
+
+def attack(*arguments):
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS), *sys.path])
+    child = subprocess.run(
+        [sys.executable, "-m", "attacks.interrupts", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        timeout=1800,
+    )
+    if child.returncode:
+        return {"found": {f"exit status {child.returncode}": 1}, "hits": 0, "error": child.stderr}
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("undo", ["none", "memory", "disk"])
+def test_whole_or_untouched(undo, threads):
+    report = attack("--runs", RUNS, "--undo", undo, "--threads", threads, "--seed", threads)
+    assert set(report["found"]) <= {"original", "rotated"}, report
+    assert report["hits"] > RUNS // 3, report
+
+
+@pytest.mark.slow
+def test_without_the_hold_weights_are_left_half_rotated():
+    """Negative control: these signals do hit the pass; threads that go on may even crash it."""
+    report = attack("--runs", 400, "--without-hold")
+    assert set(report["found"]) - {"original", "rotated"}, report
