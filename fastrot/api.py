@@ -204,8 +204,9 @@ def _execute(model: PreTrainedModel, made: Plan, undo: Undo, progress: bool) -> 
     fusion = Fusion(model, made)
     modules = make(model, made.sites)
     record = with_application(model.config, made)
-    written = [model.get_parameter(name) for name in made.parameters]
-    with Journal(written, undo, lambda: mark_damaged(model, made.parameters)) as journal:
+    with Journal(
+        fusion.overwritten, undo, lambda: mark_damaged(model, fusion.parameters)
+    ) as journal:
         config = own_config(model, journal)
         attach(model, made.sites, modules, journal)
         if any(edit.source for edit in made.edits):

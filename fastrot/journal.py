@@ -48,7 +48,7 @@ class Journal:
         if undo not in get_args(Undo):
             raise ValueError(f"undo={undo!r} is not one of {', '.join(get_args(Undo))}")
         self._undo: list[Callable[[], object]] = []
-        self._kept = undo != "none"
+        self._kept = undo != "none" or not parameters
         self._lost = lost
         self._writing = False
         self._hold = held_signals()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from transformers import PreTrainedModel
@@ -68,18 +69,16 @@ def _remove(model: PreTrainedModel, groups: str | Iterable[str] | None, undo: Un
     for name, plan in plans:
         if name in wanted:
             _check_installed(model, plan)
-    fusions = [Fusion(model, _inverse(plan)) for name, plan in plans if name in wanted]
-    written = [edit.parameter for name, plan in plans if name in wanted for edit in plan.edits]
-    weights = [model.get_parameter(name) for name in dict.fromkeys(written)]
-    with Journal(weights, undo, lambda: mark_damaged(model, written)) as journal:
+    fusion = Fusion(model, _inverse([plan for name, plan in plans if name in wanted]))
+    lost = partial(mark_damaged, model, fusion.parameters)
+    with Journal(fusion.overwritten, undo, lost) as journal:
         config = own_config(model, journal)
         uninstall(model, wanted, journal)
         config.fastrot = without_groups(config, wanted)
         if not any(True for _ in installed(model)):
             unmark(config)
         retrace()
-        for fusion in fusions:
-            fusion.run(journal)
+        fusion.run(journal)
 
 
 def _check_installed(model: PreTrainedModel, plan: Plan) -> None:
@@ -99,12 +98,14 @@ def _check_installed(model: PreTrainedModel, plan: Plan) -> None:
             )
 
 
-def _inverse(plan: Plan) -> Plan:
-    def back(edit: WeightEdit) -> WeightEdit:
-        steps = [replace(s, inverse=not s.inverse) for s in edit.steps if isinstance(s, Rotate)]
-        return replace(edit, steps=tuple(reversed(steps)))
-
-    return replace(plan, edits=tuple(map(back, plan.edits)), sites=())
+def _inverse(plans: list[Plan]) -> Plan:
+    """What takes the rotations of all plans back, the last one first, with one rounding."""
+    edits: dict[str, WeightEdit] = {}
+    for edit in (edit for plan in reversed(plans) for edit in plan.edits):
+        back = (replace(s, inverse=not s.inverse) for s in edit.steps if isinstance(s, Rotate))
+        before = edits.get(edit.parameter, replace(edit, steps=()))
+        edits[edit.parameter] = replace(before, steps=(*before.steps, *reversed(list(back))))
+    return replace(plans[0], edits=tuple(edits.values()), resets=(), sites=())
 
 
 def _check_commutes(plans: list[tuple[str, Plan]], wanted: list[str]) -> None:

@@ -8,7 +8,7 @@ import fastrot
 ROOT = Path(fastrot.__file__).parent
 ROOMS = (
     ("errors", "hadamard", "signals", "version"),
-    ("journal",),
+    ("journal", "memory"),
     ("kernels",),
     ("rotation",),
     ("mapping",),

@@ -13,6 +13,7 @@ from fastrot.edits import Plan, Rotate, Scale, WeightEdit
 from fastrot.fuse.torch_weight import TorchRotation
 from fastrot.journal import Journal
 from fastrot.kernels.cpu_weight import MatrixRotation, Side, Stage, Workspace, compile_kernels
+from fastrot.memory import owned
 
 
 class _Write(NamedTuple):
@@ -32,6 +33,9 @@ class Fusion:
         model: the model the plan was made for.
         plan: what to do.
 
+    Attributes:
+        parameters: the names of all that is written.
+
     Raises:
         MemoryError, torch.OutOfMemoryError: no room for untied weights, or for the largest weight
             in the dtype of the arithmetic.
@@ -39,19 +43,37 @@ class Fusion:
 
     def __init__(self, model: nn.Module, plan: Plan):
         self._model = model
-        self._resets = [(model.get_parameter(r.parameter), r.value) for r in plan.resets]
-        self._fresh: dict[str, nn.Parameter] = {}
+        self.parameters = plan.parameters
+        self._untied: dict[str, nn.Parameter] = {}
+        self._moved: dict[str, Tensor] = {}
+        self._resets = [(self._target(r.parameter), r.value) for r in plan.resets]
         self._writes: list[tuple[Tensor, list[_Write]]] = []
         # Untied heads come first: they read the embedding as it was.
         with _as_written():
             for edit in sorted(plan.edits, key=lambda edit: edit.source is None):
-                source = target = model.get_parameter(edit.parameter)
+                source = model.get_parameter(edit.parameter)
                 if edit.source is not None:
-                    fresh = torch.empty_like(source, memory_format=torch.contiguous_format)
-                    target = nn.Parameter(fresh, requires_grad=source.requires_grad)
-                    self._fresh[edit.parameter] = target
+                    fresh = nn.Parameter(_like(source), source.requires_grad)
+                    self._untied[edit.parameter] = fresh
+                target = self._target(edit.parameter)
                 self._writes.append((target, _writes(model, source, target, edit)))
             self._workspaces = _workspaces([w for _, writes in self._writes for w in writes])
+
+    @property
+    def overwritten(self) -> list[Tensor]:
+        """The parameters that are written where they lie: all but untied and moved ones."""
+        targets = [target for target, _ in (*self._writes, *self._resets)]
+        moved = {id(tensor) for tensor in (*self._moved.values(), *self._untied.values())}
+        return [target for target in targets if id(target) not in moved]
+
+    def _target(self, name: str) -> Tensor:
+        """What is written: the parameter, or new memory if it is untied, or its own not torch's."""
+        if name in self._untied:
+            return self._untied[name]
+        parameter = self._model.get_parameter(name)
+        if owned(parameter):
+            return parameter
+        return self._moved.setdefault(name, _like(parameter))
 
     def run(self, journal: Journal, progress: bool = False) -> None:
         """Write.
@@ -60,7 +82,7 @@ class Fusion:
             journal: is told of everything that it has to take back after an error.
             progress: show a bar.
         """
-        for name, parameter in self._fresh.items():
+        for name, parameter in self._untied.items():
             journal.replace(self._model, name, parameter)
         bar = tqdm(self._writes, "rotating weights", unit="weight") if progress else None
         journal.writing()
@@ -75,9 +97,15 @@ class Fusion:
                         bar.update()
             for norm, value in self._resets:
                 norm.fill_(value)
+            for name, data in self._moved.items():
+                journal.set(self._model.get_parameter(name), "data", data)
         if bar is not None:
             with suppress(OSError, ValueError):
                 bar.close()
+
+
+def _like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format, requires_grad=False)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from fastrot.checks import check_overlaps, check_parameter
 from fastrot.coverage import check_coverage, check_one_stream
 from fastrot.edits import Plan, WeightEdit
 from fastrot.mapping import Mapping, NormMapping
+from fastrot.memory import check_memory
 from fastrot.resolve.norms import fold_norms
 from fastrot.resolve.online import resolve_online
 from fastrot.resolve.places import places
@@ -73,6 +74,7 @@ def resolve(
         for name in names:
             check_parameter(name, parameters[name])
         check_overlaps(model, names)
+        check_memory((name, parameters[name]) for name in names)
     return Plan(
         model_class=type(model).__name__,
         edits=tuple(edits),
