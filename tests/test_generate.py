@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import random_ids, tiny
+from helpers import cache_argument, random_ids, tiny
 from test_exact import MODEL_TYPES, ROTATIONS
 from transformers import DynamicCache, StaticCache
 
@@ -55,7 +55,7 @@ def test_same_64_tokens(pair, cache, attention):
 def cached_keys(model, ids, cache):
     with torch.no_grad():
         for token in ids.split(1, dim=1):
-            model(token, past_key_values=cache, use_cache=True)
+            model(token, **cache_argument(model, cache), use_cache=True)
     return [layer.keys[:, :, : ids.shape[1]].clone() for layer in cache.layers]
 
 
@@ -87,7 +87,7 @@ def test_compiled_in_one_graph(pair):
         expected = rotated(**inputs).logits
         got = compiled(**inputs).logits
         cache = StaticCache(config=rotated.config, max_cache_len=16)
-        static = compiled(**inputs, past_key_values=cache, use_cache=True).logits
+        static = compiled(**inputs, **cache_argument(rotated, cache), use_cache=True).logits
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(static, expected, rtol=1e-4, atol=1e-4)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrot.edits import OnlineSite
-from fastrot.online.attention import PREFIX, cache_name, rotate_keys
+from fastrot.online.attention import PREFIX, rotate_keys
 from fastrot.online.experts import experts_forward
 from fastrot.online.rotation import OnlineRotation
 from fastrot.transform_config import ATTENTION_LOCATIONS
@@ -62,12 +62,11 @@ def _hook(module: nn.Module, location: str, journal: Undo) -> None:
     elif location == "input":
         module.register_forward_pre_hook(_rotate_input, with_kwargs=True)
     elif location == "k_cache":
-        module.fastrot_k_cache.cache_name = cache_name(module)  # type: ignore[union-attr]
         module.register_forward_pre_hook(rotate_keys, with_kwargs=True)
     elif location == "down_input":
         # No hook reaches inside a forward. A partial survives deepcopy and pickle.
         module.forward = partial(experts_forward, module)
-    else:
+    if location in ATTENTION_LOCATIONS:
         config: Any = module.config
         name = config._attn_implementation
         if not name.startswith(PREFIX):

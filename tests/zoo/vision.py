@@ -7,13 +7,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 
 from zoo import Family
 from zoo.hybrid import SCANS
 
 Inputs = dict[str, Tensor]
 Sight = Callable[[nn.Module, torch.Generator], Inputs]
+
+if transformers.__version__ == "5.24.0":
+    # There Llama 4's forward ends by reading this from an output that does not have it.
+    MoeCausalLMOutputWithPast.image_outputs = None
 
 IMAGE, VIDEO, START, END, AUDIO = 70, 71, 72, 73, 74
 """Special tokens; text stays below 64."""
