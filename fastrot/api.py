@@ -33,13 +33,12 @@ from fastrot.mapping import (
     as_norm_mapping,
     find_architecture,
 )
-from fastrot.online import attach, check_attention, check_experts, make
+from fastrot.online import attach, check_site, make
 from fastrot.patterns import NoMatchError, find_holders, matches
 from fastrot.record import applied_groups, own_config, retrace, with_application
 from fastrot.resolve import on_meta, resolve
 from fastrot.sites import find_sites
 from fastrot.transform_config import (
-    ATTENTION_LOCATIONS,
     ROTATIONS,
     parse_precision,
     parse_transform_config,
@@ -106,10 +105,7 @@ def plan(
         module = model.get_submodule(site.module)
         if not on_meta(model):
             check_loaded(site.module, module)
-        if site.location in ATTENTION_LOCATIONS:
-            check_attention(site.module, module)
-        elif site.location == "down_input":
-            check_experts(site.module, module)
+        check_site(site, module)
     if not result.edits and not result.sites:
         raise ValueError(
             f"transform_config describes no transform: {', '.join(config.config_groups)} names no "

@@ -59,6 +59,33 @@ def test_the_attention_implementation_can_be_chosen_while_loading(attention, tmp
     assert relative_error(logits(loaded, ids), before) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("choice", "way_out"),
+    [
+        ({"attn_implementation": "paged|eager"}, "load with attn_implementation='sdpa'"),
+        ({"output_attentions": True}, "pass output_attentions=True to the call"),
+    ],
+)
+def test_what_r3_can_not_do_is_refused_while_loading(choice, way_out, tmp_path):
+    model = tiny("llama")
+    fastrot.apply(model, "R3")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn.*" + way_out):
+        AutoModelForCausalLM.from_pretrained(tmp_path, **choice)
+
+
+def test_attentions_are_those_of_the_original_and_the_model_can_be_saved(tmp_path):
+    model = tiny("llama")
+    model.set_attn_implementation("eager")
+    ids = random_ids(model, 2, 12, seed=0)
+    before = model(ids, output_attentions=True).attentions
+    fastrot.apply(model, "R3")
+    loaded = save_and_load(model, tmp_path, attn_implementation="eager")
+    for m in (model, loaded):
+        after = m(ids, output_attentions=True).attentions
+        assert relative_error(torch.stack(after), torch.stack(before)) < 1e-5
+
+
 @pytest.mark.slow
 def test_without_fastrot_online_rotations_fail_loudly(tmp_path):
     folders = []

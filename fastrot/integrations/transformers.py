@@ -17,7 +17,14 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fastrot.journal import Journal
-from fastrot.online import IMPLEMENTATIONS, attach, attention_forward, installed, make
+from fastrot.online import (
+    IMPLEMENTATIONS,
+    attach,
+    attention_forward,
+    check_site,
+    installed,
+    make,
+)
 from fastrot.record import QUANT_METHOD, online_sites
 
 GUARD = "experts_implementation"
@@ -39,6 +46,8 @@ class FastrotQuantizer(HfQuantizer):
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
         sites = online_sites(model)
+        for site in sites:
+            check_site(site, model.get_submodule(site.module))
         with Journal() as journal:
             attach(model, sites, make(model, sites), journal)
         return model

@@ -1,8 +1,7 @@
 """The online part of a plan: rotations of activations, as submodules that can be taken off."""
 
 from fastrot.online.attention import IMPLEMENTATIONS, attention_forward, check_attention
-from fastrot.online.experts import check_experts
-from fastrot.online.install import attach, installed, make, uninstall
+from fastrot.online.install import attach, check_site, installed, make, uninstall
 from fastrot.online.rotation import OnlineRotation
 
 __all__ = [
@@ -11,7 +10,7 @@ __all__ = [
     "attach",
     "attention_forward",
     "check_attention",
-    "check_experts",
+    "check_site",
     "installed",
     "make",
     "uninstall",

@@ -37,7 +37,14 @@ def check_attention(name: str, module: Any) -> None:
     if implementation.removeprefix(PREFIX) not in IMPLEMENTATIONS:
         raise ValueError(
             f"{name} uses attention implementation {implementation!r}; R3 works with eager, sdpa "
-            "and flex_attention: call model.set_attn_implementation('sdpa') first"
+            "and flex_attention: call model.set_attn_implementation('sdpa') first, or load with "
+            "attn_implementation='sdpa'"
+        )
+    if getattr(module.config, "output_attentions", False):
+        raise ValueError(
+            f"{name} has output_attentions=True in its configuration, which transformers refuses "
+            "to save beside the attention implementation that R3 needs; set "
+            "config.output_attentions = False and pass output_attentions=True to the call"
         )
 
 

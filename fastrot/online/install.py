@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fastrot.edits import OnlineSite
-from fastrot.online.attention import PREFIX, rotate_keys
-from fastrot.online.experts import experts_forward
+from fastrot.online.attention import PREFIX, check_attention, rotate_keys
+from fastrot.online.experts import check_experts, experts_forward
 from fastrot.online.rotation import OnlineRotation
 from fastrot.transform_config import ATTENTION_LOCATIONS
 
@@ -22,6 +22,14 @@ class Undo(Protocol):
 
     def on_error(self, action: Callable[[], object]) -> None:
         """Remember what takes a change back."""
+
+
+def check_site(site: OnlineSite, module: nn.Module) -> None:
+    """Refuse a module in which the rotation of a site can't act, or not as the model is set."""
+    if site.location in ATTENTION_LOCATIONS:
+        check_attention(site.module, module)
+    elif site.location == "down_input":
+        check_experts(site.module, module)
 
 
 def make(model: nn.Module, sites: Sequence[OnlineSite]) -> list[OnlineRotation]:
