@@ -1,7 +1,6 @@
 """Tiny models in which every parameter matters, and a fingerprint of everything a model is."""
 
 import hashlib
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -179,9 +178,3 @@ def _freeze(value: Any) -> Any:
     if value is None or isinstance(value, (str, int, float, bool, torch.dtype, torch.device)):
         return (type(value), value)
     return Same(value)
-
-
-def cache_argument(model: nn.Module, cache: Any) -> dict[str, Any]:
-    """The keyword argument that hands a cache to a model; transformers 5.24 renamed it."""
-    known = inspect.signature(type(model).forward).parameters
-    return {"cache" if "cache" in known else "past_key_values": cache}

@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
-from helpers import cache_argument, logits, random_ids, relative_error, tiny
+from helpers import logits, random_ids, relative_error, tiny
 from transformers import DynamicCache, EncoderDecoderCache, GPT2Config, GPT2LMHeadModel
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import fastrot
+from fastrot.integrations.transformers import cache_argument
 
 WIDTH = 64
 

@@ -23,6 +23,7 @@ from fastrot.demo.evaluate import (
 )
 from fastrot.demo.outliers import with_outliers
 from fastrot.demo.quantize import quantize, round_asymmetric, round_symmetric, rounding_cache
+from fastrot.integrations.transformers import cache_argument
 
 ROUNDINGS = {round_symmetric: lambda bits: 2**bits - 1, round_asymmetric: lambda bits: 2**bits}
 BITS = (2, 3, 4, 8)
@@ -155,7 +156,7 @@ def test_r4_comes_before_the_rounding():
 def cached(model, ids, cache):
     with torch.no_grad():
         for part in ids:
-            model(part, past_key_values=cache, use_cache=True)
+            model(part, **cache_argument(model, cache), use_cache=True)
     return cache.layers
 
 
@@ -197,7 +198,7 @@ def test_more_bits_come_closer_to_the_model(rotations):
         case = copy.deepcopy(model)
         quantize(case, bits)
         with torch.no_grad():
-            got = case(ids, past_key_values=rounding_cache(case, bits)).logits
+            got = case(ids, **cache_argument(case, rounding_cache(case, bits))).logits
         errors.append(relative_error(got, expected))
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1e-3 < 0.05 < errors[0]
@@ -213,7 +214,7 @@ def test_every_rotation_changes_what_is_rounded():
             fastrot.apply(case, rotations)
         quantize(case)
         with torch.no_grad():
-            results.append(case(ids, past_key_values=rounding_cache(case)).logits)
+            results.append(case(ids, **cache_argument(case, rounding_cache(case))).logits)
     for i, a in enumerate(results):
         for b in results[:i]:
             assert relative_error(a, b) > 1e-3

@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
-from helpers import cache_argument, random_ids, tiny
+from helpers import random_ids, tiny
 from test_exact import MODEL_TYPES, ROTATIONS
 from transformers import DynamicCache, StaticCache
 
 import fastrot
+from fastrot.integrations.transformers import cache_argument
 
 KINDS_OF_CACHE = {
     "dynamic": {},

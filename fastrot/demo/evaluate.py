@@ -21,6 +21,7 @@ import fastrot
 from fastrot.demo.corpus import heldout_files, read_bytes
 from fastrot.demo.outliers import with_outliers
 from fastrot.demo.quantize import quantize, rounding_cache
+from fastrot.integrations.transformers import cache_argument
 
 MODEL = Path(__file__).with_name("model")
 CASES = (((), None), ((), 4), (("R1", "R2"), 4), (("R1", "R2", "R3", "R4"), 4))
@@ -169,7 +170,8 @@ def heldout_loss(model: Any, windows: Tensor, bits: int | None = None, bar: Any 
     for batch in windows.split(BATCH):
         ids, targets = batch[:, :-1], batch[:, 1:]
         cache = None if bits is None else rounding_cache(model, bits)
-        logits = model(input_ids=ids, past_key_values=cache, use_cache=cache is not None).logits
+        given = cache_argument(model, cache)
+        logits = model(input_ids=ids, **given, use_cache=cache is not None).logits
         total += float(cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
         if bar is not None:
             bar.update(targets.numel())

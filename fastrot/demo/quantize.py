@@ -72,7 +72,7 @@ class RoundingLayer(DynamicLayer):
 
 
 def rounding_cache(model: Any, bits: int = 4) -> Cache:
-    """An empty cache for one sequence batch; give it to the model as ``past_key_values``."""
+    """An empty cache for one batch of sequences; the model takes it as it takes any cache."""
     return Cache(layers=[RoundingLayer(bits) for _ in range(model.config.num_hidden_layers)])
 
 

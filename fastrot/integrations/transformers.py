@@ -6,9 +6,10 @@ of a method it does not know, the checkpoint also asks for the experts implement
 a transformers without fastrot refuses that, for dense models too, instead of computing nonsense.
 """
 
+import inspect
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -85,6 +86,12 @@ def unmark(config: Any) -> None:
     for name in ("quantization_config", GUARD):
         if hasattr(config, name):
             delattr(config, name)
+
+
+def cache_argument(model: PreTrainedModel, cache: Cache | None) -> dict[str, Any]:
+    """The keyword argument that hands a cache to a model; transformers 5.24 renamed it."""
+    known = inspect.signature(type(model).forward).parameters
+    return {"cache" if "cache" in known else "past_key_values": cache}
 
 
 def register() -> None:

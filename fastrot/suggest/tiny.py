@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 HEADS = re.compile(r"(num|n)_.*heads?$|^n_heads?$")
 HEAD_SIZES = re.compile(r"head_(dim|size)|d_head$|rotary_dim$|d_kv$")
@@ -101,8 +101,9 @@ def logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
 def cached_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """The same, and those of the last token after all others are in a cache."""
     with InFloat64():
-        cache = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
-        last: Tensor = model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True).logits
+        before = model(input_ids=ids[:, :-1], use_cache=True)
+        caches = {name: value for name, value in before.items() if isinstance(value, Cache)}
+        last: Tensor = model(input_ids=ids[:, -1:], **caches, use_cache=True).logits
     return torch.cat([logits(model, ids), last], 1)
 
 
