@@ -94,7 +94,7 @@ def test_a_cache_has_no_name(kind, attention):
     rotated = copy.deepcopy(model)
     fastrot.apply(rotated, "R3", randomize=True)
     x = torch.randn(2, 6, 96, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    results = []
+    results, kept = [], []
     for m in (model, rotated):
         cache = kind()
         turns = m.model.rotary_emb(x, torch.arange(6)[None])
@@ -108,7 +108,10 @@ def test_a_cache_has_no_name(kind, attention):
                 1,
             )
         )
+        kept.append(cache.layers[0].keys)
     assert relative_error(*results) < 1e-6
+    rotation = rotated.model.layers[0].self_attn.fastrot_k_cache
+    assert relative_error(kept[1], rotation(kept[0]) if kind is DynamicCache else kept[0]) < 1e-6
 
 
 class Delegating(LlamaAttention):
