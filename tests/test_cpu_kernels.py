@@ -1,7 +1,9 @@
 """The CPU kernels against dense float64 products: sizes, layouts, dtypes, rounding, threads."""
 
 import itertools
+import mmap
 import multiprocessing
+import sys
 import threading
 
 import numpy as np
@@ -301,6 +303,30 @@ def test_nan_stays_in_its_block(left, right, value):
         hit = torch.zeros(rows, cols, dtype=torch.bool)
         hit[13 // m * m : 13 // m * m + m, 101 // n * n : 101 // n * n + n] = True
         assert torch.equal(~w.isfinite(), hit)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the question is one of Linux's madvise")
+@pytest.mark.filterwarnings("ignore:The given buffer is not writable")
+def test_memory_that_cannot_be_written_is_refused(tmp_path):
+    """A kernel could only crash there; a private copy of a file's pages takes the result."""
+    data = np.arange(6 * 1024, dtype=np.float32)
+    path = tmp_path / "weights"
+    data.tofile(path)
+    with path.open("rb") as file:
+        maps = [mmap.mmap(file.fileno(), 0, access=a) for a in (mmap.ACCESS_READ, mmap.ACCESS_COPY)]
+    read_only, private = (torch.frombuffer(m, dtype=torch.float32).view(6, 1024) for m in maps)
+    with pytest.raises(ValueError, match=r"shape \(6, 1024\): it lies in read-only memory"):
+        rotate_matrix(
+            read_only, read_only, left=None, right=Side(64), gamma=None, dtype=torch.float64
+        )
+    view = read_only.view(6, 1024, 1)
+    with pytest.raises(ValueError, match="rotate a copy"):
+        transform(view, view, None, 1.0, False)
+    out = torch.empty_like(read_only)
+    rotate_matrix(read_only, out, left=None, right=Side(64), gamma=None, dtype=torch.float64)
+    rotate_matrix(private, private, left=None, right=Side(64), gamma=None, dtype=torch.float64)
+    assert torch.equal(out, private)
+    assert np.array_equal(np.fromfile(path, np.float32), data)
 
 
 @pytest.mark.parametrize("shape", [(0, 8, 1), (3, 8, 0), (0, 12, 5)])

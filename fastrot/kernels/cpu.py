@@ -12,6 +12,7 @@ from fastrot.hadamard import base_matrix, factors
 from fastrot.kernels import _cpu_blocks as blocks
 from fastrot.kernels import _cpu_kernels as kernels
 from fastrot.kernels import _cpu_vectors as vectors
+from fastrot.kernels._cpu_memory import prepare_output
 from fastrot.kernels._cpu_threads import on_threads
 
 ROW_BYTES = 1 << 14
@@ -55,6 +56,7 @@ def transform(x: Tensor, out: Tensor, signs: Tensor | None, scale: float, transp
     outer, n, inner = x.shape
     if x.numel() == 0:
         return
+    prepare_output(x, out)
     kind, item = KINDS[x.dtype]
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     if inner == 1:

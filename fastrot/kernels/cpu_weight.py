@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastrot.kernels import _cpu_kernels as kernels
+from fastrot.kernels._cpu_memory import prepare_output
 from fastrot.kernels.cpu import (
     KINDS,
     Matrix,
@@ -94,11 +95,16 @@ class MatrixRotation:
         scratch: bytes that a run needs for its intermediate: the matrix in ``dtype`` where both
             sides of a stage are wide or there are several stages, else 0.
         panel: bytes that each of its threads needs.
+
+    Raises:
+        ValueError: ``out`` lies in memory that may be read but not written.
     """
 
     def __init__(self, like: Tensor, out: Tensor, stages: Sequence[Stage], dtype: torch.dtype):
         self.shape, self.dtype = (int(like.shape[0]), int(like.shape[1])), dtype
         item = max(like.element_size(), out.element_size())
+        if like.numel():
+            prepare_output(like, out)
         self._sweeps: list[_Sweep] = []
         for stage in stages if like.numel() else ():
             alone = len(stages) == 1

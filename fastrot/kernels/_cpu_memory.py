@@ -1,0 +1,65 @@
+"""What the kernels ask of the memory that they write: huge pages, and leave to write.
+
+Both questions are system calls of Linux; elsewhere nothing is asked.
+"""
+
+import ctypes
+import mmap
+import sys
+from functools import lru_cache
+from typing import Any
+
+from torch import Tensor
+
+HUGE_BYTES = 1 << 22
+"""Smaller results stay as the allocator made them (NumPy draws the same line)."""
+
+_HUGEPAGE, _POPULATE_READ, _POPULATE_WRITE = 14, 22, 23
+
+
+@lru_cache
+def _madvise() -> Any:
+    if sys.platform != "linux":
+        return None
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return function
+
+
+def prepare_output(x: Tensor, out: Tensor) -> None:
+    """Ask for huge pages behind a large fresh result; refuse memory that cannot be written.
+
+    The first touch of fresh memory costs more than a transform, page by page; pages that exist
+    already are left alone (madvise(2), ``MADV_HUGEPAGE``). A kernel could only crash in memory
+    mapped for reading; the first and the last page are asked, from Linux 5.14 on.
+
+    Args:
+        x: the tensor to be read.
+        out: a matrix or contiguous; ``x`` itself if in place.
+
+    Raises:
+        ValueError: ``out`` lies in memory that may be read but not written.
+    """
+    madvise = _madvise()
+    if madvise is None:
+        return
+    first, last = out.data_ptr(), _last(out)
+    if first != x.data_ptr() and last - first >= HUGE_BYTES:
+        madvise(_page(first), last - _page(first), _HUGEPAGE)
+    for page in (_page(first), _page(last)):
+        if madvise(page, 1, _POPULATE_WRITE) and not madvise(page, 1, _POPULATE_READ):
+            raise ValueError(
+                f"cannot write into a tensor of shape {tuple(out.shape)}: it lies in read-only "
+                "memory, such as a file mapped for reading; rotate a copy, or map the file "
+                "copy-on-write"
+            )
+
+
+def _page(address: int) -> int:
+    return address // mmap.PAGESIZE * mmap.PAGESIZE
+
+
+def _last(out: Tensor) -> int:
+    """The address of the last element."""
+    steps = zip(out.shape, out.stride(), strict=True)
+    return int(out.data_ptr() + sum((size - 1) * step for size, step in steps) * out.element_size())
