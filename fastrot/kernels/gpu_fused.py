@@ -1,0 +1,257 @@
+"""One kernel from activations to codes: prologue, Hadamard transform, epilogue.
+
+    z = prologue(x),    y = z · D · (I ⊗ H),    codes, scales = quantise(y)
+
+The prologue is nothing, an activation times a gate, or RMSNorm. A tile holds whole tokens, so that
+the scale of a token and the norm of a token are known where they are needed: the norm is one factor
+of a whole token, which commutes with the transform and is applied after it. What is neither input
+nor output stays in registers and shared memory, in float32.
+
+A token of n elements, in blocks of H_a ⊗ H_b, lies in a tile as ``(n / columns, columns)``, its
+memory order. The columns are b, or several b if there is no left factor. See
+:mod:`fastrot.kernels.gpu_rows` for the products.
+"""
+
+# Arguments of a kernel have Triton's types, not Python's.
+# ruff: noqa: ANN001, ANN201, ANN202
+# mypy: disable-error-code="no-untyped-def"
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+from fastrot.kernels.gpu_formats import store_tile
+from fastrot.kernels.gpu_matrix import dot_left, dot_right, matrix
+
+PLAIN = tl.constexpr(0)
+SILU = tl.constexpr(1)
+GELU = tl.constexpr(2)
+GELU_TANH = tl.constexpr(3)
+RMSNORM = tl.constexpr(4)
+ACTIVATIONS = {"silu": 1, "gelu": 2, "gelu_tanh": 3}
+
+
+@triton.jit
+def _times_sigmoid(v, w, FAST: tl.constexpr):
+    """V · sigmoid(w), to two units in the last place of float32."""
+    if FAST:
+        return libdevice.fast_dividef(v, 1.0 + libdevice.fast_expf(-w))
+    else:
+        return v / (1.0 + tl.exp(-w))
+
+
+@triton.jit
+def activate(v, KIND: tl.constexpr, FAST: tl.constexpr):
+    """SiLU, GELU by the error function, or GELU by tanh, which is a sigmoid."""
+    if KIND == SILU:
+        return _times_sigmoid(v, v, FAST)
+    elif KIND == GELU:
+        return v * (0.5 + 0.5 * tl.erf(v * 0.7071067811865476))
+    else:
+        return _times_sigmoid(v, v * (1.5957691216057308 + 0.07135481627260025 * v * v), FAST)
+
+
+@triton.jit
+def _load(
+    x,
+    up,
+    gamma,
+    signs,
+    x_stride,
+    up_stride,
+    remaining,
+    i,
+    j,
+    COLUMNS: tl.constexpr,
+    TOKEN_ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    FAST: tl.constexpr,
+    GAMMA: tl.constexpr,
+    SIGNS: tl.constexpr,
+):
+    """Rows i and columns j of a tile after the prologue, zero outside; the squares of x per row."""
+    token = i // TOKEN_ROWS
+    element = (i - token * TOKEN_ROWS) * COLUMNS + j
+    inside = (i < TOKENS * TOKEN_ROWS) & (token < remaining) & (j < COLUMNS)
+    v = tl.load(x + token * x_stride + element, mask=inside, other=0.0)
+    squares = 0.0
+    if PROLOGUE == RMSNORM:
+        squares = tl.sum(v.to(tl.float32) * v.to(tl.float32), axis=1)
+    elif PROLOGUE != PLAIN:
+        u = tl.load(up + token * up_stride + element, mask=inside, other=0.0)
+        v = activate(v.to(tl.float32), PROLOGUE, FAST) * u.to(tl.float32)
+    if GAMMA:
+        v = v.to(tl.float32) * tl.load(gamma + element, mask=inside, other=0.0).to(tl.float32)
+    if SIGNS:
+        v = v * tl.load(signs + element % BLOCK_SIZE, mask=inside, other=0.0).to(v.dtype)
+    return v, squares
+
+
+@triton.jit
+def _fused_tile(
+    x,
+    up,
+    gamma,
+    signs,
+    out,
+    scales,
+    h_left,
+    h_right,
+    left,
+    right,
+    world,
+    scale,
+    eps,
+    x_stride,
+    up_stride,
+    first,
+    tokens,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOKEN_ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    LEFT_SIZE: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT_SIZE: tl.constexpr,
+    RIGHT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    FAST: tl.constexpr,
+    GAMMA: tl.constexpr,
+    SIGNS: tl.constexpr,
+    PARTS: tl.constexpr,
+    MIDDLE_PARTS: tl.constexpr,
+    OPERAND: tl.constexpr,
+    MIDDLE_OPERAND: tl.constexpr,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCKED: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    i = tl.arange(0, A)
+    j = tl.arange(0, B)[None, :]
+    BLOCK_SIZE: tl.constexpr = (LEFT_SIZE if LEFT != 0 else 1) * RIGHT_SIZE
+    base = tl.cast(first, tl.int64)
+    x += base * x_stride
+    up += base * up_stride
+    squares = tl.zeros((A,), tl.float32)
+    y = tl.zeros((A, B), tl.float32)
+    if BLOCK < B:
+        for start in tl.range(0, COLUMNS, BLOCK):
+            k = start + tl.arange(0, BLOCK)
+            t, s = _load(
+                x, up, gamma, signs, x_stride, up_stride, tokens - first, i[:, None], k[None, :],
+                COLUMNS, TOKEN_ROWS, TOKENS, BLOCK_SIZE, PROLOGUE, FAST, GAMMA, SIGNS,
+            )  # fmt: skip
+            squares += s
+            if LEFT != 0:
+                t = dot_left(h_left, t, tl.zeros((A, BLOCK), tl.float32), PARTS, OPERAND)
+            h = matrix(right, k[:, None], j, RIGHT_SIZE, B, RIGHT, MIDDLE_OPERAND)
+            y = dot_right(t, h, y, MIDDLE_PARTS, MIDDLE_OPERAND)
+    elif CHUNK < A:
+        t = tl.zeros((A, B), tl.float32)
+        for start in tl.range(0, TOKEN_ROWS, CHUNK):
+            k = start + tl.arange(0, CHUNK)
+            v, s = _load(
+                x, up, gamma, signs, x_stride, up_stride, tokens - first, k[:, None], j,
+                COLUMNS, TOKEN_ROWS, TOKENS, BLOCK_SIZE, PROLOGUE, FAST, GAMMA, SIGNS,
+            )  # fmt: skip
+            if PROLOGUE == RMSNORM:  # of the only token in the tile: which row does not matter
+                squares += tl.where(i == 0, tl.sum(s, axis=0), 0.0)
+            h = matrix(left, i[:, None], k[None, :], LEFT_SIZE, A, LEFT, OPERAND)
+            t = dot_left(h, v, t, PARTS, OPERAND)
+        y = dot_right(t, h_right, y, MIDDLE_PARTS, MIDDLE_OPERAND)
+    else:
+        t, squares = _load(
+            x, up, gamma, signs, x_stride, up_stride, tokens - first, i[:, None], j,
+            COLUMNS, TOKEN_ROWS, TOKENS, BLOCK_SIZE, PROLOGUE, FAST, GAMMA, SIGNS,
+        )  # fmt: skip
+        if LEFT != 0:
+            t = dot_left(h_left, t, tl.zeros((A, B), tl.float32), PARTS, OPERAND)
+        y = dot_right(t, h_right, y, MIDDLE_PARTS, MIDDLE_OPERAND)
+    scales_of_rows = tl.zeros((A,), tl.float32) + scale
+    if PROLOGUE == RMSNORM:
+        token = i // TOKEN_ROWS
+        if TOKENS == 1:
+            square = tl.zeros((A,), tl.float32) + tl.sum(squares, axis=0)
+        elif TOKEN_ROWS == 1:
+            square = squares
+        else:
+            same = token[:, None] == token[None, :]
+            square = tl.sum(tl.where(same, squares[None, :], 0.0), axis=1)
+        scales_of_rows *= tl.rsqrt(square / (TOKEN_ROWS * COLUMNS) + eps)
+    store_tile(
+        y, scales_of_rows[:, None], out, scales, world, first, tokens,
+        KIND, GROUP, BLOCKED, NATIVE, A, B, COLUMNS, TOKEN_ROWS, TOKENS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _fused_kernel(
+    x,
+    up,
+    gamma,
+    signs,
+    out,
+    scales,
+    left,
+    right,
+    global_scale,
+    scale,
+    eps,
+    x_stride,
+    up_stride,
+    tokens,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOKEN_ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    LEFT_SIZE: tl.constexpr,
+    LEFT: tl.constexpr,
+    RIGHT_SIZE: tl.constexpr,
+    RIGHT: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+    FAST: tl.constexpr,
+    GAMMA: tl.constexpr,
+    SIGNS: tl.constexpr,
+    PARTS: tl.constexpr,
+    MIDDLE_PARTS: tl.constexpr,
+    OPERAND: tl.constexpr,
+    MIDDLE_OPERAND: tl.constexpr,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCKED: tl.constexpr,
+    GLOBAL: tl.constexpr,
+    NATIVE: tl.constexpr,
+):
+    i = tl.arange(0, A)
+    j = tl.arange(0, B)
+    h_left = 0
+    h_right = 0
+    world = 1.0
+    if GLOBAL:
+        world = tl.load(global_scale)
+    if LEFT != 0 and CHUNK == A:
+        h_left = matrix(left, i[:, None], i[None, :], LEFT_SIZE, A, LEFT, OPERAND)
+    if BLOCK == B:
+        h_right = matrix(right, j[:, None], j[None, :], RIGHT_SIZE, B, RIGHT, MIDDLE_OPERAND)
+    start = tl.program_id(0)
+    stop = start + 1
+    if PERSISTENT:
+        stop = tl.cdiv(tokens, TOKENS)
+    for tile in tl.range(start, stop, tl.num_programs(0)):
+        _fused_tile(
+            x, up, gamma, signs, out, scales, h_left, h_right, left, right,
+            world, scale, eps, x_stride, up_stride, tile * TOKENS, tokens,
+            A, B, COLUMNS, TOKEN_ROWS, TOKENS, LEFT_SIZE, LEFT, RIGHT_SIZE, RIGHT, CHUNK, BLOCK,
+            PROLOGUE, FAST, GAMMA, SIGNS, PARTS, MIDDLE_PARTS, OPERAND, MIDDLE_OPERAND,
+            KIND, GROUP, BLOCKED, NATIVE,
+        )  # fmt: skip
