@@ -1,8 +1,10 @@
-"""Plots and the README's table from a file that `gpu.py` has written.
+"""Plots and the README's tables from files that `gpu.py` or `static_roofline.py` has written.
 
-    python benchmarks/report.py benchmarks/results/gpu-h200.json --plots docs/plots
+    python benchmarks/report.py benchmarks/results/*roofline*.json benchmarks/results/gpu-*.json
 
-Needs matplotlib for the plots (`pip install fastrot[plots]`); the table goes without.
+Measured GPUs are shown as measured. The others are shown as predicted, and it says so, if one of
+the files is a prediction. Needs matplotlib for `--plots FOLDER` (`pip install fastrot[plots]`); the
+tables go without.
 """
 
 import argparse
@@ -10,6 +12,7 @@ import importlib.util
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +23,14 @@ PEERS = ("fast-hadamard-transform", "HadaCore", "torch, two products", "dense")
 
 
 def load(path: Path) -> Row:
-    """The file, refused if it holds no measurement."""
+    """The file, refused if it holds neither a measurement nor a prediction."""
     report: Row = json.loads(path.read_text())
-    if report.get("kind") != "measurement" or "results" not in report:
-        sys.exit(f"{path} was not written by benchmarks/gpu.py")
-    if report["dry_run"]:
+    if (report.get("kind"), "results" in report, "rows" in report) not in (
+        ("measurement", True, False),
+        ("prediction", False, True),
+    ):
+        sys.exit(f"{path} was written by neither benchmarks/gpu.py nor static_roofline.py")
+    if report.get("dry_run"):
         sys.exit(f"{path} is a dry run in Triton's interpreter: its times mean nothing")
     return report
 
@@ -51,6 +57,12 @@ def large(rows: list[Row], report: Row) -> dict[tuple[str, str], dict[int, Row]]
     return found
 
 
+def markdown(head: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
 def cell(row: Row, peer: str) -> str:
     """How many times faster than a peer, or a dash."""
     median = row["peers"].get(peer, {}).get("median_ms")
@@ -58,39 +70,34 @@ def cell(row: Row, peer: str) -> str:
 
 
 def table(report: Row) -> str:
-    """The README's table, in Markdown."""
+    """The README's table of a measurement."""
     machine = report["machine"]
     seen = [p for p in PEERS if any(p in r.get("peers", {}) for r in report["results"])]
     head = ["kernel", "dtype", "n", "GB/s", "of `torch.clone`", "error"]
-    head += [f"over {peer}" for peer in seen]
-    megabytes = report["tensor_bytes"] >> 20
-    lines = [
-        f"{machine['gpu']}, driver {machine['driver']}, torch {machine['torch']}, "
-        f"triton {machine['triton']}, {report['date'][:10]}; tensors of {megabytes} MB, medians. "
-        "Errors in errors of correct rounding.",
-        "",
-        f"| {' | '.join(head)} |",
-        f"|{'---|' * len(head)}",
-    ]
-    for (kernel, dtype), rows in large(timed(report), report).items():
-        for n in sorted(rows):
-            row = rows[n]
-            cells = [kernel, dtype, str(n), f"{row['gb_per_s']:.0f}"]
+    rows = []
+    for (kernel, dtype), sizes in large(timed(report), report).items():
+        for n, row in sorted(sizes.items()):
+            cells = [kernel, dtype, n, f"{row['gb_per_s']:.0f}"]
             cells += [f"{row['percent_of_clone']:.0f} %", f"{row['error']:.2f}"]
-            lines.append(f"| {' | '.join(cells + [cell(row, peer) for peer in seen])} |")
-    return "\n".join(lines)
+            rows.append([*cells, *(cell(row, peer) for peer in seen)])
+    return (
+        f"{machine['gpu']}, driver {machine['driver']}, torch {machine['torch']}, "
+        f"triton {machine['triton']}, {report['date'][:10]}; tensors of "
+        f"{report['tensor_bytes'] >> 20} MB, medians. Errors in errors of correct rounding.\n\n"
+        + markdown([*head, *(f"over {peer}" for peer in seen)], rows)
+    )
 
 
 def decode(report: Row) -> str:
-    """Times of a single vector, in Markdown."""
-    rows = [r for r in timed(report) if r["rows"] == 1 and r["kernel"] == "transform"]
-    if not rows:
+    """Times of a single vector."""
+    found = [r for r in timed(report) if r["rows"] == 1 and r["kernel"] == "transform"]
+    if not found:
         return ""
-    lines = ["", "| one row | dtype | μs | clone, μs |", "|---|---|---|---|"]
-    for row in sorted(rows, key=lambda row: (row["dtype"], row["n"])):
-        ours, clone = 1e3 * row["median_ms"], 1e3 * row["clone"]["median_ms"]
-        lines.append(f"| {row['n']} | {row['dtype']} | {ours:.1f} | {clone:.1f} |")
-    return "\n".join(lines)
+    rows = [
+        (r["n"], r["dtype"], f"{1e3 * r['median_ms']:.1f}", f"{1e3 * r['clone']['median_ms']:.1f}")
+        for r in sorted(found, key=lambda r: (r["dtype"], r["n"]))
+    ]
+    return "\n" + markdown(["one row", "dtype", "μs", "clone, μs"], rows)
 
 
 def models(report: Row) -> str:
@@ -124,73 +131,59 @@ def failures(report: Row) -> str:
     return "\n".join(["", f"Cases: {total}.", *lines])
 
 
-def plot(report: Row, folder: Path) -> list[Path]:
-    """A roofline per dtype, and times over rows: PNG files."""
-    import matplotlib
+def unmeasured(prediction: Row, measurements: Sequence[Row]) -> list[str]:
+    """The GPUs of a prediction of which there is no measurement."""
+    measured = [str(report["machine"]["gpu"]) for report in measurements]
+    names = [gpu["name"] for gpu in prediction["gpus"]]
+    return [name for name in names if not any(name in gpu for gpu in measured)]
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    folder.mkdir(parents=True, exist_ok=True)
-    gpu = report["machine"]["gpu"]
-    written = []
-
-    def save(name: str, axes: Any, ylabel: str, xlabel: str) -> None:
-        axes.set(xlabel=xlabel, ylabel=ylabel, title=f"{gpu}, {name}")
-        axes.set_xscale("log", base=2)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
-        path = folder / f"{name.replace(', ', '-').replace(' ', '-')}.png"
-        axes.figure.savefig(path, dpi=150, bbox_inches="tight")
-        pyplot.close(axes.figure)
-        written.append(path)
-
-    groups = large(timed(report), report)
-    for dtype in sorted({dtype for _, dtype in groups}):
-        axes = pyplot.subplots(figsize=(8, 4.5))[1]
-        for (kernel, of), rows in groups.items():
-            if of == dtype:
-                sizes = sorted(rows)
-                axes.plot(sizes, [rows[n]["gb_per_s"] for n in sizes], "o-", label=kernel)
-        plain = groups.get(("transform", dtype), {})
-        clones = [(n, plain[n]["clone"]["gb_per_s"]) for n in sorted(plain)]
-        axes.plot(*zip(*clones, strict=True), "k--", label="torch.clone") if clones else None
-        for peer in PEERS:
-            points = [
-                (n, plain[n]["peers"][peer]["gb_per_s"])
-                for n in sorted(plain)
-                if "gb_per_s" in plain[n]["peers"].get(peer, {})
-            ]
-            axes.plot(*zip(*points, strict=True), ".:", label=peer) if points else None
-        axes.set_ylim(bottom=0)
-        save(f"roofline, {dtype}", axes, "GB/s, read and written", "n")
-    axes = pyplot.subplots(figsize=(8, 4.5))[1]
-    lines: dict[int, dict[int, float]] = defaultdict(dict)
-    for row in timed(report):
-        if group(row) == ("transform", "bf16"):
-            lines[row["n"]][row["rows"]] = 1e3 * row["median_ms"]
-    for n, times in sorted(lines.items()):
-        if len(times) > 2:
-            axes.plot(sorted(times), [times[r] for r in sorted(times)], "o-", label=f"n = {n}")
-    if axes.lines:
-        axes.set_yscale("log")
-        save("time over rows, bf16", axes, "μs", "rows")
-    return written
+def predictions(prediction: Row, gpus: Sequence[str]) -> str:
+    """The README's table of a prediction: in percent of a copy's speed, with what binds."""
+    rows: dict[tuple[Any, ...], Row] = defaultdict(dict)
+    for row in prediction["rows"]:
+        rows[row["n"], row["dtype"], row["along"], row["signs"]] |= row["predicted"]
+    gpus = [gpu for gpu in gpus if any(gpu in found for found in rows.values())]
+    lines = []
+    for (n, dtype, along, signs), found in rows.items():
+        cells = [
+            f"{found[gpu]['percent_of_copy']:.0f} % ({found[gpu]['bound']})"
+            if gpu in found
+            else "–"
+            for gpu in gpus
+        ]
+        lines.append([n, dtype, along + ", with signs" * signs, *cells])
+    return (
+        f"Predicted, not measured: upper bounds from machine code (Triton {prediction['triton']}), "
+        "in percent of the speed of a copy; in brackets the unit that limits.\n\n"
+        + markdown(["n", "dtype", "dimension", *(f"{gpu}, predicted" for gpu in gpus)], lines)
+    )
 
 
 def main() -> None:
     """Print the tables, draw the plots."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("file", type=Path)
+    parser.add_argument("files", type=Path, nargs="+")
     parser.add_argument("--plots", type=Path, help="folder for the PNG files")
     arguments = parser.parse_args()
-    report = load(arguments.file)
-    print(table(report), decode(report), models(report), failures(report), sep="\n")
+    if arguments.plots and importlib.util.find_spec("matplotlib") is None:
+        sys.exit("plots need matplotlib: pip install 'fastrot[plots]'")
+    reports = [load(path) for path in arguments.files]
+    measurements = [report for report in reports if report["kind"] == "measurement"]
+    for report in measurements:
+        print(table(report), decode(report), models(report), failures(report), "", sep="\n")
+    others = [report for report in reports if report["kind"] == "prediction"]
+    for report in others:
+        if gpus := unmeasured(report, measurements):
+            print(predictions(report, gpus))
     if arguments.plots:
-        if importlib.util.find_spec("matplotlib") is None:
-            sys.exit("plots need matplotlib: pip install 'fastrot[plots]'")
-        for path in plot(report, arguments.plots):
-            print(path)
+        from plots import plot, plot_prediction
+
+        for report in measurements:
+            print(*plot(report, arguments.plots), sep="\n")
+        for report in others:
+            gpus = unmeasured(report, measurements)
+            print(*plot_prediction(report, gpus, arguments.plots), sep="\n")
 
 
 if __name__ == "__main__":

@@ -14,92 +14,14 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from compiled import BACKENDS, DTYPES, Compiled, Launch, axis_launch, compile_launch, rows_launch
-from gpu import SIZES
-
-from fastrot.hadamard import factors
-
-COPY = 0.92
-"""Share of the memory's nominal bandwidth that a copy reaches (an assumption, for every GPU)."""
-
-LANES = 128
-"""Instructions of threads that a multiprocessor issues per cycle: four warps of 32."""
-
-TENSOR_BYTES = 256 << 20
-"""Size of the tensor over which a persistent program's start is spread."""
-
-COLUMNS = 8192
-"""Vectors that lie side by side when they lie along the first dimension."""
-
-
-@dataclass(frozen=True)
-class GPU:
-    """The vendor's figures: the highest clock, dense products without sparsity."""
-
-    name: str
-    arch: str
-    multiprocessors: int
-    hertz: float
-    bytes_per_second: float
-    flops16: float
-    """bf16 and fp16 on tensor cores."""
-    flops64: float
-    """Outside of tensor cores."""
-
-
-GPUS = (
-    GPU("A100", "sm_80", 108, 1.41e9, 2.039e12, 312e12, 9.7e12),
-    GPU("H100", "sm_90", 132, 1.98e9, 3.35e12, 989e12, 33.5e12),
-    GPU("H200", "sm_90", 132, 1.98e9, 4.8e12, 989e12, 33.5e12),
-    GPU("B200", "sm_100", 148, 1.965e9, 8.0e12, 2250e12, 37e12),
-)
-
-
-def launches(n: int, dtype: torch.dtype, dim: int, signs: bool, arch: str) -> tuple[Launch, ...]:
-    """The passes of one transform along the last (-1) or the first (0) dimension."""
-    from fastrot.kernels.gpu import _route
-
-    route = _route(*factors(n), dim == -1, dtype, BACKENDS[arch])
-    steps = [*route.passes, *[route.tile] * (route.tile is not None)]
-    scratch = torch.float32 if dtype.itemsize == 2 else dtype
-    made, inner = [], n if dim == -1 else n * COLUMNS
-    for index, step in enumerate(steps):
-        source = scratch if index else dtype
-        target = dtype if step is steps[-1] else scratch
-        signed = signs and index == 0
-        if index < len(route.passes):
-            inner //= step.size
-            made.append(axis_launch(step, inner, source, target, signed, arch))
-        else:
-            made.append(rows_launch(step, source, target, signed, arch))
-    return tuple(made)
-
-
-def per_element(launch: Launch, code: Compiled, gpu: GPU) -> float:
-    """Instructions of threads per element of the tensor."""
-    tiles = 1.0
-    if launch.resident:
-        count = TENSOR_BYTES / (launch.elements * launch.width / 2)
-        tiles = max(1.0, count / (launch.resident * gpu.multiprocessors))
-    return (code.per_tile + code.once / tiles) * code.threads / launch.elements
-
-
-def seconds(launch: Launch, code: Compiled, gpu: GPU) -> dict[str, float]:
-    """Time per element that memory, issue and products each need alone."""
-    issue = per_element(launch, code, gpu) / (gpu.multiprocessors * gpu.hertz * LANES)
-    products = code.products * sum(dot.operations for dot in launch.dots) / launch.elements
-    # Without a fused form, a float64 product and its sum take the place of a fused one each.
-    rate = gpu.flops64 / 4 if code.unit.startswith("D") else gpu.flops16 / 2
-    return {
-        "memory": launch.width / (COPY * gpu.bytes_per_second),
-        "issue": issue,
-        "products": products / rate,
-    }
+from compiled import BACKENDS, Compiled, Launch, compile_launch
+from gpus import COPY, GPU, GPUS, per_element, seconds, tightest
+from launches import DTYPES, transform
+from measure.cases import SIZES
 
 
 def predict(passes: Sequence[tuple[Launch, Compiled]], width: int, gpu: GPU) -> dict[str, Any]:
@@ -119,9 +41,10 @@ def predict(passes: Sequence[tuple[Launch, Compiled]], width: int, gpu: GPU) -> 
 
 def row(n: int, dtype: str, dim: int, signs: bool, arch: str) -> dict[str, Any]:
     """One line of the table, with its passes."""
-    passes = [(x, compile_launch(x)) for x in launches(n, DTYPES[dtype], dim, signs, arch)]
+    launches = transform(n, DTYPES[dtype], dim, arch, "signs" * signs)
+    passes = [(launch, compile_launch(launch)) for launch in launches]
     codes = [code for _, code in passes]
-    gpus = [gpu for gpu in GPUS if gpu.arch == arch]
+    instructions = sum(per_element(launch, code, tightest(arch)) for launch, code in passes)
     width = 2 * DTYPES[dtype].itemsize
     return {
         "n": n,
@@ -129,16 +52,20 @@ def row(n: int, dtype: str, dim: int, signs: bool, arch: str) -> dict[str, Any]:
         "along": "last" if dim else "first",
         "signs": signs,
         "arch": arch,
-        "bytes_per_element": sum(launch.width for launch, _ in passes),
-        "instructions_per_element": round(
-            sum(per_element(launch, code, gpus[-1]) for launch, code in passes), 1
-        ),
+        "bytes_per_element": sum(launch.width for launch in launches),
+        "instructions_per_element": round(instructions, 1),
         "registers": max(code.registers for code in codes),
         "spills": sum(code.spills for code in codes),
         "shared_bytes": max(code.shared for code in codes),
-        "predicted": {gpu.name: predict(passes, width, gpu) for gpu in gpus},
+        "predicted": {gpu.name: predict(passes, width, gpu) for gpu in GPUS if gpu.arch == arch},
         "passes": [
-            {"kernel": launch.kernel.__name__, "elements_per_tile": launch.elements, **asdict(code)}
+            {
+                "kernel": launch.name,
+                "bytes_per_element": launch.width,
+                "instructions_per_element": round(per_element(launch, code, tightest(arch)), 1),
+                "unit": code.unit,
+                "products_over_needed": round(code.products, 3),
+            }
             for launch, code in passes
         ],
     }

@@ -1,5 +1,6 @@
 """The benchmarks run: on CPUs dry, on a made-up report, and for one launch of each kind."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,11 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import compiled  # noqa: E402
-import gpu  # noqa: E402
+import launches  # noqa: E402
+import machine_code  # noqa: E402
 import report  # noqa: E402
-import static_roofline  # noqa: E402
+from machine_code import Instruction  # noqa: E402
+from measure import cases, jobs, operators, worker  # noqa: E402
 
 
 def run(
@@ -63,7 +67,7 @@ def test_dry_run(tmp_path: Path) -> None:
     assert written["dry_run"]
     assert written["machine"]["triton"]
     *kernels, model = written["results"]
-    assert {row["kernel"] for row in kernels} == set(gpu.KERNELS)
+    assert {row["kernel"] for row in kernels} == set(operators.OPERATORS)
     for row in kernels:
         assert row["status"] == "ok", row
         assert {"n", "rows", "dtype", "dim", "signs", "error", "ulps", "budget"} <= set(row)
@@ -83,8 +87,8 @@ def test_without_gpu() -> None:
 def test_failures_stay_alone(answer: Callable[[Any], None]) -> None:
     names = ["works", "dies", "works", "hangs", "works", "poisons", "works", "works"]
     results: list[dict[str, Any]] = []
-    gpu.LIMIT["hangs"] = 1.0
-    gpu.run_all([{"kernel": k} for k in names], time.monotonic() + 60, results.append, answer)
+    worker.LIMIT["hangs"] = 1.0
+    worker.run_all([{"kernel": k} for k in names], time.monotonic() + 60, results.append, answer)
     assert [r["kernel"] for r in results] == names
     assert [r["status"] for r in results] == ["ok", "error", "ok", "error", "ok", "ok", "ok", "ok"]
     assert results[1]["failed"] == "the process died"
@@ -95,33 +99,34 @@ def test_failures_stay_alone(answer: Callable[[Any], None]) -> None:
 
 def test_out_of_time(answer: Callable[[Any], None]) -> None:
     results: list[dict[str, Any]] = []
-    gpu.run_all([{"kernel": "works"}], time.monotonic() - 1, results.append, answer)
+    worker.run_all([{"kernel": "works"}], time.monotonic() - 1, results.append, answer)
     assert results == [{"kernel": "works", "status": "skipped", "failed": "out of time"}]
 
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = gpu.Kernel(lambda x, signs, dim: x)
-    nothing = gpu.Kernel(lambda x, signs, dim: x * float("nan"))
-    monkeypatch.setattr(gpu, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu, "KERNELS", {"wrong": wrong, "nothing": nothing})
-    for name in ("wrong", "nothing"):
-        for dtype in gpu.DTYPES:
-            row = gpu.kernel_job(gpu.case(name, 12, 5, dtype))
+    right = operators.OPERATORS["transform"]
+    for name, factor in (("wrong", 1.0), ("nothing", float("nan"))):
+        wrong = replace(right, call=lambda data, factor=factor: data.x * factor)
+        monkeypatch.setitem(operators.OPERATORS, name, wrong)
+        monkeypatch.setattr(jobs, "device", lambda: "cpu")
+        monkeypatch.setattr(sys.modules["measure.oracle"], "device", lambda: "cpu")
+        for dtype in cases.DTYPES:
+            row = jobs.kernel_job(cases.case(name, 12, 5, dtype))
             assert row["status"] == "wrong"
             assert "median_ms" not in row
 
 
 def test_plan() -> None:
-    jobs, quick = gpu.plan(quick=False), gpu.plan(quick=True)
-    assert len(quick) < len(jobs) / 2
-    keys = [json.dumps(job, sort_keys=True) for job in jobs]
+    whole, quick = cases.plan(quick=False), cases.plan(quick=True)
+    assert len(quick) < len(whole) / 2
+    keys = [json.dumps(job, sort_keys=True) for job in whole]
     assert len(set(keys)) == len(keys)
-    assert {job["n"] for job in jobs if "n" in job} == set(gpu.SIZES)
-    for n in gpu.MAIN:
-        assert gpu.case("transform", n, gpu.large(n, "bf16"), "bf16") in quick
-    for job in jobs:
-        assert job["kernel"] in gpu.JOBS
-        assert gpu.nbytes(job) <= gpu.MAX_BYTES
+    assert {job["n"] for job in whole if "n" in job} == set(cases.SIZES)
+    for n in cases.MAIN:
+        assert cases.case("transform", n, cases.large(n, "bf16"), "bf16") in quick
+    for job in whole:
+        assert job["kernel"] in jobs.JOBS
+        assert cases.nbytes(job) <= cases.MAX_BYTES
 
 
 def made_up(dry_run: bool = False) -> dict[str, Any]:
@@ -132,21 +137,21 @@ def made_up(dry_run: bool = False) -> dict[str, Any]:
         **{"clone": {**time_, "gb_per_s": 3000.0}, "percent_of_clone": 90.0, "peers": peers},
     }
     results = [
-        {**gpu.case("transform", n, rows, dtype), **right}
+        {**cases.case("transform", n, rows, dtype), **right}
         for n in (128, 4096)
-        for dtype in gpu.DTYPES
-        for rows in (1, 16, gpu.large(n, dtype))
+        for dtype in cases.DTYPES
+        for rows in (1, 16, cases.large(n, dtype))
     ]
-    results.append({**gpu.case("in place", 128, 1 << 20, "bf16", 0, True), **right})
-    results.append({**gpu.case("transform", 64, 1, "bf16"), "status": "wrong", "error": None})
-    results.append({**gpu.case("transform", 96, 1, "bf16"), "status": "error", "failed": "Oops"})
-    results.append({**gpu.case("transform", 32, 1, "bf16"), "status": "skipped"})
+    results.append({**cases.case("in place", 128, 1 << 20, "bf16", 0, True), **right})
+    results.append({**cases.case("transform", 64, 1, "bf16"), "status": "wrong", "error": None})
+    results.append({**cases.case("transform", 96, 1, "bf16"), "status": "error", "failed": "Oops"})
+    results.append({**cases.case("transform", 32, 1, "bf16"), "status": "skipped"})
     run_ = {"seconds": 0.5, "all_seconds": [0.4, 0.5], "peak_bytes": 1 << 34, "model_bytes": 1}
     model = {"model": "Llama 8B", "rotations": ["R1", "R2"], "status": "ok"}
     results.append({"kernel": "apply", **model, "undo=none": run_})
     return {
         **{"kind": "measurement", "dry_run": dry_run, "date": "2000-01-01T00:00:00+00:00"},
-        **{"tensor_bytes": gpu.TENSOR_BYTES, "results": results},
+        **{"tensor_bytes": cases.TENSOR_BYTES, "results": results},
         "machine": {"gpu": "Made Up", "driver": "1", "torch": "2", "triton": "3"},
     }
 
@@ -173,19 +178,20 @@ def test_plots(tmp_path: Path) -> None:
         assert done.returncode == 1
         assert done.stderr == "plots need matplotlib: pip install 'fastrot[plots]'\n"
         return
-    written = report.plot(made_up(), tmp_path)
+    plots = importlib.import_module("plots")
+    written = plots.plot(made_up(), tmp_path)
     assert {path.name for path in written} == {
-        *(f"roofline-{dtype}.png" for dtype in gpu.DTYPES),
+        *(f"roofline-{dtype}.png" for dtype in cases.DTYPES),
         "time-over-rows-bf16.png",
     }
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
 
 
-@pytest.mark.parametrize("content", [made_up(dry_run=True), {"kind": "prediction", "rows": []}])
+@pytest.mark.parametrize("content", [made_up(dry_run=True), {"kind": "prediction"}, {"rows": []}])
 def test_report_refuses_what_is_no_measurement(tmp_path: Path, content: dict[str, Any]) -> None:
     file = tmp_path / "other.json"
     file.write_text(json.dumps(content))
-    with pytest.raises(SystemExit, match=r"mean nothing|not written by"):
+    with pytest.raises(SystemExit, match=r"mean nothing|written by neither"):
         report.load(file)
 
 
@@ -207,7 +213,7 @@ def test_static_roofline(tmp_path: Path) -> None:
     assert predicted["load"][predicted["bound"]] > 0.999
     (part,) = row["passes"]
     # As many instructions that multiply as the algebra needs: all were counted.
-    assert part["products"] == 1
+    assert part["products_over_needed"] == 1
     assert part["unit"] == "HGMMA"
 
 
@@ -216,8 +222,8 @@ def test_static_roofline(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["bf16", "fp32", "fp64"])
 def test_launches(n: int, dim: int, name: str) -> None:
     """Nothing is rounded to 16 bits between passes, and the passes make the whole transform."""
-    dtype = compiled.DTYPES[name]
-    made = static_roofline.launches(n, dtype, dim, False, "sm_90")
+    dtype = launches.DTYPES[name]
+    made = launches.transform(n, dtype, dim, "sm_90")
     scratch = max(4, dtype.itemsize)
     assert sum(x.width for x in made) == 2 * dtype.itemsize + 2 * scratch * (len(made) - 1)
     for x in made:
@@ -228,15 +234,16 @@ def test_launches(n: int, dim: int, name: str) -> None:
 def test_count() -> None:
     """Instructions per tile, with a loop as written, with one trip peeled off, and unrolled."""
 
-    def code(*names: str) -> list[compiled.Instruction]:
-        return [compiled.Instruction(name, -1) for name in names]
+    def code(*names: str) -> list[Instruction]:
+        return [Instruction(name, -1) for name in names]
 
-    def count(listing: list[compiled.Instruction], resident: int) -> tuple[float, int, float]:
+    def count(listing: list[Instruction], resident: int) -> tuple[float, int, float]:
         dot = compiled.Dot(16, 8, 16, 4)  # four instructions of one warp
-        launch = compiled.Launch(None, {}, {"num_warps": 1}, "", 1, 1, (dot,), 4, resident)
+        warps = {"num_warps": 1}
+        launch = compiled.Launch("", None, {}, {}, warps, "", 1, 1, (dot,), 4, resident)
         return compiled.count(listing, launch)
 
-    mma, back = "HMMA.16816.F32.BF16", compiled.Instruction("BRA", 1)
+    mma, back = "HMMA.16816.F32.BF16", Instruction("BRA", 1)
     assert count([*code("MOV", mma, "ADD"), back, *code("EXIT")], 0) == (14, 0, 1)
     assert count([*code("MOV", "ADD"), *code(mma), back, *code(mma, "EXIT")], 0) == (12, 0, 1)
     assert count(code(mma, mma, mma, mma, "EXIT"), 0) == (5, 0, 1)
@@ -254,4 +261,13 @@ def test_instructions() -> None:
         /*0040*/                   BRA `(.L_x_2);
 """
     names = [("MOV", -1), ("HGMMA.64x64x16.F32.BF16", -1), ("BRA", 1), ("EXIT", -1)]
-    assert compiled.instructions(listing) == names
+    found = machine_code.read_sass(" REG:32 STACK:0 ", listing)
+    assert found.code == names
+    assert found.registers == 32
+
+
+def test_scalar_products_count_only_alone() -> None:
+    """Activations and norms multiply too, beside the matrices."""
+    code = [Instruction(name, -1) for name in ("FFMA", "HMMA.16816.F32.BF16", "MOV")]
+    assert machine_code.multipliers(code) == {"HMMA.16816.F32.BF16"}
+    assert machine_code.multipliers(code[::2]) == {"FFMA"}

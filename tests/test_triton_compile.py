@@ -1,276 +1,222 @@
-"""What the compilers make of the Triton kernels, on any machine: no spills, wide accesses.
+"""What the compilers make of every launch that fastrot ships, on any machine.
 
-Cases are compiled in a process of their own, since this one may interpret Triton.
+The gates, and as data what cannot pass them, are in benchmarks/gates.py. Kernels are compiled in
+processes of their own, since this one may interpret Triton.
 """
 
+import ast
 import importlib.util
-import json
 import multiprocessing
 import os
-import re
-import subprocess
-import tempfile
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import cache
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-# Not importorskip: the process that compiles imports this file first, then settles how to compile.
+# A process that compiles imports this file first: before anything that imports Triton.
+if multiprocessing.parent_process() is not None:
+    os.environ.pop("TRITON_INTERPRET", None)
+
+# Not importorskip, which would import it.
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-TARGETS = {"sm_80": "ampere", "sm_90": "hopper", "sm_100": "blackwell", "gfx942": "cdna"}
-SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
-NAMES = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-    "fp64": torch.float64,
-}
-Report = dict[str, Any]
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from compiled import BACKENDS, Compiled, Launch  # noqa: E402
+from expected import EXPECTED, KNOWN, TRITON  # noqa: E402
+from fused_launches import fused_launches, rope_launches  # noqa: E402
+from gates import density, group, over_budget, violations  # noqa: E402
+from gpus import GPUS, tightest  # noqa: E402
+from launches import DTYPES, transform  # noqa: E402
+from shipped import configuration, shipped  # noqa: E402
+
+FAST = [
+    *((4096, dtype, -1, "") for dtype in ("bf16", "fp32")),
+    *((14336, dtype, dim, "") for dtype in ("bf16", "fp32") for dim in (-1, 0)),
+    *((32768, "bf16", -1, signs) for signs in ("", "signs", "transposed")),
+    (64, "fp64", 0, ""),
+]
+"""Transforms whose launches every run of the tests compiles."""
+
+Compiler = Callable[[str, Sequence[str]], dict[str, Compiled]]
 
 
-def compile_rows(n: int, source: str, target_dtype: str, signs: bool, arch: str) -> Report:
-    from fastrot.hadamard import factors
-    from fastrot.kernels import gpu_rows, gpu_tiles
-    from fastrot.kernels.gpu_matrix import TABLE
-
-    dtypes, backend = (NAMES[source], NAMES[target_dtype]), TARGETS[arch]
-    tile = gpu_tiles.tile_for(*factors(n), *dtypes, backend)
-    if tile is None:
-        return {}
-    constants = gpu_rows.rows_constants(tile, *dtypes, signs, signs, backend)
-    part = "bf16" if source == "fp32" and backend != "cdna" else source
-    types = {
-        "x": f"*{source}",
-        "out": f"*{target_dtype}",
-        "signs": "*i8" if signs else f"*{source}",
-        "left": f"*{part}" if constants["LEFT"] == TABLE.value else f"*{source}",
-        "right": f"*{part}" if constants["RIGHT"] == TABLE.value else f"*{source}",
-        "scale": "fp32",
-        "vectors": "i32",
-        "tiles": "i32",
-    }
-    resident = gpu_tiles.resident(tile, *dtypes, backend) if constants["PERSISTENT"] else 1
-    report = _compile(gpu_rows._rows_kernel, types, constants, arch)
-    return report | {"resident": resident}
+@cache
+def launches(arch: str) -> dict[str, Launch]:
+    return {launch.name: launch for launch in shipped(arch)}
 
 
-def compile_axis(a: int, source: str, target_dtype: str, signs: bool, arch: str) -> Report:
-    from fastrot.hadamard import factors
-    from fastrot.kernels import gpu_axis
-
-    factor = gpu_axis.Factor(*factors(a), a)
-    backend = TARGETS[arch]
-    constants = gpu_axis.axis_constants(factor, 4096, NAMES[source], signs, signs, backend)
-    part = "bf16" if source == "fp32" and backend != "cdna" else source
-    kernel = gpu_axis._axis64_kernel if source == "fp64" else gpu_axis._axis_kernel
-    types = {
-        "x": f"*{source}",
-        "out": f"*{target_dtype}",
-        "signs": "*i8" if signs else f"*{source}",
-        "h": f"*{part}" if factor.bases else f"*{source}",
-        "scale_bits" if source == "fp64" else "scale": "i64" if source == "fp64" else "fp32",
-        "columns": "i32",
-        "inner": "i32",
-        "sign_stride": "i32",
-        "sign_run": "i32",
-    }
-    return _compile(kernel, types, constants, arch) | {"resident": 1}
+def fast(arch: str) -> list[str]:
+    """The launches of :data:`FAST`, and the first of each other kernel."""
+    made = [x for n, name, dim, signs in FAST for x in transform(n, DTYPES[name], dim, arch, signs)]
+    names = {configuration(launch): name for name, launch in launches(arch).items()}
+    others = (next(f(arch)).name for f in (fused_launches, rope_launches))
+    return list(dict.fromkeys((*(names[configuration(x)] for x in made), *others)))
 
 
-def _compile(kernel: Any, types: dict[str, str], constants: dict[str, Any], arch: str) -> Report:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+def _compile(arch: str, name: str) -> Compiled:
+    from compiled import compile_launch
 
-    options = {k: constants[k] for k in ("num_warps", "num_stages") if k in constants}
-    values = {k: v for k, v in constants.items() if k not in options}
-    names = kernel.arg_names
-    aligned = [k for k, v in types.items() if v.startswith("*") or k == "inner"]
-    source = ASTSource(
-        fn=kernel,
-        signature={k: types.get(k, "constexpr") for k in names},
-        constexprs={(names.index(k),): v for k, v in values.items()},
-        attrs={(names.index(k),): [["tt.divisibility", 16]] for k in aligned},
-    )
-    hip = arch.startswith("gfx")
-    gpu = GPUTarget("hip", arch, 64) if hip else GPUTarget("cuda", int(arch[3:]), 32)
-    compiled = triton.compile(source, target=gpu, options=options)
-    report = _report_hip(compiled) if hip else _report_cuda(compiled)
-    threads = options["num_warps"] * (64 if hip else 32)
-    memory = {
-        "shared": compiled.metadata.shared,
-        "tensor": getattr(compiled.metadata, "tmem_size", 0),
-    }
-    return report | memory | {"threads": threads}
-
-
-def _report_cuda(compiled: Any) -> Report:
-    import triton
-
-    tools = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-
-        def tool(*command: str) -> str:
-            command = (os.path.join(tools, command[0]), *command[1:], file.name)
-            return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-        usage = re.search(r"REG:(\d+) STACK:(\d+)", tool("cuobjdump", "-res-usage"))
-        code = re.findall(r"\*/\s+(?:@!?U?P\d+\s+)?([A-Z][A-Z0-9_.]*)", tool("nvdisasm", "-c"))
-    assert usage
-    spills = [i for i in code if i.startswith(("STL", "LDL"))]
-    loads = [i for i in code if i.startswith(("LDG.", "LDGSTS."))]
-    stores = [i for i in code if i.startswith("STG.")]
-    return {
-        "registers": int(usage[1]),
-        "spills": int(usage[2]) + len(spills),
-        "loads": len(loads),
-        "stores": len(stores),
-        "narrow": [i for i in loads + stores if "128" not in i],
-    }
-
-
-def _report_hip(compiled: Any) -> Report:
-    code = compiled.asm["amdgcn"]
-
-    def number(name: str) -> int:
-        return max(int(v) for v in re.findall(rf"\.{name}:\s+(\d+)", code))
-
-    loads = re.findall(r"\b(?:global|buffer)_load_\w+", code)
-    stores = re.findall(r"\b(?:global|buffer)_store_\w+", code)
-    return {
-        "registers": number("vgpr_count"),
-        "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
-        "loads": len(loads),
-        "stores": len(stores),
-        # The result of a matrix core lies in runs of four.
-        "narrow": [i for i in loads + stores if "dwordx2" not in i and "dwordx4" not in i],
-    }
-
-
-def _no_interpreter() -> None:
-    os.environ.pop("TRITON_INTERPRET", None)
-
-
-def _run(function: Callable[..., Report], case: str) -> Report:
-    return function(*json.loads(case))
+    return compile_launch(launches(arch)[name])
 
 
 @pytest.fixture(scope="module")
-def compiler() -> Iterator[Callable[..., Report]]:
-    """Runs one of the two functions above in a process with Triton as it is on a GPU machine."""
+def compiler() -> Iterator[Compiler]:
+    """Compiles each launch once, with Triton as it is on a GPU machine."""
+    made: dict[tuple[str, str], Compiled] = {}
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=_no_interpreter) as pool:
-        yield lambda function, *case: pool.submit(_run, function, json.dumps(case)).result()
+    with ProcessPoolExecutor(2, mp_context=context) as pool:
+
+        def compiled(arch: str, names: Sequence[str]) -> dict[str, Compiled]:
+            new = [name for name in names if (arch, name) not in made]
+            for name, code in zip(new, pool.map(_compile, [arch] * len(new), new), strict=True):
+                made[arch, name] = code
+            return {name: made[arch, name] for name in names}
+
+        yield compiled
 
 
-def check_code(report: Report, arch: str, wide: bool = True) -> None:
-    """No spills, the intended number of programs fits a multiprocessor, accesses are wide."""
-    assert report["spills"] == 0
-    assert report["shared"] <= SHARED_MEMORY[arch]
-    assert (report["tensor"] or 0) <= 512
-    resident = report["resident"]
-    assert report["shared"] * resident <= SHARED_MEMORY[arch]
-    # A multiprocessor has 65536 registers, a CDNA compute unit 4 x 64 lanes of 512.
-    available = 131072 if arch.startswith("gfx") else 65536
-    assert report["registers"] * report["threads"] * resident <= available
-    assert report["loads"]
-    assert report["stores"]
-    if wide:
-        assert not report["narrow"]
+def skip_other_versions() -> None:
+    version = metadata.version("triton")
+    if not version.startswith(TRITON):
+        pytest.skip(f"the figures hold for Triton {TRITON}, this is {version}")
 
 
-ROWS = [
-    (64, "bf16", "bf16"),
-    (4096, "bf16", "bf16"),
-    (4096, "fp32", "fp32"),
-    (14336, "bf16", "bf16"),
-    (32768, "bf16", "bf16"),
-]
-SLOW_ROWS = [
-    (256, "fp32", "fp32"),
-    (768, "fp16", "fp16"),
-    (8192, "bf16", "bf16"),
-    (8192, "fp32", "fp32"),
-    (172, "bf16", "bf16"),
-    (2880, "bf16", "bf16"),
-    (11008, "bf16", "bf16"),
-    (11008, "fp32", "fp32"),
-    (14336, "fp32", "fp32"),
-    (16384, "bf16", "bf16"),
-    (16384, "fp32", "bf16"),
-    (32768, "fp32", "fp32"),
-]
+def check(compiler: Compiler, arch: str, names: Sequence[str]) -> None:
+    skip_other_versions()
+    found = {
+        name: violations(launches(arch)[name], code) for name, code in compiler(arch, names).items()
+    }
+    known = {name: list(words) for name, words in KNOWN.get(arch, {}).items()}
+    assert {name: words for name, words in found.items() if words} == {
+        name: words for name, words in known.items() if name in names
+    }
 
 
-def check_rows(compiler: Callable[..., Report], case: tuple[int, str, str], arch: str) -> None:
-    n, source, target = case
-    report = compiler(compile_rows, n, source, target, False, arch)
-    if not report:
-        assert n == 32768
-        pytest.skip("two passes")
-    # Rows of 172 elements of 16 bits begin at multiples of 8 bytes.
-    check_code(report, arch, wide=n % 8 == 0)
-
-
-@pytest.mark.parametrize("arch", TARGETS)
-@pytest.mark.parametrize("case", ROWS, ids=str)
-def test_rows(compiler: Callable[..., Report], case: tuple[int, str, str], arch: str) -> None:
-    check_rows(compiler, case, arch)
+@pytest.mark.parametrize("arch", BACKENDS)
+def test_representatives(compiler: Compiler, arch: str) -> None:
+    names = fast(arch)
+    assert {launches(arch)[name].kernel_name for name in names} == kernels()
+    check(compiler, arch, names)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", TARGETS)
-@pytest.mark.parametrize("case", SLOW_ROWS, ids=str)
-def test_more_rows(compiler: Callable[..., Report], case: tuple[int, str, str], arch: str) -> None:
-    check_rows(compiler, case, arch)
+@pytest.mark.parametrize("arch", BACKENDS)
+def test_everything_shipped(compiler: Compiler, arch: str) -> None:
+    check(compiler, arch, list(launches(arch)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", TARGETS)
-@pytest.mark.parametrize("n", [4096, 16384])
-def test_rows_with_signs(compiler: Callable[..., Report], n: int, arch: str) -> None:
-    """Signs are one byte each and cost registers, but nothing spills."""
-    report = compiler(compile_rows, n, "bf16", "bf16", True, arch) | {"resident": 1}
-    check_code(report, arch, wide=False)
+@pytest.mark.parametrize("arch", BACKENDS)
+def test_expected_figures_are_needed_and_tight(compiler: Compiler, arch: str) -> None:
+    skip_other_versions()
+    codes = compiler(arch, list(launches(arch)))
+    most: dict[Any, float] = {}
+    for name, code in codes.items():
+        launch = launches(arch)[name]
+        if over_budget(launch, code):
+            most[group(launch)] = max(most.get(group(launch), 0), density(launch, code))
+    expected = {key: figures[arch] for key, figures in EXPECTED.items() if arch in figures}
+    assert expected.keys() == most.keys()
+    for key, figure in expected.items():
+        assert most[key] <= figure <= 1.05 * most[key] + 0.1, key
 
 
-@pytest.mark.parametrize("arch", TARGETS)
-@pytest.mark.parametrize("source", ["bf16", "fp32", "fp64"])
-def test_axis(compiler: Callable[..., Report], source: str, arch: str) -> None:
-    report = compiler(compile_axis, 64, source, source, False, arch)
-    check_code(report, arch, wide=source != "fp64")
+def test_names_are_unique() -> None:
+    for arch in BACKENDS:
+        assert len(list(shipped(arch))) == len(launches(arch))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("arch", TARGETS)
-@pytest.mark.parametrize(
-    ("a", "source"),
-    [(28, "fp32"), (128, "fp32"), (128, "bf16"), (172, "fp32"), (256, "bf16"), (284, "fp64")],
-)
-def test_more_axis(compiler: Callable[..., Report], a: int, source: str, arch: str) -> None:
-    target = "fp64" if source == "fp64" else "fp32"
-    check_code(compiler(compile_axis, a, source, target, False, arch), arch, wide=False)
+def test_known_are_shipped() -> None:
+    for arch, known in KNOWN.items():
+        assert known.keys() <= launches(arch).keys()
 
 
-def test_check_code_can_fail() -> None:
-    good: Report = {"spills": 0, "shared": 1 << 16, "tensor": 512, "resident": 2, "registers": 128}
-    good |= {"threads": 256, "loads": 1, "stores": 1, "narrow": []}
-    check_code(good, "sm_80")
-    bad: list[Report] = [
+@pytest.mark.parametrize("arch", BACKENDS)
+def test_every_configuration_is_shipped(arch: str) -> None:
+    """Each entry of the tables that serve an architecture is reached."""
+    from fastrot.kernels import gpu_axis, gpu_tiles
+
+    backend = BACKENDS[arch]
+    family = "hopper" if backend == "blackwell" else backend
+    rows = {
+        (bits, config)
+        for (of, bits), t in gpu_tiles.CONFIGS.items()
+        if of == family
+        for config in t
+    }
+    axis = {(bits, size) for bits, table in gpu_axis.CONFIGS.items() for size in table}
+    for launch in launches(arch).values():
+        if launch.kernel_name not in ("_rows_kernel", "_axis_kernel", "_axis64_kernel"):
+            continue
+        c, ends = launch.constants, [DTYPES[end[1:]] for end in launch.ends]
+        if launch.kernel_name == "_rows_kernel":
+            config = gpu_tiles.config_for(c["A"], c["B"], *ends, backend)
+            rows.discard((32 if DTYPES["fp32"] in ends else 16, config))
+        else:
+            axis.discard((8 * ends[0].itemsize, c["A"]))
+    assert not rows
+    assert not axis
+
+
+def kernels() -> set[str]:
+    """Names of the Triton functions in fastrot/kernels that no other function calls."""
+    made, called = set(), set()
+    for path in (ROOT / "fastrot" / "kernels").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                if any("triton.jit" in ast.unparse(mark) for mark in node.decorator_list):
+                    made.add(node.name)
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                called.add(node.func.id)
+    return made - called
+
+
+def test_no_kernel_without_gates() -> None:
+    assert kernels() == {launch.kernel_name for launch in launches("sm_90").values()}
+
+
+def test_budget() -> None:
+    """132 multiprocessors at 1.98 GHz issue for 128 lanes; 4 bytes at 4.8 TB/s: 27.9."""
+    h200 = tightest("sm_90")
+    assert h200.name == "H200"
+    assert h200.budget(4) == pytest.approx(132 * 1.98e9 * 128 / (4.8e12 / 4))
+    assert {gpu.arch for gpu in GPUS} == set(BACKENDS)
+
+
+def test_gates_can_fail() -> None:
+    launch = next(x for x in shipped("sm_90") if x.resident and not x.gathers)
+    good = Compiled(
+        registers=65536 // 128 // launch.resident,
+        spills=0,
+        shared=(227 << 10) // launch.resident,
+        tensor=0,
+        threads=128,
+        loads=(16, 16),
+        stores=(16,),
+        unit="HGMMA",
+        per_tile=27 * launch.elements / 128,
+        once=0,
+        products=1.0,
+    )
+    assert violations(launch, good) == []
+    bad: list[dict[str, Any]] = [
         {"spills": 1},
-        {"shared": 164 << 10},
-        {"tensor": 513},
-        {"resident": 3},
-        {"registers": 129},
-        {"stores": 0},
-        {"narrow": ["STG.E.64"]},
+        {"registers": good.registers + 1},
+        {"shared": good.shared + 1},
+        {"tensor": 1},
+        {"loads": (16, 8)},
+        {"stores": (4,)},
+        {"per_tile": 99 * launch.elements / 128},
+        {"products": 0.9},
     ]
     for change in bad:
-        with pytest.raises(AssertionError):
-            check_code(good | change, "sm_80")
+        assert len(violations(launch, replace(good, **change))) == 1, change

@@ -1,0 +1,200 @@
+"""What the launches that do not pass the gates are known for: figures of one version of Triton."""
+
+TRITON = "3.9."
+"""The compiler that made the figures."""
+
+Group = tuple[str, str, int]
+"""Kernel, type that decides the arithmetic, rows of the tile."""
+
+EXPECTED: dict[Group, dict[str, float]] = {
+    ("_axis64_kernel", "fp64", 16): {
+        "sm_100": 170.8,
+        "sm_80": 163.2,
+        "sm_90": 166.4,
+    },
+    ("_axis64_kernel", "fp64", 32): {
+        "gfx942": 88.5,
+        "sm_100": 254.6,
+        "sm_80": 227.7,
+        "sm_90": 240.3,
+    },
+    ("_axis64_kernel", "fp64", 64): {
+        "gfx942": 569.8,
+        "sm_100": 570.5,
+        "sm_80": 517.9,
+        "sm_90": 551.6,
+    },
+    ("_axis64_kernel", "fp64", 128): {
+        "gfx942": 209.9,
+        "sm_100": 320.2,
+        "sm_80": 317.2,
+        "sm_90": 320.2,
+    },
+    ("_axis64_kernel", "fp64", 256): {
+        "gfx942": 200.7,
+        "sm_100": 552.8,
+        "sm_80": 633.6,
+        "sm_90": 542.0,
+    },
+    ("_axis64_kernel", "fp64", 512): {
+        "gfx942": 326.7,
+        "sm_100": 906.3,
+        "sm_80": 1039.6,
+        "sm_90": 888.5,
+    },
+    ("_axis_kernel", "16 bit", 64): {
+        "gfx942": 46.9,
+    },
+    ("_axis_kernel", "16 bit", 128): {
+        "gfx942": 42.6,
+        "sm_100": 34.7,
+        "sm_80": 49.3,
+        "sm_90": 38.5,
+    },
+    ("_axis_kernel", "16 bit", 256): {
+        "sm_100": 36.8,
+        "sm_90": 44.7,
+    },
+    ("_axis_kernel", "16 bit", 512): {
+        "sm_100": 24.4,
+        "sm_90": 21.6,
+    },
+    ("_axis_kernel", "fp32", 32): {
+        "gfx942": 50.5,
+        "sm_100": 28.9,
+    },
+    ("_axis_kernel", "fp32", 64): {
+        "sm_100": 35.4,
+    },
+    ("_axis_kernel", "fp32", 128): {
+        "sm_100": 52.6,
+        "sm_80": 82.2,
+        "sm_90": 36.7,
+    },
+    ("_axis_kernel", "fp32", 256): {
+        "gfx942": 81.2,
+        "sm_100": 83.0,
+        "sm_80": 129.0,
+        "sm_90": 85.7,
+    },
+    ("_axis_kernel", "fp32", 512): {
+        "gfx942": 57.6,
+        "sm_100": 92.7,
+        "sm_80": 99.8,
+        "sm_90": 67.0,
+    },
+    ("_fused_kernel", "16 bit", 64): {
+        "gfx942": 96.0,
+        "sm_100": 102.3,
+        "sm_80": 99.1,
+        "sm_90": 65.5,
+    },
+    ("_fused_kernel", "16 bit", 128): {
+        "gfx942": 683.4,
+        "sm_100": 49.5,
+        "sm_80": 349.0,
+        "sm_90": 51.0,
+    },
+    ("_fused_kernel", "16 bit", 256): {
+        "gfx942": 187.2,
+        "sm_100": 107.1,
+        "sm_80": 232.5,
+        "sm_90": 87.3,
+    },
+    ("_fused_kernel", "fp32", 64): {
+        "sm_80": 74.8,
+    },
+    ("_rope_kernel", "16 bit", 64): {
+        "gfx942": 28.1,
+        "sm_100": 23.2,
+        "sm_80": 47.0,
+        "sm_90": 32.1,
+    },
+    ("_rows_kernel", "16 bit", 64): {
+        "gfx942": 88.4,
+        "sm_100": 36.1,
+        "sm_80": 43.4,
+        "sm_90": 47.6,
+    },
+    ("_rows_kernel", "16 bit", 128): {
+        "gfx942": 150.1,
+        "sm_100": 39.7,
+        "sm_80": 75.5,
+        "sm_90": 36.3,
+    },
+    ("_rows_kernel", "16 bit", 256): {
+        "gfx942": 60.0,
+        "sm_100": 24.9,
+        "sm_80": 39.8,
+        "sm_90": 22.3,
+    },
+    ("_rows_kernel", "fp32", 64): {
+        "sm_100": 49.3,
+        "sm_80": 97.9,
+        "sm_90": 68.1,
+    },
+    ("_rows_kernel", "fp32", 128): {
+        "sm_100": 49.2,
+        "sm_80": 95.5,
+    },
+    ("_rows_kernel", "fp32", 256): {
+        "sm_100": 40.5,
+        "sm_80": 65.2,
+    },
+}
+"""The most instructions per element of the padded tile, of launches that take longer to issue than
+memory takes to move."""
+
+KNOWN: dict[str, dict[str, tuple[str, ...]]] = {
+    "sm_80": {
+        "axis 112 in 128x64, run 1048576 fp32-fp32": ("10 spills",),
+        "axis 12 in 16x64, run 20 fp64-fp64": ("not all products were counted",),
+        "axis 44 in 64x32, run 2 fp64-fp64": ("not all products were counted",),
+        "fused 11008/11008 in 256x64 activation fp8 bf16-bf16": ("48 spills",),
+        "fused 14336/14336 in 128x128 activation bf16-bf16": ("12 spills",),
+        "fused 14336/14336 in 128x128 activation mxfp4 bf16-bf16": ("22 spills",),
+        "fused 14336/14336 in 128x128 activation nvfp4 bf16-bf16": ("22 spills",),
+    },
+    "sm_90": {
+        "axis 12 in 16x64, run 20 fp64-fp64": ("not all products were counted",),
+        "axis 44 in 64x32, run 2 fp64-fp64": ("not all products were counted",),
+        "fused 28672/128 in 256x128 activation fp8 bf16-bf16": ("10 spills",),
+    },
+    "sm_100": {
+        "axis 112 in 128x64, run 1048576 bf16-fp32": ("24 spills",),
+        "axis 112 in 128x64, run 1048576 bf16-fp32 signs": ("24 spills",),
+        "axis 112 in 128x64, run 1048576 fp32-fp32": ("50 spills",),
+        "axis 12 in 16x64, run 20 fp64-fp64": ("not all products were counted",),
+        "axis 128 in 128x64, run 8192 bf16-bf16 transposed": ("20 spills",),
+        "axis 44 in 64x32, run 2 fp64-fp64": ("not all products were counted",),
+        "fused 4096/4096 in 64x64 eps bf16-bf16": ("23 spills",),
+        "fused 4096/4096 in 64x64 gamma mxfp4 bf16-bf16": ("12 spills",),
+        "rope 128+0, 128 bf16-bf16": ("not all products were counted",),
+        "rope 64+0, 64 bf16-bf16": ("not all products were counted",),
+        "rows 64x64 in 64x64 bf16-bf16 signs": ("12 spills",),
+    },
+    "gfx942": {
+        "axis 12 in 16x64, run 20 fp64-fp64": ("not all products were counted",),
+        "axis 12 in 16x64, run 2464 fp64-fp64": ("3 spills",),
+        "axis 128 in 128x64, run 8192 fp32-bf16": ("loads of 8 bytes",),
+        "axis 128 in 128x64, run 8192 fp32-fp32": ("loads of 8 bytes",),
+        "axis 172 in 256x16, run 1 fp64-fp64": ("8 spills",),
+        "axis 20 in 32x64, run 1 fp64-fp64": ("219 spills",),
+        "axis 256 in 256x32, run 8192 fp32-bf16": ("loads of 8 bytes",),
+        "axis 256 in 256x32, run 8192 fp32-fp32": ("loads of 8 bytes",),
+        "axis 256 in 256x64, run 2097152 bf16-fp32": ("loads of 8 bytes",),
+        "axis 284 in 512x16, run 1 fp64-fp64": ("8 spills",),
+        "fused 128/128 in 64x128 eps fp8 fp16-fp16": ("loads of 8 bytes",),
+        "fused 14336/14336 in 128x128 activation mxfp4 bf16-bf16": ("35 spills",),
+        "fused 14336/14336 in 128x128 activation nvfp4 bf16-bf16": ("31 spills",),
+        "fused 4096/4096 in 64x64 gamma mxfp4 bf16-bf16": (
+            "81920 of 65536 bytes of shared memory",
+        ),
+        "fused 8192/8192 in 128x64 activation int8 bf16-bf16": ("147 spills",),
+        "rope 96+96, 48 mxfp4 bf16-bf16": ("6 spills",),
+        "rows 1x128 in 64x128 bf16-bf16": ("loads of 8 bytes",),
+        "rows 1x128 in 64x128 bf16-bf16 signs": ("loads of 8 bytes",),
+        "rows 64x64 in 64x64 bf16-bf16 signs": ("4 spills",),
+    },
+}
+"""By architecture and launch, what else falls short."""
