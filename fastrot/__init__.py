@@ -9,6 +9,7 @@ from fastrot.checks import AlreadyRotatedError
 from fastrot.coverage import UncoveredParameterError
 from fastrot.edits import Plan
 from fastrot.errors import BusyModelError, HalfRotatedError, RotationError
+from fastrot.foreign import ForeignCodeError
 from fastrot.hadamard import HadamardSizeError, hadamard_matrix
 from fastrot.handle import Handle
 from fastrot.integrations.transformers import register
@@ -25,6 +26,7 @@ __all__ = [
     "AlreadyRotatedError",
     "Architecture",
     "BusyModelError",
+    "ForeignCodeError",
     "HadamardSizeError",
     "HalfRotatedError",
     "Handle",

@@ -19,6 +19,7 @@ from fastrot.checks import (
 from fastrot.damage import mark_damaged
 from fastrot.edits import Plan
 from fastrot.errors import RotationError
+from fastrot.foreign import check_foreign, check_whole
 from fastrot.fuse import Fusion
 from fastrot.handle import Handle
 from fastrot.heads import check_heads, head_dim_of, key_dim_of
@@ -62,6 +63,7 @@ def plan(
     mappings: Mapping | MappingABC[str, Any] | None = None,
     norm_mappings: Sequence[NormMapping | MappingABC[str, Any]] | None = None,
     transform_config: Any = None,
+    trust: bool = False,
 ) -> Plan:
     """What :func:`apply` would do, without touching the model. Arguments as there.
 
@@ -111,6 +113,9 @@ def plan(
             f"transform_config describes no transform: {', '.join(config.config_groups)} names no "
             "place in 'apply'"
         )
+    check_flag("trust", trust)
+    if not trust:
+        check_foreign(model, result, classes=mappings is None and transform_config is None)
     return result
 
 
@@ -127,6 +132,7 @@ def apply(
     mappings: Mapping | MappingABC[str, Any] | None = None,
     norm_mappings: Sequence[NormMapping | MappingABC[str, Any]] | None = None,
     transform_config: Any = None,
+    trust: bool = False,
     undo: Undo = "none",
     progress: bool = False,
 ) -> Handle:
@@ -153,6 +159,9 @@ def apply(
             ``rotations``, ``transform_type``, ``randomize``, ``block_size`` and ``mappings``. It
             may describe any transform on any linear module, so it is its author who answers for
             exactness. Its ``precision`` is that of online arithmetic.
+        trust: let pass forwards and hooks of others on the modules that are rotated, and classes
+            that transformers does not have: you know that they neither read nor write what is
+            rotated. With ``mappings`` classes are yours to describe; hooks are asked for still.
         undo: copies of the weights, for an error that nobody foresaw. Everything that can fail
             happens before the first write, and Ctrl-C and SIGTERM wait until the last (a pass
             over the weights, seconds for most models), so the default, ``none``, keeps no copy:
@@ -174,6 +183,7 @@ def apply(
         OSError, MemoryError: no room for the copies, or for the largest weight in ``precision``.
     """
     check_model(model)
+    check_whole(model)
     with exclusive(model), torch.device("cpu"):
         made = plan(
             model,
@@ -186,6 +196,7 @@ def apply(
             mappings=mappings,
             norm_mappings=norm_mappings,
             transform_config=transform_config,
+            trust=trust,
         )
         if on_meta(model):
             raise RotationError(

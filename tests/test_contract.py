@@ -99,8 +99,9 @@ BY_NAME = ("getattr", "hasattr", "setattr")
 TORCH = {
     *("_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks"),
     *("_forward_pre_hooks_with_kwargs", "_orig_mod"),
+    *("_global_forward_hooks", "_global_forward_pre_hooks", "_replace"),
 }
-"""Private attributes of torch's."""
+"""Private attributes of torch's, and a named tuple's public one."""
 
 
 def missing(what):

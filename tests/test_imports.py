@@ -18,7 +18,7 @@ ROOMS = (
     ("sites",),
     ("heads", "coverage"),
     ("resolve",),
-    ("fuse", "online"),
+    ("foreign", "fuse", "online"),
     ("record",),
     ("integrations",),
     ("damage",),

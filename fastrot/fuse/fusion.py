@@ -207,10 +207,12 @@ def _rotation(
     dense = any(step.rotation.kind == "random-matrix" for step in (*left, *right))
     if x.device.type != "cpu" or x.stride(-1) != 1 or out.stride(-1) != 1 or dense:
         return TorchRotation(x, left, right, gamma, row_gamma, dtype)
-    sides = zip_longest(_sides(left), _sides(right), fillvalue=(None, None))
-    stages = [Stage(a[0], b[0], b[1], a[1]) for a, b in sides] or [Stage()]
-    first = stages[0]._replace(gamma=gamma, row_gamma=row_gamma)
-    return MatrixRotation(x, out, [first, *stages[1:]], dtype)
+    nothing = None, None
+    sides = list(zip_longest(_sides(left), _sides(right), fillvalue=nothing))
+    (first_left, _), (first_right, _) = sides[0] if sides else (nothing, nothing)
+    first = Stage(first_left, first_right, gamma, row_gamma)
+    rest = [Stage(on_left, on_right, g, h) for (on_left, h), (on_right, g) in sides[1:]]
+    return MatrixRotation(x, out, [first, *rest], dtype)
 
 
 def _sides(steps: list[Rotate]) -> list[tuple[Side, Tensor | None]]:

@@ -13,6 +13,9 @@ from fastrot.online.experts import check_experts, experts_forward
 from fastrot.online.rotation import OnlineRotation
 from fastrot.transform_config import ATTENTION_LOCATIONS
 
+FORWARDS = ("forward", "_old_forward")
+"""Where a module may have a forward of its own; the second is accelerate's."""
+
 
 class Undo(Protocol):
     """What :func:`attach` needs of a journal."""
@@ -72,8 +75,10 @@ def _hook(module: nn.Module, location: str, journal: Undo) -> None:
     elif location == "k_cache":
         module.register_forward_pre_hook(rotate_keys, with_kwargs=True)
     elif location == "down_input":
-        # No hook reaches inside a forward. A partial survives deepcopy and pickle.
-        module.forward = partial(experts_forward, module)
+        # No hook reaches inside a forward. A partial survives deepcopy and pickle. Hooks of
+        # accelerate stand around the forward that they keep.
+        place = FORWARDS["_old_forward" in module.__dict__]
+        setattr(module, place, partial(experts_forward, module))
     if location in ATTENTION_LOCATIONS:
         config: Any = module.config
         name = config._attn_implementation
@@ -113,23 +118,22 @@ def _snapshot(module: nn.Module) -> Callable[[], None]:
         module._forward_pre_hooks_with_kwargs,
     )
     copies = [dict(place) for place in places]
-    absent = object()
-    forward = module.__dict__.get("forward", absent)
+    forwards = {name: module.__dict__[name] for name in FORWARDS if name in module.__dict__}
 
     def restore() -> None:
         for place, saved in zip(places, copies, strict=True):
             place.clear()
             place.update(saved)
-        module.__dict__.pop("forward", None)
-        if forward is not absent:
-            module.__dict__["forward"] = forward
+        for name in FORWARDS:
+            module.__dict__.pop(name, None)
+        module.__dict__.update(forwards)
 
     return restore
 
 
 def _drop_hook(module: nn.Module, location: str) -> None:
     if location == "down_input":
-        del module.forward
+        _own_forward(module)
     # Handles do not survive deepcopy and pickle; the functions do.
     function = {"input": _rotate_input, "output": _rotate_output, "k_cache": rotate_keys}
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
@@ -137,6 +141,14 @@ def _drop_hook(module: nn.Module, location: str) -> None:
             if hook is function.get(location):
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def _own_forward(module: nn.Module) -> None:
+    for name in FORWARDS:
+        if getattr(module.__dict__.get(name), "func", None) is experts_forward:
+            delattr(module, name)
+            if name == "_old_forward":
+                setattr(module, name, type(module).forward.__get__(module))
 
 
 def _rotate_input(

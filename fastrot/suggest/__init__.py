@@ -146,7 +146,7 @@ def _try(small: PreTrainedModel, row: Architecture, rotation: str) -> float | st
                 precision=torch.float64,
                 mappings=row.mapping,
                 norm_mappings=row.norms,
-                undo="none",
+                trust=True,
             )
             return float((function(rotated, ids) - before).norm() / before.norm())
         except HadamardSizeError:
@@ -167,6 +167,7 @@ def _on_the_model(model: PreTrainedModel, row: Architecture) -> list[str]:
                 transform_type="random-matrix",  # sizes are another matter
                 mappings=row.mapping,
                 norm_mappings=row.norms,
+                trust=True,
             )
     except (ValueError, TypeError) as error:
         return [f"on the model itself: {error}"]

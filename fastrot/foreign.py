@@ -1,0 +1,139 @@
+"""Code that the tables do not know: forwards and hooks of others where a rotation acts.
+
+A table says what the classes of transformers compute. Whatever replaces a forward, or hooks into
+one, may read or write what is rotated; only its author can say that it does not.
+"""
+
+import functools
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.nn.modules import module as torch_module
+from transformers import PreTrainedModel
+
+from fastrot.edits import Plan, Rotate
+from fastrot.errors import RotationError
+
+KNOWN = ("torch", "transformers", "accelerate", "fastrot")
+"""Packages whose forwards and hooks are those of the tables, or only move data."""
+
+
+class ForeignCodeError(RotationError):
+    """A forward or a hook that fastrot knows nothing of, where a rotation acts."""
+
+
+def check_foreign(model: nn.Module, plan: Plan, *, classes: bool) -> None:
+    """Refuse forwards and hooks of others on the way of what a plan rotates.
+
+    For R1 that is every module with a weight of the plan and all modules around it; for others the
+    module itself and the block around it.
+
+    Args:
+        model: the model the plan was made for.
+        plan: what will be rotated.
+        classes: whether classes must be known too; not if the user described them.
+
+    Raises:
+        ForeignCodeError: names the module, the code, and the way out.
+    """
+    for name in _touched(plan):
+        module = model.get_submodule(name)
+        where = f"{name or 'the model'} ({type(module).__name__})"
+        for what in _foreign(module, classes):
+            raise ForeignCodeError(
+                f"{where} has {what}, which may read or write what is rotated; remove it, or pass "
+                "trust=True if it does neither"
+            )
+    everywhere = torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks
+    for hook in (hook for hooks in everywhere for hook in hooks.values()):
+        if not _known(hook):
+            raise ForeignCodeError(
+                f"a global forward hook ({_label(hook)}) acts on every module; remove it, or pass "
+                "trust=True if it writes nothing"
+            )
+
+
+def check_whole(model: nn.Module) -> None:
+    """Refuse a part of a larger pretrained model: its record would not be saved with the whole.
+
+    Raises:
+        RotationError: names the whole.
+    """
+    for other in gc.get_objects():
+        if issubclass(type(other), PreTrainedModel) and other is not model:
+            names = [name for name, child in other.__dict__["_modules"].items() if child is model]
+            if names:
+                raise RotationError(
+                    f"this {type(model).__name__} is {names[0]!r} of a {type(other).__name__}, "
+                    "which would be saved without a word of the rotation; pass that model as a "
+                    "whole"
+                )
+
+
+def _touched(plan: Plan) -> list[str]:
+    names: dict[str, None] = {}
+    for edit in plan.edits:
+        groups = {step.group for step in edit.steps if isinstance(step, Rotate)}
+        names |= dict.fromkeys(_around(edit.parameter.rpartition(".")[0], "R1" in groups))
+    for reset in plan.resets:
+        names |= dict.fromkeys(_around(reset.parameter.rpartition(".")[0], True))
+    for site in plan.sites:
+        # Attention and experts are blocks themselves.
+        inside = site.location not in ("input", "output")
+        whole = site.group == "R1"
+        names |= dict.fromkeys((site.module,) if inside else _around(site.module, whole))
+    return list(names)
+
+
+def _around(name: str, whole: bool) -> Iterator[str]:
+    """A module and the one around it, or all around it; numbers are places in a list."""
+    yield name
+    while name:
+        name = name.rpartition(".")[0]
+        yield name
+        if not whole and not name.rpartition(".")[2].isdigit():
+            return
+
+
+def _foreign(module: nn.Module, classes: bool) -> Iterator[str]:
+    """What is not known of a module, in words."""
+    own = module.__dict__.get("forward")
+    if own is not None and not _known(own):
+        yield f"a forward of its own, {_label(own)}"
+    if classes and not _known(type(module).forward):
+        yield f"a forward that transformers does not have, {_label(type(module).forward)}"
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    around = module.__dict__.get("_hf_hook")
+    for hook in () if around is None else getattr(around, "hooks", (around,)):
+        hooks += [hook.pre_forward, hook.post_forward]
+    for hook in hooks:
+        if not _known(hook):
+            yield f"a forward hook, {_label(hook)}"
+
+
+def _functions(function: Any) -> Iterator[Any]:
+    """What a callable runs: through partials, methods and decorators that name what they wrap."""
+    while function is not None:
+        if isinstance(function, functools.partial):
+            function = function.func
+        else:
+            function = getattr(function, "__func__", function)
+            yield function
+            function = getattr(function, "__wrapped__", None)
+
+
+def _home(function: Any) -> str:
+    # A decorated function takes the name of another module along, but not its globals.
+    space = getattr(function, "__globals__", {})
+    return str(space.get("__name__", type(function).__module__))
+
+
+def _known(function: Any) -> bool:
+    return all(_home(inner).partition(".")[0] in KNOWN for inner in _functions(function))
+
+
+def _label(function: Any) -> str:
+    inner = next(f for f in _functions(function) if _home(f).partition(".")[0] not in KNOWN)
+    return f"{_home(inner)}.{getattr(inner, '__qualname__', type(inner).__name__)}"

@@ -1,0 +1,231 @@
+"""Code that the tables do not know is refused by name where a rotation acts, and nowhere else."""
+
+import copy
+import functools
+import types
+
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from helpers import difference, fingerprint, logits, random_ids, relative_error, tiny
+from torch import nn
+from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaModel
+from zoo import FAMILIES, build, inputs
+
+import fastrot
+
+STREAM = ("R1",)
+BLOCK = ("R4",)
+
+
+class Norming(LlamaModel):
+    """Norms the embedding: another function under a known model type."""
+
+    def forward(self, input_ids=None, **kwargs):
+        embeds = nn.functional.normalize(self.embed_tokens(input_ids), dim=-1)
+        return super().forward(inputs_embeds=embeds, **kwargs)
+
+
+class Reader(LlamaMLP):
+    """Uses the weight of its down projection past the module."""
+
+    def forward(self, x):
+        act = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        return nn.functional.linear(act, self.down_proj.weight, self.down_proj.bias)
+
+
+class Clipped(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).clamp(-1, 1)
+
+
+class Plain(LlamaForCausalLM):
+    """A subclass whose forwards are those of transformers."""
+
+    def describe(self):
+        return "mine"
+
+
+def steer(module, args, output):
+    return output + 1
+
+
+def own_forward(module):
+    forward = module.forward
+    module.forward = functools.wraps(forward)(lambda *a, **k: forward(*a, **k) * 2)
+
+
+def subclass(path, kind):
+    def change(model):
+        model.get_submodule(path).__class__ = kind
+
+    return change
+
+
+FIRST = "model.layers.0"
+STRANGERS = {
+    "steering": (lambda m: m.get_submodule(FIRST).register_forward_hook(steer), FIRST, STREAM),
+    "pre-hook of the stream": (
+        lambda m: m.model.norm.register_forward_pre_hook(lambda *_: None),
+        "model.norm",
+        STREAM,
+    ),
+    "hook on the embedding": (
+        lambda m: m.model.embed_tokens.register_forward_hook(steer),
+        "model.embed_tokens",
+        STREAM,
+    ),
+    "forward of a norm": (lambda m: own_forward(m.model.norm), "model.norm", STREAM),
+    "forward of a linear": (
+        lambda m: own_forward(m.get_submodule(f"{FIRST}.mlp.up_proj")),
+        f"{FIRST}.mlp.up_proj",
+        STREAM,
+    ),
+    "forward of an MLP": (
+        lambda m: own_forward(m.get_submodule(f"{FIRST}.mlp")),
+        f"{FIRST}.mlp",
+        BLOCK,
+    ),
+    "subclass of the model": (subclass("model", Norming), "model", STREAM),
+    "subclass of an MLP": (subclass(f"{FIRST}.mlp", Reader), f"{FIRST}.mlp", BLOCK),
+    "linear that is none": (
+        subclass(f"{FIRST}.mlp.down_proj", Clipped),
+        f"{FIRST}.mlp.down_proj",
+        BLOCK,
+    ),
+    "hook behind a down projection": (
+        lambda m: m.get_submodule(f"{FIRST}.mlp.down_proj").register_forward_hook(steer),
+        f"{FIRST}.mlp.down_proj",
+        BLOCK,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", STRANGERS)
+def test_strangers_are_refused_by_name(case):
+    change, where, rotations = STRANGERS[case]
+    model = tiny("llama")
+    fastrot.plan(model, rotations)
+    change(model)
+    before = fingerprint(model)
+    for action in (fastrot.plan, fastrot.apply):
+        with pytest.raises(fastrot.ForeignCodeError, match=r"trust=True") as caught:
+            action(model, rotations)
+        assert str(caught.value).startswith(f"{where} (")
+        assert "test_foreign" in str(caught.value)
+    assert difference(before, fingerprint(model)) == []
+    fastrot.apply(model, rotations, trust=True)
+
+
+def test_what_does_not_touch_a_rotation_is_let_pass():
+    """R4 lies inside its MLP: steering the stream is nothing to it."""
+    model = tiny("llama")
+    model.get_submodule(FIRST).register_forward_hook(
+        lambda m, a, out: (out[0] + 1, *out[1:]) if isinstance(out, tuple) else out + 1
+    )
+    ids = random_ids(model, 2, 8, seed=0)
+    expected = logits(model, ids)
+    fastrot.apply(model, ("R2", "R3", "R4"))
+    assert relative_error(logits(model, ids), expected) <= 1e-5
+
+
+def test_a_subclass_with_the_forwards_of_transformers_is_known():
+    model = tiny("llama")
+    model.__class__ = Plain
+    ids = random_ids(model, 2, 8, seed=0)
+    expected = logits(model, ids)
+    fastrot.apply(model, ("R1", "R2", "R3", "R4"))
+    assert relative_error(logits(model, ids), expected) <= 1e-5
+
+
+def test_who_describes_a_class_knows_it():
+    """With mappings the class is the user's to describe; a hook is still asked for."""
+    from fastrot.mapping import find_architecture
+
+    model = tiny("llama")
+    row = find_architecture(model.config)
+    subclass(f"{FIRST}.mlp", types.new_class("Mine", (Reader,)))(model)
+    described = {"mappings": row.mapping, "norm_mappings": row.norms}
+    fastrot.plan(model, "R1", **described)
+    model.model.norm.register_forward_hook(steer)
+    with pytest.raises(fastrot.ForeignCodeError, match="hook"):
+        fastrot.plan(model, "R1", **described)
+
+
+def test_global_hooks():
+    model = tiny("llama")
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        with pytest.raises(fastrot.ForeignCodeError, match="global"):
+            fastrot.plan(model)
+    finally:
+        handle.remove()
+    fastrot.plan(model)
+
+
+class Doubling(ModelHook):
+    def post_forward(self, module, output):
+        return 2 * output
+
+
+def test_hooks_of_accelerate():
+    """Its own move data; one of the user's may write."""
+    model = tiny("llama")
+    ids = random_ids(model, 2, 8, seed=0)
+    expected = logits(model, ids)
+    add_hook_to_module(model.model.norm, ModelHook())
+    fastrot.apply(model, ("R1", "R4"))
+    assert relative_error(logits(model, ids), expected) <= 1e-5
+    other = tiny("llama")
+    add_hook_to_module(other.model.norm, Doubling())
+    with pytest.raises(fastrot.ForeignCodeError, match="Doubling"):
+        fastrot.apply(other, "R1")
+
+
+class Counting(ModelHook):
+    calls = 0
+
+    def pre_forward(self, module, *args, **kwargs):
+        Counting.calls += 1
+        return args, kwargs
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["hook first", "R4 first"])
+def test_experts_keep_hooks_of_accelerate(late):
+    family = FAMILIES["mixtral"]
+    model = build(family, torch.float32)
+    given = inputs(family, model)
+    experts = model.model.layers[0].mlp.experts
+    with torch.no_grad():
+        expected = model(**given).logits
+        if late:
+            fastrot.apply(model, "R4")
+        add_hook_to_module(experts, Counting())
+        if not late:
+            fastrot.apply(model, "R4", trust=True)
+
+        def works():
+            Counting.calls = 0
+            same = relative_error(model(**given).logits, expected) <= 1e-5
+            return same and Counting.calls == 1
+
+        assert works()
+        fastrot.remove(model)
+        assert works()
+        remove_hook_from_module(experts)
+        assert relative_error(model(**given).logits, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "llava"])
+def test_parts_of_a_larger_model_are_refused(name):
+    family = FAMILIES[name]
+    model = build(family, torch.float32)
+    part = model.model if name == "llama" else model.model.language_model
+    before = fingerprint(model)
+    with pytest.raises(fastrot.RotationError, match="pass that model as a whole"):
+        fastrot.apply(part, "R4")
+    assert difference(before, fingerprint(model)) == []
+    alone = copy.deepcopy(part)
+    fastrot.apply(alone, "R4")
+    assert alone.config.fastrot
