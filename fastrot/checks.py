@@ -4,12 +4,13 @@ import torch
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
+from fastrot.errors import RotationError
 from fastrot.mapping import NormKind
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-class AlreadyRotatedError(ValueError):
+class AlreadyRotatedError(RotationError):
     """A rotation that was applied before: a second Hadamard transform would undo the first."""
 
 
@@ -18,7 +19,7 @@ def check_model(model: nn.Module) -> None:
 
     Raises:
         TypeError: no ``nn.Module``, or one without a transformers configuration.
-        ValueError: a model that is quantized or an encoder-decoder.
+        RotationError: a model that is quantized or an encoder-decoder.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a transformers model, got {type(model).__name__}")
@@ -34,20 +35,22 @@ def check_model(model: nn.Module) -> None:
             "wrapper around it"
         )
     if hasattr(model, "peft_config"):
-        raise ValueError(
+        raise RotationError(
             f"{type(model).__name__} carries LoRA adapters, which read and write the rotated "
             "spaces too; merge_and_unload() first, or rotate the base model and train anew"
         )
     if getattr(config, "is_encoder_decoder", False):
-        raise ValueError(f"{type(model).__name__} is an encoder-decoder; fastrot rotates decoders")
+        raise RotationError(
+            f"{type(model).__name__} is an encoder-decoder; fastrot rotates decoders"
+        )
     if type(model).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
-        raise ValueError(f"{type(model).__name__} is an encoder; fastrot rotates decoders")
+        raise RotationError(f"{type(model).__name__} is an encoder; fastrot rotates decoders")
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         get = quantization.get if isinstance(quantization, dict) else quantization.__dict__.get
         method = get("quant_method")
         if method != "fastrot":
-            raise ValueError(
+            raise RotationError(
                 f"the model is quantized (quant_method={getattr(method, 'value', method)}); "
                 "rotate the unquantized model, then quantize"
             )
@@ -57,28 +60,30 @@ def check_parameter(name: str, parameter: Tensor) -> None:
     """Refuse a parameter that can't be read and written in place, exactly.
 
     Raises:
-        ValueError: names the parameter, what it is, and the way out.
+        RotationError: names the parameter, what it is, and the way out.
     """
     if parameter.is_meta:
-        raise ValueError(
+        raise RotationError(
             f"{name} is on the meta device (not loaded, or offloaded); load the whole model into "
             "memory before rotating it"
         )
     if parameter.dtype not in FLOATS:
-        raise ValueError(
+        raise RotationError(
             f"{name} has dtype {parameter.dtype}: quantized weights can't be rotated exactly; "
             "rotate the unquantized model, then quantize"
         )
     if type(parameter) not in (nn.Parameter, Tensor) or type(parameter.data) is not Tensor:
-        raise ValueError(
+        raise RotationError(
             f"{name} is a {type(parameter.data).__name__}, not a plain tensor (quantized or "
             "sharded); rotate the plain model first"
         )
     if parameter.is_inference():
-        raise ValueError(f"{name} was made under torch.inference_mode() and is read-only; clone it")
+        raise RotationError(
+            f"{name} was made under torch.inference_mode() and is read-only; clone it"
+        )
     dense = torch.empty_like(parameter, device="meta").stride() == parameter.stride()
     if not dense:
-        raise ValueError(
+        raise RotationError(
             f"{name} is a strided or expanded view with strides {parameter.stride()}; give it "
             "memory of its own with parameter.data = parameter.data.contiguous()"
         )
@@ -104,7 +109,7 @@ def check_overlaps(model: nn.Module, names: tuple[str, ...]) -> None:
     last = ("", 0, "")
     for device, start, end, name in spans:
         if device == last[0] and start < last[1] and (name in written or last[2] in written):
-            raise ValueError(
+            raise RotationError(
                 f"{last[2]} and {name} lie on the same memory; give one of them a copy of its own "
                 "(parameter.data = parameter.data.clone())"
             )
@@ -129,12 +134,12 @@ def check_norm(name: str, module: nn.Module, offset: float, kind: NormKind, widt
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     plain = isinstance(weight, nn.Parameter) and weight.shape == (width,)
     if (weight is not None and not plain) or any(m is not module for m in module.modules()):
-        raise ValueError(
+        raise RotationError(
             f"{name} ({type(module).__name__}) is no norm with a parameter 'weight' of size "
             f"{width}, or none at all; correct NormMapping.norm"
         )
     if bias is not None and (kind == "rms" or weight is None):
-        raise ValueError(
+        raise RotationError(
             f"{name} ({type(module).__name__}) has a bias, so it is no RMSNorm; say kind='layer' "
             "in its NormMapping if it centres, or leave R1 out for this model"
         )
@@ -156,29 +161,37 @@ def check_norm(name: str, module: nn.Module, offset: float, kind: NormKind, widt
     error = float((got - expected).norm() / expected.norm().clamp_min(1e-30))
     if not error < 1.5 * torch.finfo(weight.dtype).eps + 1e-4:
         form = "(x - mean(x)) / std(x)" if kind == "layer" else "x / rms(x)"
-        raise ValueError(
+        raise RotationError(
             f"{name} ({type(module).__name__}) does not compute {form} · (weight + {offset:g}) "
             f"(off by {error:.1%}): it centres or does not, or has another offset; correct "
             "NormMapping.offset or kind, or leave R1 out for this model"
         )
     if bias is not None:
-        _check_foldable(name, bias.detach().double().cpu() / gamma, bias.dtype)
+        _check_foldable(name, bias.detach().double().cpu(), gamma, bias.dtype)
 
 
-def _check_foldable(name: str, quotient: Tensor, dtype: torch.dtype) -> None:
-    """The bias divided by the weight must be a number of the storage dtype, however rotated."""
-    if not float(quotient.norm()) < torch.finfo(dtype).max:
+LARGEST_QUOTIENT = {torch.float64: 1e3, torch.float32: 30.0}
+"""Root mean square of bias over weight; rounding errors grow as much. For 16 bits it is 10."""
+
+
+def _check_foldable(name: str, bias: Tensor, gamma: Tensor, dtype: torch.dtype) -> None:
+    """The bias divided by the weight stands in the rotated stream, and is rounded with it."""
+    quotient = torch.where(bias == 0, 0.0, bias / gamma)
+    size = float(quotient.square().mean().sqrt())
+    if not size <= LARGEST_QUOTIENT.get(dtype, 10.0):
         channel = int(quotient.abs().nan_to_num(torch.inf).argmax())
-        raise ValueError(
-            f"{name} has a bias and a weight of (almost) zero at channel {channel}: its bias can't "
-            "be folded; leave R1 out for this model"
+        raise RotationError(
+            f"{name} has a bias of {float(bias[channel]):.2g} at channel {channel}, where its "
+            f"weight is (almost) zero, {float(gamma[channel]):.2g}: folded, the bias would be "
+            f"{size:.2g} times what it is added to, and {dtype} would round as coarsely; leave R1 "
+            "out for this model"
         )
 
 
 def check_loaded(name: str, module: nn.Module) -> None:
     """Refuse a module whose weights are not in memory."""
     if any(tensor.is_meta for tensor in module.parameters()):
-        raise ValueError(
+        raise RotationError(
             f"{name} has weights on the meta device (not loaded, or offloaded); load the whole "
             "model into memory before rotating it"
         )

@@ -128,6 +128,7 @@ class Plan:
         transform_config: the same rotations in compressed-tensors' schema.
         seed: the source of all randomness.
         shapes: shape of every parameter that is written.
+        notes: what the weights predict about precision, if they were in memory.
     """
 
     model_class: str
@@ -137,6 +138,7 @@ class Plan:
     transform_config: TransformConfig
     seed: int
     shapes: dict[str, tuple[int, ...]]
+    notes: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -174,7 +176,7 @@ class Plan:
             f"{len(self.resets)} norms folded, {len(self.sites)} online"
         )
         lines = [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in cells]
-        return "\n".join([head, *lines])
+        return "\n".join([head, *lines, *(f"  note: {note}" for note in self.notes)])
 
 
 def _size(shape: tuple[int, ...] | str) -> str:

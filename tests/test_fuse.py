@@ -63,21 +63,22 @@ def test_journal_restores_bit_for_bit(undo, dtype):
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("undo", ["none", "disk"])
+@pytest.mark.parametrize("undo", ["none", "disk", "memory"])
 def test_memory_is_that_of_the_largest_weight(undo, tied):
     """No copies: nothing but the largest weight in float64, and the untied head."""
-    model = tiny(
-        "llama", tied=tied, hidden=256, heads=4, kv_heads=2, head_dim=64, intermediate=512, layers=4
-    )
+    sizes = {"hidden": 512, "intermediate": 1024, "vocab": 8192, "layers": 8}
+    model = tiny("llama", tied=tied, heads=8, kv_heads=4, head_dim=64, **sizes)
     head = model.lm_head.weight.nbytes if tied else 0
     largest = max(p.numel() for p in model.parameters()) * 8
-    fastrot.apply(copy.deepcopy(model), ("R1", "R2"), undo=undo)
+    everything = sum(p.nbytes for p in model.parameters())
+    fastrot.apply(tiny("llama"), ("R1", "R2"))
     tracemalloc.start()
     fastrot.apply(model, ("R1", "R2"), undo=undo)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    panels = 2 * 2**20 * torch.get_num_threads()
-    assert peak <= largest + head + panels
+    overhead = 12 << 20  # panels in cache, and the list of all objects while looking for the whole
+    assert (peak <= largest + head + overhead) == (undo != "memory")
+    assert everything > largest + overhead
 
 
 def test_two_threads_never_share_a_model(monkeypatch):

@@ -19,7 +19,7 @@ ROOMS = (
     ("heads", "coverage"),
     ("resolve",),
     ("foreign", "fuse", "online"),
-    ("record",),
+    ("record", "values"),
     ("integrations",),
     ("damage",),
     ("removal",),

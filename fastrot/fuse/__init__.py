@@ -1,5 +1,5 @@
 """The weight part of a plan: norm folding and rotations, each weight rounded once."""
 
-from fastrot.fuse.fusion import Fusion
+from fastrot.fuse.fusion import Fusion, rotated, scale_of
 
-__all__ = ["Fusion"]
+__all__ = ["Fusion", "rotated", "scale_of"]

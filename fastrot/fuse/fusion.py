@@ -104,6 +104,18 @@ class Fusion:
                 bar.close()
 
 
+def rotated(model: nn.Module, edit: WeightEdit) -> Tensor:
+    """What an edit makes of its parameter, in float64, without touching it."""
+    source = model.get_parameter(edit.parameter)
+    with _as_written():
+        target = torch.empty(source.shape, dtype=torch.float64, device=source.device)
+        writes = _writes(model, source, target, edit)
+        workspaces = _workspaces(writes)
+        for rotation, x, out in writes:
+            rotation.run(x, out, workspaces[x.device])
+    return target
+
+
 def _like(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format, requires_grad=False)
 
@@ -175,10 +187,15 @@ def _writes(model: nn.Module, source: Tensor, target: Tensor, edit: WeightEdit) 
 def _gamma(model: nn.Module, edit: WeightEdit, dim: int, x: Tensor) -> Tensor | None:
     for step in edit.steps:
         if isinstance(step, Scale) and step.dim == dim:
-            norm = model.get_parameter(step.norm).detach()
-            gamma = norm.to(x.device, edit.dtype) + step.offset
-            return 1 / gamma if step.inverse else gamma
+            return scale_of(model, step, edit.dtype).to(x.device)
     return None
+
+
+def scale_of(model: nn.Module, step: Scale, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The factors of a step, one for each entry of the dimension, on the norm's device."""
+    gamma = model.get_parameter(step.norm).detach().to(dtype) + step.offset
+    # A bias on a channel of weight zero was refused, unless it is zero as well.
+    return torch.where(gamma == 0, 0.0, 1 / gamma) if step.inverse else gamma
 
 
 def _pieces(

@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from fastrot.edits import OnlineSite
 from fastrot.rotation import Rotation
 
+FLOAT16_MAX = torch.finfo(torch.float16).max
+
 
 class OnlineRotation(nn.Module):
     """Rotates the last dimension of its input: ``x → x Q``, or ``x Qᵀ``.
@@ -56,7 +58,11 @@ class OnlineRotation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Rotate ``x``, ``(..., size)`` of any floating dtype; the result has the same."""
         wide = x.to(torch.float64) if self.dtype == torch.float64 else x
-        return self.rotation.apply(wide, inverse=self.inverse, operand=self.value).to(x.dtype)
+        y = self.rotation.apply(wide, inverse=self.inverse, operand=self.value).to(x.dtype)
+        if x.dtype == torch.float16:
+            # A sum may be larger than float16 holds where no term is: finite in, finite out.
+            return y.clamp(-FLOAT16_MAX, FLOAT16_MAX)
+        return y
 
     def is_orthogonal(self) -> bool:
         """Whether the operand keeps the length of a vector; a missing or damaged one does not."""

@@ -1,0 +1,142 @@
+"""Whether the numbers allow it: finite in, finite out, decided before the first write."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fastrot.edits import Plan, Rotate, Scale, WeightEdit
+from fastrot.errors import RotationError
+from fastrot.fuse import rotated, scale_of
+
+SAMPLE = 4096
+"""Vectors whose channels are looked at for the dynamic range."""
+
+NARROW = (torch.bfloat16, torch.float16)
+
+
+class ValueRangeError(RotationError):
+    """A weight that is not finite, or would not be a number of its dtype once rotated."""
+
+
+class PrecisionWarning(UserWarning):
+    """A rotation that is exact, but rounds more coarsely than the model does by itself."""
+
+
+def check_values(model: nn.Module, plan: Plan) -> None:
+    """Refuse weights of which a rotation would make infinities, or nothing but rounding error.
+
+    No entry of a rotated vector is larger than the vector's norm, so that the norm of the whole
+    weight times its largest scale is a bound. Only where this bound is too large is the weight
+    rotated on trial.
+
+    Args:
+        model: the model the plan was made for, its weights in memory.
+        plan: what will be done.
+
+    Raises:
+        ValueRangeError: names the weight, the figure and the way out.
+    """
+    with torch.no_grad():
+        for edit in plan.edits:
+            weight = model.get_parameter(edit.parameter).detach()
+            scales = [scale_of(model, s) for s in edit.steps if isinstance(s, Scale)]
+            largest = 1.0
+            for scale in scales:
+                _check_finite(edit.parameter, scale)
+                largest *= float(scale.abs().max())
+            bound = 1.01 * float(torch.linalg.vector_norm(weight)) * largest
+            if not bound < torch.finfo(weight.dtype).max:
+                _check_finite(edit.parameter, weight)
+                _check_on_trial(model, edit, weight)
+            if weight.dtype == torch.float16 and weight.dim() > 1 and scales:
+                _check_not_lost(edit, weight, scales)
+
+
+def dynamic_range(model: nn.Module, plan: Plan) -> float:
+    """How far the residual stream's largest channels stand out of the others, at least 1.
+
+    The largest of the root mean square of the channels over their median, of the embedding and of
+    every weight that writes into the stream. After R1 all channels are rounded as coarsely as the
+    root mean square: this is about the factor by which a 16-bit model's error may grow.
+    """
+    if not any(isinstance(s, Rotate) and s.group == "R1" for e in plan.edits for s in e.steps):
+        return 1.0
+    found = [1.0]
+    for channels in _writers(model, plan):
+        median = float(channels.median())
+        if median > 0:
+            found.append(float(channels.square().mean().sqrt()) / median)
+    return max(found)
+
+
+def notes(model: nn.Module, plan: Plan) -> tuple[str, ...]:
+    """What the weights predict about precision, for the plan's table; empty if nothing is odd."""
+    narrow = [p for p in plan.parameters if model.get_parameter(p).dtype in NARROW]
+    ratio = dynamic_range(model, plan) if narrow else 1.0
+    if ratio < 2:
+        return ()
+    dtype = str(model.get_parameter(narrow[0]).dtype).removeprefix("torch.")
+    return (
+        f"a few channels of the residual stream are massive (root mean square {ratio:.1f} times "
+        f"the median): with R1 the rounding error of {dtype} may grow as much. Compare by "
+        "`fastrot verify`; float32, or rotations without R1, do not have it",
+    )
+
+
+def _check_finite(name: str, values: Tensor) -> None:
+    bad = ~values.isfinite()
+    if bad.any():
+        place = tuple(int(i) for i in bad.nonzero()[0])
+        raise ValueRangeError(
+            f"{name} holds {int(bad.sum())} values that are not finite ({float(values[place])} at "
+            f"{place}), which a rotation would spread over whole rows; repair or reload it"
+        )
+
+
+def _check_on_trial(model: nn.Module, edit: WeightEdit, weight: Tensor) -> None:
+    most = float(rotated(model, edit).abs().max())
+    limit = torch.finfo(weight.dtype).max
+    if not most <= limit:
+        wider = "bfloat16 or float32" if weight.dtype == torch.float16 else "a wider dtype"
+        raise ValueRangeError(
+            f"{edit.parameter} would hold {most:.3g} once rotated, more than "
+            f"{str(weight.dtype).removeprefix('torch.')} can ({limit:.3g}); load the model in "
+            f"{wider}, or leave {_groups(edit)} out"
+        )
+
+
+def _check_not_lost(edit: WeightEdit, weight: Tensor, scales: list[Tensor]) -> None:
+    """float16 has fixed steps of 6e-8 below 6e-5: a folded norm may push a weight there."""
+    steps = torch.finfo(weight.dtype).smallest_normal * torch.finfo(weight.dtype).eps
+    count = weight.numel() ** 0.5
+    before = float(torch.linalg.vector_norm(weight, dtype=torch.float32)) / count
+    after = before * min(float(scale.square().mean().sqrt()) for scale in scales)
+    off = steps / 12**0.5 / after if after else 0.0
+    if off > 1e-3 and after < before / 4:
+        raise ValueRangeError(
+            f"{edit.parameter} with its norm's weight folded in would hold values of about "
+            f"{after:.1g}, which float16 rounds by {off:.1%}; load the model in bfloat16 or "
+            f"float32, or leave {_groups(edit)} out"
+        )
+
+
+def _groups(edit: WeightEdit) -> str:
+    groups = dict.fromkeys(step.group for step in edit.steps if isinstance(step, Rotate))
+    return " and ".join(groups)
+
+
+def _writers(model: nn.Module, plan: Plan) -> Iterator[Tensor]:
+    """The root mean square of every channel, of all that writes into the stream."""
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    for edit in plan.edits:
+        weight = model.get_parameter(edit.parameter).detach()
+        if weight.dim() != 2:
+            continue
+        written = any(isinstance(s, Rotate) and s.group == "R1" and s.dim == 0 for s in edit.steps)
+        if embedding is not None and weight.data_ptr() == embedding.weight.data_ptr():
+            vectors = weight[:: max(1, len(weight) // SAMPLE)]
+            yield torch.linalg.vector_norm(vectors.float(), dim=0) / len(vectors) ** 0.5
+        elif written:
+            vectors = weight[:, :: max(1, weight.shape[1] // SAMPLE)]
+            yield torch.linalg.vector_norm(vectors.float(), dim=1) / vectors.shape[1] ** 0.5
