@@ -24,6 +24,7 @@ from fastrot.foreign import check_foreign, check_whole
 from fastrot.fuse import Fusion
 from fastrot.handle import Handle
 from fastrot.heads import check_heads, head_dim_of, key_dim_of
+from fastrot.index import Index, find_holders
 from fastrot.integrations.transformers import mark
 from fastrot.journal import Journal, Undo, exclusive
 from fastrot.mapping import (
@@ -36,7 +37,7 @@ from fastrot.mapping import (
     find_architecture,
 )
 from fastrot.online import attach, check_site, make
-from fastrot.patterns import NoMatchError, find_holders, matches
+from fastrot.patterns import NoMatchError, matches
 from fastrot.record import applied_groups, own_config, retrace, with_application
 from fastrot.resolve import on_meta, resolve
 from fastrot.sites import find_sites
@@ -105,9 +106,10 @@ def plan(
             "the model uses kernels from the hub, which replace whole modules and pass by the "
             "rotations inside; call model.set_use_kernels(False) first"
         )
+    loaded = not on_meta(model)
     for site in result.sites:
         module = model.get_submodule(site.module)
-        if not on_meta(model):
+        if loaded:
             check_loaded(site.module, module)
         check_site(site, module)
     if not result.edits and not result.sites:
@@ -277,10 +279,10 @@ def _roles(
 
 def _present(model: PreTrainedModel, row: Architecture) -> Architecture:
     """A row of the table without the patterns that name nothing in this model."""
-    mapping = row.mapping
+    index, mapping = Index(model), row.mapping
 
     def kept(patterns: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(p for p in patterns if find_holders(model, (p,), missing_ok=True))
+        return tuple(p for p in patterns if find_holders(index, (p,), missing_ok=True))
 
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     roles: dict[str, Any] = {

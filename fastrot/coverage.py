@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from fastrot.edits import OnlineSite, Rotate, WeightEdit
+from fastrot.index import Index, find_modules
 from fastrot.mapping import Mapping, NormMapping
-from fastrot.patterns import NoMatchError, find_modules, matches, no_match_message
+from fastrot.patterns import NoMatchError, matches, no_match_message
 from fastrot.sites import find_sites
 
 
@@ -16,36 +16,36 @@ class UncoveredParameterError(ValueError):
 
 
 def classify(
-    model: PreTrainedModel, mapping: Mapping, norms: Sequence[NormMapping]
+    model: nn.Module | Index, mapping: Mapping, norms: Sequence[NormMapping]
 ) -> dict[str, str]:
     """The role of every parameter that has one: reader, writer, value, norm, post-norm, untouched.
 
     A bias has the role of its weight. Parameters without a role are left out.
     """
-    roles: dict[str, str] = {}
+    index, roles = Index.of(model), dict[str, str]()
     for role, patterns in (
         ("reader", mapping.stream_readers),
         ("writer", mapping.stream_writers),
         ("value", mapping.attn_v),
     ):
-        for site in find_sites(model, patterns).values():
+        for site in find_sites(index, patterns).values():
             for name in filter(None, (site.weight, site.bias)):
                 roles.setdefault(name, role)
     for role, pattern in (
         *(("norm", norm.norm) for norm in norms if norm.norm is not None),
         *(("post-norm", pattern) for pattern in mapping.post_norm),
     ):
-        for owner, module in find_modules(model, (pattern,), missing_ok=True).items():
+        for owner, module in find_modules(index, (pattern,), missing_ok=True).items():
             for leaf, _ in module.named_parameters(recurse=False):
                 roles.setdefault(f"{owner}.{leaf}", role)
-    for name, _ in model.named_parameters(remove_duplicate=False):
+    for name, _ in index.model.named_parameters(remove_duplicate=False):
         for pattern, reason in mapping.ignore:
             if matches(name, pattern):
                 roles.setdefault(name, f"untouched: {reason}" if reason else "untouched")
     return roles
 
 
-def check_coverage(model: PreTrainedModel, mapping: Mapping, norms: Sequence[NormMapping]) -> None:
+def check_coverage(index: Index, mapping: Mapping, norms: Sequence[NormMapping]) -> None:
     """Refuse R1 if a reader has no norm mapping or a parameter no role.
 
     Raises:
@@ -53,14 +53,15 @@ def check_coverage(model: PreTrainedModel, mapping: Mapping, norms: Sequence[Nor
             guesses its role.
         NoMatchError: an entry of ``ignore`` matches nothing.
     """
-    fed = {name for norm in norms for name in find_sites(model, norm.linears)}
-    without = sorted(set(find_sites(model, mapping.stream_readers)) - fed)
+    model = index.model
+    fed = {name for norm in norms for name in find_sites(index, norm.linears)}
+    without = sorted(set(find_sites(index, mapping.stream_readers)) - fed)
     if without:
         raise UncoveredParameterError(
             f"no norm mapping feeds {some(without)}; name its norm in norm_mappings "
             "(NormMapping(norm=None, …) if it reads the stream as it is)"
         )
-    embeddings = find_sites(model, mapping.embedding).values()
+    embeddings = find_sites(index, mapping.embedding).values()
     width = {site.shape[site.output] for site in embeddings}
     tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     # Fixed positions are no parameters, but are added to the stream all the same.
@@ -70,7 +71,7 @@ def check_coverage(model: PreTrainedModel, mapping: Mapping, norms: Sequence[Nor
     for pattern, _ in mapping.ignore:
         if not any(matches(name, pattern) for name in tensors):
             raise NoMatchError(no_match_message(model, pattern, tensors))
-    roles = classify(model, mapping, norms)
+    roles = classify(index, mapping, norms)
     leftover = [
         name
         for name in tensors

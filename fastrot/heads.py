@@ -1,13 +1,15 @@
 """Attention heads: their sizes, and which rows of a projection are values."""
 
+from collections.abc import Iterable
+from itertools import accumulate
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from fastrot.edits import Part
+from fastrot.index import Index, find_modules
 from fastrot.mapping import Mapping
-from fastrot.patterns import find_modules
 from fastrot.sites import Site, find_sites
 from fastrot.transform_config import Rows
 
@@ -51,7 +53,7 @@ def head_dim_of(model: PreTrainedModel, mapping: Mapping) -> int:
     return size
 
 
-def value_part(model: PreTrainedModel, site: Site, rows: Rows) -> Part:
+def value_part(model: nn.Module, site: Site, rows: Rows) -> Part:
     """Where the values lie among the outputs of a fused projection.
 
     Raises:
@@ -84,12 +86,14 @@ def value_part(model: PreTrainedModel, site: Site, rows: Rows) -> Part:
 
 def check_heads(model: PreTrainedModel, mapping: Mapping, head_dim: int) -> None:
     """Refuse R2 unless every attention block has one value and one output projection to rotate."""
-    blocks = find_modules(model, mapping.attn)
+    index = Index(model)
+    blocks = find_modules(index, mapping.attn)
     roles = [mapping.attn_o] if mapping.attn_gated else [mapping.attn_v, mapping.attn_o]
-    found = [[*find_sites(model, patterns, group="R2")] for patterns in roles]
+    found = [[*find_sites(index, patterns, group="R2")] for patterns in roles]
+    inside = [_inside(blocks, names) for names in found]
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     for block, module in blocks.items():
-        own = [[n for n in names if n.startswith(f"{block}.")] for names in found]
+        own = [names[block] for names in inside]
         if any(len(names) != 1 for names in own):
             raise ValueError(
                 f"R2: {block} needs one attn_v and one attn_o in mappings, "
@@ -103,3 +107,13 @@ def check_heads(model: PreTrainedModel, mapping: Mapping, head_dim: int) -> None
     if any(len(names) != len(blocks) for names in found):
         stray = [n for names in found for n in names if n.rpartition(".")[0] not in blocks]
         raise ValueError(f"R2: {', '.join(stray[:4])} is in no attention block that attn names")
+
+
+def _inside(blocks: Iterable[str], names: Iterable[str]) -> dict[str, list[str]]:
+    """The names inside each block, however deep."""
+    inside: dict[str, list[str]] = {block: [] for block in blocks}
+    for name in names:
+        for outer in accumulate(name.split(".")[:-1], "{}.{}".format):
+            if outer in inside:
+                inside[outer].append(name)
+    return inside

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fastrot.patterns import find_holders
+from fastrot.index import Index, find_holders
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Site:
 
 
 def find_sites(
-    model: nn.Module,
+    model: nn.Module | Index,
     patterns: Iterable[str],
     ignore: Iterable[str] = (),
     *,
@@ -74,9 +74,10 @@ def find_sites(
         NoMatchError: one of the patterns names nothing.
         ValueError: a module that holds no weight of a known form.
     """
-    found = find_holders(model, patterns, ignore, missing_ok=missing_ok)
+    index = Index.of(model)
+    found = find_holders(index, patterns, ignore, missing_ok=missing_ok)
     return {
-        name: _of_parameter(model, name, holder, transposed)
+        name: _of_parameter(index, name, holder, transposed)
         if isinstance(holder, nn.Parameter)
         else _of_module(group, name, holder)
         for name, holder in found.items()
@@ -124,9 +125,9 @@ def _of_module(group: str, name: str, module: nn.Module) -> Site:
     )
 
 
-def _of_parameter(model: nn.Module, name: str, weight: nn.Parameter, transposed: bool) -> Site:
+def _of_parameter(index: Index, name: str, weight: nn.Parameter, transposed: bool) -> Site:
     owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
+    module = index.modules[owner]
     bias = (
         f"{name}_bias" if isinstance(getattr(module, f"{leaf}_bias", None), nn.Parameter) else None
     )

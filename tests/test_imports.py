@@ -15,6 +15,7 @@ ROOMS = (
     ("checks",),
     ("transform_config",),
     ("edits", "patterns"),
+    ("index",),
     ("sites",),
     ("heads", "coverage"),
     ("resolve",),

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 
 import pytest
 import torch
@@ -33,6 +34,30 @@ def test_the_table_names_every_parameter_and_operation():
     assert "R4 input (random-hadamard 112)" in table
     assert "model.norm.weight" in table
     assert len(table.splitlines()) == 1 + len(list(plan.rows()))
+
+
+def calls(function, *args):
+    """How many Python functions a call calls."""
+    count = 0
+
+    def profile(frame, event, arg):
+        nonlocal count
+        count += event == "call"
+
+    sys.setprofile(profile)
+    try:
+        function(*args)
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def test_planning_is_linear_in_layers():
+    with torch.device("meta"):
+        models = [tiny("llama", layers=layers) for layers in (8, 16, 32)]
+    fastrot.plan(models[0], ROTATIONS)
+    few, some, many = (calls(fastrot.plan, model, ROTATIONS) for model in models)
+    assert many - some < 2.05 * (some - few)
 
 
 def steps(plan, suffix):

@@ -1,23 +1,22 @@
 """Folding: the scale of a norm moves into its readers before these are rotated."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import takewhile
 
-from transformers import PreTrainedModel
-
 from fastrot.checks import check_norm
 from fastrot.coverage import some
 from fastrot.edits import NormReset, Rotate, Scale
+from fastrot.index import Index, find_modules
 from fastrot.mapping import NormMapping
-from fastrot.patterns import find_modules
 from fastrot.resolve.places import layer_of
 from fastrot.resolve.steps import Steps
 from fastrot.sites import Site, find_sites
 
 
 def fold_norms(
-    model: PreTrainedModel,
+    index: Index,
     norms: Sequence[NormMapping],
     online: set[str],
     steps: Steps,
@@ -26,7 +25,7 @@ def fold_norms(
     """Fold every norm of which at least one reader's input is rotated by a fused transform."""
     rotated = {name for name in steps.inputs if name not in online}
     for mapping in norms:
-        readers = find_sites(model, mapping.linears, missing_ok=True)
+        readers = find_sites(index, mapping.linears, missing_ok=True)
         touched = rotated.intersection(readers)
         if not touched:
             continue
@@ -35,10 +34,10 @@ def fold_norms(
                 _check_centred(name, steps.inputs[name])
         if mapping.norm is None:
             continue
-        found = find_modules(model, (mapping.norm,))
-        norm_of = {reader: _nearest(reader, found) for reader in readers}
+        found = find_modules(index, (mapping.norm,))
+        fed = _fed(found, readers)
         for norm, module in found.items():
-            own = [reader for reader in readers if norm_of[reader] == norm]
+            own = fed[norm]
             if not own:
                 raise ValueError(f"norm {norm} feeds none of {', '.join(mapping.linears)}")
             if not rotated.intersection(own):
@@ -91,18 +90,33 @@ def _fold_bias(norm: str, offset: float, readers: Sequence[str], steps: Steps) -
     steps.rotates[f"{norm}.bias"] += turns.pop()
 
 
-def _nearest(reader: str, norms: Iterable[str]) -> str:
-    """The norm that shares most leading name parts with the reader."""
-    parts, everywhere = reader.split("."), list(norms)
-    if "." in (layer := layer_of(reader)) and layer.split(".")[-1].isdigit():
-        norms = [
-            n for n in norms if layer_of(n) == layer or not layer_of(n).split(".")[-1].isdigit()
-        ]
-        if not norms:
+def _fed(norms: Iterable[str], readers: Iterable[str]) -> dict[str, list[str]]:
+    """Which readers each norm feeds: of those in its layer or in none, the nearest by name."""
+    layers: dict[str, list[str]] = defaultdict(list)
+    for norm in norms:
+        layers[_layer_in(norm)].append(norm)
+    fed: dict[str, list[str]] = {norm: [] for norm in norms}
+    for reader in readers:
+        layer = _layer_in(reader)
+        near = [*layers.get(layer, ()), *layers.get("", ())] if layer else [*fed]
+        if not near:
             raise ValueError(
-                f"no norm in the layer of {reader} (norm_mappings names {some(everywhere)}); "
+                f"no norm in the layer of {reader} (norm_mappings names {some([*fed])}); "
                 "give it its own"
             )
+        fed[_nearest(reader, near)].append(reader)
+    return fed
+
+
+def _layer_in(name: str) -> str:
+    """``layers.3`` of anything inside that layer, empty outside of all layers."""
+    layer = layer_of(name)
+    return layer if layer.split(".")[-1].isdigit() else ""
+
+
+def _nearest(reader: str, norms: Sequence[str]) -> str:
+    """The norm that shares most leading name parts with the reader."""
+    parts = reader.split(".")
     pairs = {norm: zip(norm.split("."), parts, strict=False) for norm in norms}
     shared = {n: len([*takewhile(lambda ab: ab[0] == ab[1], p)]) for n, p in pairs.items()}
     best = max(shared.values())

@@ -7,14 +7,17 @@ from transformers import PreTrainedModel
 
 from fastrot.edits import OnlineSite
 from fastrot.heads import KEY_NAMES, head_size
-from fastrot.patterns import find_modules
+from fastrot.index import Index, find_modules
 from fastrot.resolve.places import places, rotation_of
 from fastrot.sites import find_sites
 from fastrot.transform_config import ATTENTION_LOCATIONS, TransformArgs, TransformConfig
 
 
-def resolve_online(model: PreTrainedModel, config: TransformConfig, seed: int) -> list[OnlineSite]:
+def resolve_online(
+    model: PreTrainedModel | Index, config: TransformConfig, seed: int
+) -> list[OnlineSite]:
     """The online part alone; needs the names and sizes of modules, no weights."""
+    index = Index.of(model)
     sites = [
         OnlineSite(
             module=module,
@@ -25,7 +28,7 @@ def resolve_online(model: PreTrainedModel, config: TransformConfig, seed: int) -
             dtype=scheme.precision,
         )
         for group, scheme, args in places(config, online=True)
-        for module, location, size in _online_places(model, group, args)
+        for module, location, size in _online_places(index, group, args)
     ]
     taken: dict[tuple[str, str], str] = {}
     for site in sites:
@@ -38,23 +41,21 @@ def resolve_online(model: PreTrainedModel, config: TransformConfig, seed: int) -
     return sites
 
 
-def _online_places(
-    model: PreTrainedModel, group: str, args: TransformArgs
-) -> Iterator[tuple[str, str, int]]:
+def _online_places(index: Index, group: str, args: TransformArgs) -> Iterator[tuple[str, str, int]]:
     """Module, location and size of every place that ``args`` name."""
     if args.location in ATTENTION_LOCATIONS:
-        config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-        for name, module in find_modules(model, args.targets, args.ignore).items():
+        config = index.model.config.get_text_config()  # type: ignore[union-attr, operator]
+        for name, module in find_modules(index, args.targets, args.ignore).items():
             size = head_size(module, config, KEY_NAMES)
             if size is None:
                 raise ValueError(f"{name} ({type(module).__name__}) has no head_dim to rotate")
             yield name, args.location, size
         return
     if args.location == "output":
-        for name, module in find_modules(model, args.targets, args.ignore).items():
+        for name, module in find_modules(index, args.targets, args.ignore).items():
             yield name, "output", _output_size(group, name, module)
         return
-    for name, site in find_sites(model, args.targets, args.ignore, group=group).items():
+    for name, site in find_sites(index, args.targets, args.ignore, group=group).items():
         if site.input is None:
             raise ValueError(f"{group}: {name} is an embedding, it has no input to rotate")
         size = site.shape[site.input]

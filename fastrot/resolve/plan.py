@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from fastrot.checks import check_overlaps, check_parameter
 from fastrot.coverage import check_coverage, check_one_stream
 from fastrot.edits import Plan, WeightEdit
+from fastrot.index import Index
 from fastrot.mapping import Mapping, NormMapping
 from fastrot.memory import check_memory
 from fastrot.resolve.norms import fold_norms
@@ -45,16 +46,17 @@ def resolve(
         ValueError: anything that can't be done, naming the thing, its value and the way out.
     """
     loaded = not on_meta(model)
-    sites = resolve_online(model, config, seed)
+    index = Index(model)
+    sites = resolve_online(index, config, seed)
     steps = Steps()
-    rotate_sites(model, config, seed, steps)
+    rotate_sites(index, config, seed, steps)
     online = {
         name
         for *_, args in places(config, online=True)
         if args.location == "input"
-        for name in find_sites(model, args.targets, args.ignore)
+        for name in find_sites(index, args.targets, args.ignore)
     }
-    fold_norms(model, norms, online, steps, loaded)
+    fold_norms(index, norms, online, steps, loaded)
     edits = [
         WeightEdit(
             parameter=name,
@@ -66,8 +68,8 @@ def resolve(
     ]
     if mapping is not None and "R1" in config.config_groups:
         check_one_stream(edits, sites)
-        check_coverage(model, mapping, norms)
-    edits = untie(model, mapping, edits)
+        check_coverage(index, mapping, norms)
+    edits = untie(index, mapping, edits)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     names = (*(e.parameter for e in edits), *(r.parameter for r in steps.resets))
     if loaded:

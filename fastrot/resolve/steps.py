@@ -3,10 +3,9 @@
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
-from transformers import PreTrainedModel
-
 from fastrot.edits import NormReset, Rotate, Scale
 from fastrot.heads import value_part
+from fastrot.index import Index
 from fastrot.resolve.places import places, rotation_of
 from fastrot.sites import find_sites
 from fastrot.transform_config import TransformConfig
@@ -29,11 +28,11 @@ class Steps:
     resets: list[NormReset] = field(default_factory=list)
 
 
-def rotate_sites(model: PreTrainedModel, config: TransformConfig, seed: int, steps: Steps) -> None:
+def rotate_sites(index: Index, config: TransformConfig, seed: int, steps: Steps) -> None:
     """Note every fused rotation of a configuration in ``steps``."""
     for group, scheme, args in places(config, online=False):
         bare = args.rows == "transposed"
-        found = find_sites(model, args.targets, args.ignore, group=group, transposed=bare)
+        found = find_sites(index, args.targets, args.ignore, group=group, transposed=bare)
         for name, site in found.items():
             outwards = args.location == "weight_output"
             dim = site.output if outwards else site.input
@@ -41,7 +40,7 @@ def rotate_sites(model: PreTrainedModel, config: TransformConfig, seed: int, ste
                 raise ValueError(f"{group}: {name} is an embedding, it has no weight_input")
             part = None
             if outwards and args.rows not in ("all", "transposed"):
-                part = value_part(model, site, args.rows)
+                part = value_part(index.model, site, args.rows)
             size = site.shape[dim] if part is None else part.size
             rotation = rotation_of(group, scheme, name, size, seed)
             inverse = args.inverse if outwards else not args.inverse

@@ -4,22 +4,18 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
-from transformers import PreTrainedModel
-
 from fastrot.edits import WeightEdit
+from fastrot.index import Index, find_modules
 from fastrot.mapping import Mapping
-from fastrot.patterns import find_modules
 
 
-def untie(
-    model: PreTrainedModel, mapping: Mapping | None, edits: Sequence[WeightEdit]
-) -> list[WeightEdit]:
+def untie(index: Index, mapping: Mapping | None, edits: Sequence[WeightEdit]) -> list[WeightEdit]:
     """Split tied parameters whose edits differ, if they are embedding and head; refuse others."""
     tied: dict[int, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in index.model.named_parameters(remove_duplicate=False):
         tied[id(parameter)].append(name)
     by_name = {edit.parameter: edit for edit in edits}
-    heads = _heads(model, mapping)
+    heads = _heads(index, mapping)
     for names in tied.values():
         first, *others = names
         if not others or not any(name in by_name for name in names):
@@ -39,8 +35,8 @@ def untie(
     return list(by_name.values())
 
 
-def _heads(model: PreTrainedModel, mapping: Mapping | None) -> set[str]:
+def _heads(index: Index, mapping: Mapping | None) -> set[str]:
     if mapping is not None:
-        return {f"{name}.weight" for name in find_modules(model, mapping.lm_head, missing_ok=True)}
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    return {f"{name}.weight" for name, module in model.named_modules() if module is head}
+        return {f"{name}.weight" for name in find_modules(index, mapping.lm_head, missing_ok=True)}
+    head = getattr(index.model, "get_output_embeddings", lambda: None)()
+    return {f"{name}.weight" for name, module in index.modules.items() if module is head}
