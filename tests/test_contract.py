@@ -100,6 +100,7 @@ TORCH = {
     *("_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks"),
     *("_forward_pre_hooks_with_kwargs", "_orig_mod"),
     *("_global_forward_hooks", "_global_forward_pre_hooks", "_replace"),
+    *("_C", "_are_functorch_transforms_active"),
 }
 """Private attributes of torch's, and a named tuple's public one."""
 
