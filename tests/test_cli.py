@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -10,11 +11,17 @@ import pytest
 import torch
 from helpers import logits, random_ids, relative_error, tiny
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 import fastrot
 from fastrot.cli import main
+from fastrot.cli.staging import PREFIX, staged
 
 ROTATIONS = ("R1", "R2", "R3", "R4")
 
@@ -258,6 +265,46 @@ def other_vocabulary(folder):
     tiny("llama", vocab=72).save_pretrained(target)
 
 
+def index(folder, place):
+    (folder / "model.safetensors").rename(folder / "part.safetensors")
+    names = load_file(folder / "part.safetensors")
+    weight_map = dict.fromkeys(names, place)
+    text = json.dumps({"metadata": {}, "weight_map": weight_map})
+    (folder / "model.safetensors.index.json").write_text(text)
+
+
+def weights_elsewhere(folder):
+    index(folder, "../part.safetensors")
+
+
+def weights_somewhere(folder):
+    index(folder, "/part.safetensors")
+
+
+def part_missing(folder):
+    index(folder, "other.safetensors")
+
+
+def no_index(folder):
+    index(folder, 7)
+
+
+def own_code(folder):
+    edit_config(folder, model_type="own", auto_map={"AutoConfig": "own.Config"})
+
+
+def many_tokens(folder):
+    edit_config(folder, vocab_size=10**8)
+
+
+def many_layers(folder):
+    edit_config(folder, num_hidden_layers=10**6)
+
+
+def dangling_tokenizer(folder):
+    (folder / "tokenizer.model").symlink_to(folder / "nowhere")
+
+
 def full_target(folder):
     folder.with_name("target").mkdir()
     (folder.with_name("target") / "file").touch()
@@ -284,6 +331,19 @@ REFUSALS = [
     (["rotate", "S", "S/."], nothing, "DST is SRC"),
     (["rotate", "S", "T"], full_target, "is not empty, and nothing is overwritten"),
     (["rotate", "S", "T"], target_is_a_file, "is a file"),
+    (["rotate", "S", "S/new"], nothing, "lies in SRC"),
+    (["rotate", "S", "/tmp/" + "n" * 256], nothing, "File name too long"),
+    (["rotate", "S", "/proc"], nothing, "is not empty"),
+    (["rotate", "S", "/proc/new"], nothing, "/proc has 0.0 GiB free, and the weights alone need"),
+    (["rotate", "S", "T"], weights_elsewhere, "lies in '../part.safetensors', outside of the fold"),
+    (["rotate", "S", "T"], weights_somewhere, "lies in '/part.safetensors', outside of the fold"),
+    (["verify", "S", "S"], weights_elsewhere, "lies in '../part.safetensors', outside of the fold"),
+    (["rotate", "S", "T"], part_missing, "other.safetensors"),
+    (["rotate", "S", "T"], no_index, "has no weight_map from names of weights to names of files"),
+    (["rotate", "S", "T"], own_code, "load it in Python with trust_remote_code=True, then call"),
+    (["rotate", "S", "T"], many_tokens, "lacks weights: config.json describes"),
+    (["plan", "S"], many_layers, "num_hidden_layers=1000000"),
+    (["rotate", "S", "T"], dangling_tokenizer, "tokenizer.model"),
     (["rotate", "S", "T/a/b"], nothing, "where b should lie, is not a folder"),
     (["rotate", "T", "S/new"], nothing, "is not the folder of a transformers model"),
     (["rotate", "S", "T"], no_config, "no config.json"),
@@ -357,21 +417,135 @@ def test_nothing_is_left_after_a_failure(
 ):
     """The weights are on disk already when it happens."""
 
-    def fail(source, folder):
-        assert (folder / "model.safetensors").is_file()
+    def fail(model, folder):
+        model.save_pretrained(folder)
         assert names(tmp_path) == {folder.name, "target"} if there else {folder.name}
         raise error
 
     target = tmp_path / "target"
     if there:
         target.mkdir()
-    monkeypatch.setattr("fastrot.cli.commands.copy_companions", fail)
+    monkeypatch.setattr("fastrot.cli.commands.save", fail)
     got, out, err = run(capsys, "rotate", checkpoints["float32"], target)
     assert (got, out) == (status, "")
     assert line in err
     assert err.count("\n") == 1
     assert names(tmp_path) == ({"target"} if there else set())
     assert not there or names(target) == set()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_terminated_run_leaves_nothing(
+    checkpoints, number, status, tmp_path, monkeypatch, capsys
+):
+    def stop(model, folder):
+        model.save_pretrained(folder)
+        signal.raise_signal(number)
+
+    monkeypatch.setattr("fastrot.cli.commands.save", stop)
+    got, _, err = run(capsys, "rotate", checkpoints["float32"], tmp_path / "target")
+    assert (got, err) == (status, "fastrot: terminated\n")
+    assert names(tmp_path) == set()
+    assert signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_what_a_killed_run_left_is_cleared_away(checkpoints, tmp_path, capsys):
+    """But not what a living one is writing."""
+    with staged(tmp_path / "other") as living:
+        (tmp_path / f"{PREFIX}dead").mkdir()
+        (tmp_path / f"{PREFIX}dead" / "model.safetensors").touch()
+        assert run(capsys, "rotate", checkpoints["float32"], tmp_path / "target")[0] == 0
+        assert names(tmp_path) == {"target", living.name}
+
+
+def test_an_error_in_the_middle_keeps_its_cause(checkpoints, tmp_path, monkeypatch, capsys):
+    def fail(fusion, journal, progress=False):
+        journal.writing()
+        raise RuntimeError("a memory bank failed")
+
+    monkeypatch.setattr("fastrot.fuse.Fusion.run", fail)
+    status, out, err = run(capsys, "rotate", checkpoints["float32"], tmp_path / "target")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "a memory bank failed" in err
+
+
+def test_a_full_disk_takes_one_line(checkpoints, tmp_path):
+    """A limit on the size of files fails like a full disk does: while the weights are written."""
+    code = "import resource as r; r.setrlimit(r.RLIMIT_FSIZE, (65536, 65536))"
+    result = in_a_child(["rotate", checkpoints["float32"], tmp_path / "target"], code)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert "the weights can't be written" in result.stderr
+    assert names(tmp_path) == set()
+
+
+def in_a_child(arguments, code="", **options):
+    code = f"{code}\nimport sys; from fastrot.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    options = {"stdout": subprocess.PIPE, "text": True} | options
+    return subprocess.run(command, stderr=subprocess.PIPE, **options)
+
+
+def closed_stdout():
+    return {"preexec_fn": lambda: os.close(1), "stdout": None}
+
+
+def full_stdout():
+    return {"stdout": open("/dev/full", "w")}
+
+
+def ascii_terminal():
+    return {"env": {**os.environ, "PYTHONIOENCODING": "ascii"}}
+
+
+@pytest.mark.parametrize("options", [closed_stdout, full_stdout, ascii_terminal])
+@pytest.mark.parametrize("name", ["target", os.fsdecode(b"tar\xffget")])
+def test_nothing_is_refused_that_is_done(checkpoints, options, name, tmp_path):
+    target = tmp_path / name
+    result = in_a_child(
+        ["rotate", checkpoints["float32"], target, "--rotations", "R4"], **options()
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert names(target) >= {"config.json", "model.safetensors"}
+
+
+def test_a_plan_on_an_ascii_terminal(checkpoints):
+    """Factors stand behind a dot in the table."""
+    result = in_a_child(["plan", checkpoints["float32"]], **ascii_terminal())
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "\\xb7 model.norm.weight" in result.stdout
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_files_follow_the_umask(checkpoints, umask, tmp_path, capsys):
+    before = os.umask(umask)
+    try:
+        assert run(capsys, "rotate", checkpoints["float32"], tmp_path / "target")[0] == 0
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "target").iterdir()}
+    assert modes == {0o666 & ~umask}
+
+
+def test_a_model_of_zeros_is_itself(source, tmp_path, capsys):
+    edit_weights(source, lambda weights: [weight.zero_() for weight in weights.values()])
+    assert run(capsys, "verify", source, source)[0] == 0
+    target = shutil.copytree(source, tmp_path / "target")
+    spoil(target, "model.embed_tokens.weight", lambda weight: weight + 1)
+    spoil(target, "model.norm.weight", lambda weight: weight + 1)
+    assert run(capsys, "verify", source, target)[0] == 1
+
+
+def test_a_model_of_few_positions(tmp_path, capsys):
+    config = GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=1, n_head=2)
+    source, target = tmp_path / "source", tmp_path / "target"
+    GPT2LMHeadModel(config).save_pretrained(source)
+    add_tokenizer(source, 64)
+    assert run(capsys, "rotate", source, target)[0] == 0
+    status, out, _ = run(capsys, "verify", source, target)
+    assert (status, "4 random ones of 32 tokens" in out) == (0, True)
+    status, _, err = run(capsys, "verify", source, target, "--prompts", "w1 " * 33)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "32 positions can't read prompts with token" in err
 
 
 def test_someone_else_takes_the_folder_meanwhile(checkpoints, tmp_path, monkeypatch, capsys):

@@ -1,19 +1,32 @@
 """The command line: ``fastrot plan``, ``rotate``, ``verify``, ``architectures`` and ``demo``.
 
-Exit status: 0 done, 1 a checkpoint failed verification, 2 refused, 130 interrupted.
+Exit status: 0 done, 1 a checkpoint failed verification, 2 refused, 129 hung up, 130 interrupted,
+143 terminated.
 """
 
-import os
+import signal
 import sys
 import textwrap
+import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 from fastrot.cli.arguments import parser
+from fastrot.cli.output import discard, escape
 
 LONGEST_MESSAGE = 800
 EXPECTED = (ValueError, TypeError, OSError, KeyError, RuntimeError, ImportError, MemoryError)
+TERMINATIONS = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+
+
+class Terminated(BaseException):
+    """A signal asks the process to end; it cleans up, as after Ctrl-C."""
+
+    def __init__(self, number: int):
+        self.status = 128 + number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,17 +39,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status.
     """
     debug = "--debug" in (sys.argv[1:] if argv is None else argv)
+    escape()
     try:
-        args = parser().parse_args(argv)
-        with _quiet():
-            status: int = args.command(args)
-        sys.stdout.flush()
+        with _terminable():
+            args = parser().parse_args(argv)
+            with _quiet():
+                status: int = args.command(args)
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except KeyboardInterrupt:
         print("fastrot: interrupted", file=sys.stderr)
         return 130
+    except Terminated as error:
+        print("fastrot: terminated", file=sys.stderr)
+        return error.status
     except BrokenPipeError:
-        # Whoever reads the output, such as head, has seen enough; Python must not flush at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Whoever reads the output, such as head, has seen enough.
+        discard()
         return 0
     except EXPECTED as error:
         if debug:
@@ -44,6 +63,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fastrot: error: {_one_line(error)}", file=sys.stderr)
         return 2
     return status
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let a signal that would end the process at once raise instead, unless someone handles it."""
+
+    def terminate(number: int, frame: FrameType | None) -> NoReturn:
+        for other in ours:
+            signal.signal(other, signal.SIG_IGN)
+        raise Terminated(number)
+
+    ours = []
+    if threading.current_thread() is threading.main_thread():
+        ours = [number for number in TERMINATIONS if signal.getsignal(number) == signal.SIG_DFL]
+    for number in ours:
+        signal.signal(number, terminate)
+    try:
+        yield
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _one_line(error: Exception) -> str:
@@ -55,7 +95,7 @@ def _one_line(error: Exception) -> str:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Only errors from transformers, and no progress bars where nobody watches."""
+    """Only errors from torch and transformers, and no progress bars where nobody watches."""
     from transformers.utils import logging
 
     settings: Any = logging
@@ -64,7 +104,9 @@ def _quiet() -> Iterator[None]:
     if not sys.stderr.isatty():
         settings.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="torch|transformers")
+            yield
     finally:
         settings.set_verbosity(verbosity)
         if bars:

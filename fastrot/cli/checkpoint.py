@@ -1,30 +1,81 @@
-"""Checkpoints on disk: read as a whole or not at all, written as a whole or not at all."""
+"""Checkpoints on disk, read as a whole or not at all; whatever they hold, an error names it."""
 
-import os
-import shutil
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-COMPANIONS = (
-    "*.jinja",
-    "*.model",
-    "*.tiktoken",
-    "*processor_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "added_tokens.json",
-    "additional_chat_templates",
-    "chat_template*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "tokenizer*",
-    "vocab*",
-)
-"""What belongs to a checkpoint besides weights and configurations; those are written anew."""
+from fastrot.errors import RotationError
 
 TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+MOST = {"layer": 2**10, "depth": 2**10, "num_labels": 2**20}
+"""What no model comes near, and would take long to build even without weights."""
+
+
+def configuration(folder: Path) -> Any:
+    """The configuration of a checkpoint.
+
+    Raises:
+        FileNotFoundError: there is no config.json.
+        RotationError: it is none of a model that transformers has.
+    """
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{folder} is not the folder of a transformers model: no config.json"
+        )
+    data = _json(file)
+    model_type = data.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        way = "a newer one may know it"
+        if "auto_map" in data:
+            way = (
+                "its own code (auto_map) is not run on the command line: load it in Python with "
+                "trust_remote_code=True, then call fastrot.apply"
+            )
+        raise RotationError(
+            f"{file}: transformers {transformers.__version__} has no model_type {model_type!r}; "
+            f"{way}"
+        )
+    _check_counts(file, data)
+    with _naming(f"{file} can't be read"):
+        return transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise RotationError(f"{file} is not a valid JSON file: {error}") from error
+    if not isinstance(data, dict):
+        raise RotationError(f"{file} holds a {type(data).__name__}, not an object of settings")
+    return data
+
+
+def _check_counts(file: Path, settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            _check_counts(file, value)
+        for part, most in MOST.items():
+            if part in name and isinstance(value, int) and value > most:
+                raise RotationError(f"{file}: {name}={value} is beyond any model ({most})")
+
+
+@contextmanager
+def _naming(problem: str) -> Iterator[None]:
+    """Whatever transformers and safetensors raise at wrong files, as an error that names them."""
+    try:
+        yield
+    except (RotationError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        raise RotationError(f"{problem}: {type(error).__name__}: {error}") from error
 
 
 def outline(folder: Path) -> Any:
@@ -32,21 +83,13 @@ def outline(folder: Path) -> Any:
 
     Raises:
         FileNotFoundError: there is no config.json.
+        RotationError: it describes no model.
     """
     import torch
-    from transformers import AutoConfig
 
-    _check_folder(folder)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    with torch.device("meta"):
+    config = configuration(folder)
+    with _naming(f"{folder}/config.json can't be read"), torch.device("meta"):
         return _auto_class(config).from_config(config)
-
-
-def _check_folder(folder: Path) -> None:
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} is not the folder of a transformers model: no config.json"
-        )
 
 
 def _auto_class(config: Any) -> Any:
@@ -55,6 +98,43 @@ def _auto_class(config: Any) -> Any:
     from fastrot.mapping import SHELLS
 
     return AutoModelForImageTextToText if config.model_type in SHELLS else AutoModelForCausalLM
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers reads the weights of a checkpoint from.
+
+    Raises:
+        RotationError: an index that is damaged, or that points out of the folder.
+    """
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return [folder / name]
+        if index.is_file():
+            return [folder / part for part in _parts(index)]
+    return []
+
+
+def _parts(index: Path) -> list[str]:
+    places = _json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(p, str) for p in places.values()):
+        raise RotationError(f"{index} has no weight_map from names of weights to names of files")
+    for weight, part in places.items():
+        if Path(part).is_absolute() or ".." in Path(part).parts:
+            raise RotationError(
+                f"{index}: weight_map says that {weight} lies in {part!r}, outside of the folder"
+            )
+    return sorted(set(places.values()))
+
+
+def size(folder: Path, dtype: str = "auto") -> int:
+    """Bytes that the weights of a checkpoint take, or would take in another dtype."""
+    import torch
+
+    if dtype == "auto":
+        return sum(file.stat().st_size for file in weight_files(folder))
+    numbers = sum(weight.numel() for weight in outline(folder).parameters())
+    return numbers * int(getattr(torch, dtype).itemsize)
 
 
 def load(folder: Path, dtype: str = "auto") -> Any:
@@ -66,23 +146,25 @@ def load(folder: Path, dtype: str = "auto") -> Any:
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: its weights are not exactly those of the model.
+        RotationError: it is damaged, or its weights are not exactly those of the model.
     """
-    from safetensors import SafetensorError
-    from transformers import AutoConfig
-
-    _check_folder(folder)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    try:
-        loaded: Any = _auto_class(config).from_pretrained(
+    shapes = outline(folder)
+    described, stored = sum(weight.numel() for weight in shapes.parameters()), size(folder)
+    # Otherwise transformers would make up what is missing, however large.
+    if stored and described > 8 * stored:
+        raise RotationError(
+            f"{folder} lacks weights: config.json describes {described:,} numbers, and all weights "
+            f"together have {stored:,} bytes"
+        )
+    with _naming(f"{folder} can't be read"):
+        loaded: Any = _auto_class(shapes.config).from_pretrained(
             folder,
             dtype=dtype,
             local_files_only=True,
+            trust_remote_code=False,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except SafetensorError as error:
-        raise ValueError(f"the weights in {folder} can't be read: {error}") from error
     model, info = loaded
     # transformers invents what does not fit, drops what it does not know, and only warns of it.
     problems = {
@@ -93,51 +175,21 @@ def load(folder: Path, dtype: str = "auto") -> Any:
     for problem, keys in problems.items():
         if keys:
             some = ", ".join(sorted(keys)[:3]) + (", …" if len(keys) > 3 else "")
-            raise ValueError(
+            raise RotationError(
                 f"{folder} {problem} weights for a {type(model).__name__}: {some} ({len(keys)})"
             )
     return model.eval()
 
 
-def check_target(source: Path, target: Path) -> None:
-    """Refuse a folder that a checkpoint can't be written to without a loss.
+def save(model: Any, folder: Path) -> None:
+    """Write a model.
 
     Raises:
-        ValueError: it is the source.
-        OSError: it is taken, or where it should lie is no folder.
+        OSError: the disk is full, or fails.
+        RotationError: transformers does not write a model with such settings.
     """
-    if target == source:
-        raise ValueError(f"DST is SRC ({source}); give the rotated model a folder of its own")
-    if target.exists() and not target.is_dir():
-        raise FileExistsError(f"{target} is a file")
-    if target.exists() and any(target.iterdir()):
-        raise FileExistsError(f"{target} is not empty, and nothing is overwritten")
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"{target.parent}, where {target.name} should lie, is not a folder")
-
-
-@contextmanager
-def staged(target: Path) -> Iterator[Path]:
-    """A new folder beside ``target`` that takes its name if all goes well, and goes if not."""
-    folder = target.with_name(f".{target.name}.{os.getpid()}")
-    folder.mkdir()
-    try:
-        yield folder
-        if target.exists():
-            target.rmdir()
-        folder.rename(target)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def copy_companions(source: Path, folder: Path) -> None:
-    """Copy tokenizer, processor, chat templates and licence, if there are any."""
-    for path in {path for pattern in COMPANIONS for path in source.glob(pattern)}:
-        if path.is_dir():
-            shutil.copytree(path, folder / path.name)
-        elif not (folder / path.name).exists():
-            shutil.copyfile(path, folder / path.name)
+    with _naming("the weights can't be written"):
+        model.save_pretrained(folder)
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -145,9 +197,11 @@ def load_tokenizer(folder: Path) -> Any:
 
     Raises:
         FileNotFoundError: there is none.
+        RotationError: it is damaged.
     """
     from transformers import AutoTokenizer
 
     if not any(path for pattern in TOKENIZERS for path in folder.glob(pattern)):
         raise FileNotFoundError(f"{folder} has no tokenizer to read the given prompts with")
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    with _naming(f"{folder} can't be read"):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

@@ -6,7 +6,9 @@ from argparse import Namespace
 from typing import Any
 
 import fastrot
-from fastrot.cli.checkpoint import check_target, copy_companions, load, outline, staged
+from fastrot.cli.checkpoint import load, outline, save, size
+from fastrot.cli.output import announce
+from fastrot.cli.staging import check_target, copy_companions, staged
 
 
 def plan(args: Namespace) -> int:
@@ -28,15 +30,14 @@ def plan(args: Namespace) -> int:
 def rotate(args: Namespace) -> int:
     """Write a rotated copy of a checkpoint; the folder appears when it is complete, or never."""
     source, target = args.source.resolve(), args.target.resolve()
-    check_target(source, target)
-    model = load(source, args.dtype)
-    # After an error this model is thrown away: nothing needs to be taken back.
-    handle = fastrot.apply(model, **_rotation(args), undo="none", progress=sys.stderr.isatty())
+    check_target(source, target, size(source, args.dtype))
     with staged(target) as folder:
-        model.save_pretrained(folder)
         copy_companions(source, folder)
-    print(str(handle).splitlines()[0])
-    print(f"written to {args.target}")
+        model = load(source, args.dtype)
+        # After an error this model is thrown away: nothing needs to be taken back.
+        handle = fastrot.apply(model, **_rotation(args), undo="none", progress=sys.stderr.isatty())
+        save(model, folder)
+    announce(f"{str(handle).splitlines()[0]}\nwritten to {args.target}")
     return 0
 
 

@@ -7,6 +7,7 @@ such a rounding is put on the original's weights. Twice what it does is allowed.
 """
 
 import gc
+import math
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrot.cli.checkpoint import load, load_tokenizer
+from fastrot.errors import RotationError
 
 EXACT = {"float32": 1e-5, "float64": 1e-6}
 """The relative error of the logits that arithmetic alone may make."""
@@ -32,7 +34,8 @@ def verify(args: Namespace) -> int:
     rotated = load(args.target)
     vocabulary = _vocabulary(rotated)
     generator = torch.Generator().manual_seed(args.seed)
-    prompts = [torch.randint(vocabulary, RANDOM_PROMPTS, generator=generator), *given]
+    count, length = RANDOM_PROMPTS[0], min(RANDOM_PROMPTS[1], _positions(rotated))
+    prompts = [torch.randint(vocabulary, (count, length), generator=generator), *given]
     stored = max(torch.finfo(weight.dtype).eps for weight in rotated.parameters())
     got = _logits(rotated.to(dtype), prompts)
     # One model at a time, as it may be large.
@@ -49,13 +52,17 @@ def verify(args: Namespace) -> int:
         add_rounding_noise(model, stored)
         noise = relative_error(_logits(model, prompts), expected)
         tolerance = max(EXACT[args.precision], 2 * noise)
-    return _judge(got, expected, tolerance, len(given), args.precision)
+    made = f"{count} random ones of {length} tokens, {len(given)} given"
+    return _judge(got, expected, tolerance, made, args.precision)
 
 
 def relative_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Norm of the difference over the norm of ``expected``; all tensors together."""
     difference = _norm([a - b for a, b in zip(got, expected, strict=True)])
-    return difference / _norm(expected)
+    norm = _norm(expected)
+    if not norm:
+        return math.inf if difference else 0.0
+    return difference / norm
 
 
 @torch.no_grad()
@@ -93,9 +100,22 @@ def _vocabulary(model: Any) -> int:
     return int(model.config.get_text_config().vocab_size)
 
 
+def _positions(model: Any) -> int:
+    """How many tokens a prompt may have, for all that the configuration says."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return most if isinstance(most, int) and most > 0 else RANDOM_PROMPTS[1]
+
+
 @torch.no_grad()
 def _logits(model: Any, prompts: Sequence[Tensor]) -> list[Tensor]:
-    return [model(ids, use_cache=False).logits for ids in prompts]
+    try:
+        return [model(ids, use_cache=False).logits for ids in prompts]
+    except IndexError as error:
+        longest, largest = max(ids.shape[-1] for ids in prompts), max(int(i.max()) for i in prompts)
+        raise RotationError(
+            f"a {type(model).__name__} of {_vocabulary(model)} tokens and {_positions(model)} "
+            f"positions can't read prompts with token {largest} and of length {longest} ({error})"
+        ) from error
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
@@ -103,7 +123,7 @@ def _norm(tensors: Sequence[Tensor]) -> float:
 
 
 def _judge(
-    got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float, given: int, precision: str
+    got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float, made: str, precision: str
 ) -> int:
     pairs = list(zip(got, expected, strict=True))
     error = relative_error(got, expected)
@@ -111,8 +131,7 @@ def _judge(
     same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in pairs)
     positions = sum(logits.shape[:2].numel() for logits in expected)
     verified = error <= tolerance
-    count, length = RANDOM_PROMPTS
-    print(f"prompts            {count} random ones of {length} tokens, {given} given")
+    print(f"prompts            {made}")
     print(f"max logit error    {largest:.2e} in {precision}")
     print(f"relative error     {error:.2e}, tolerance {tolerance:.2e}")
     print(f"greedy next token  the same at {same} of {positions} positions")
