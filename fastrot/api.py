@@ -50,7 +50,7 @@ from fastrot.transform_config import (
 from fastrot.values import PrecisionWarning, check_values, notes
 
 
-class UnsupportedRotationError(ValueError):
+class UnsupportedRotationError(RotationError):
     """A rotation that this architecture does not allow."""
 
 
@@ -102,7 +102,7 @@ def plan(
     dtype = parse_precision(torch.float64 if precision is None else precision)
     result = resolve(model, config, norms, _parse_seed(seed), mapping, dtype)
     if result.sites and getattr(model, "use_kernels", False):
-        raise ValueError(
+        raise RotationError(
             "the model uses kernels from the hub, which replace whole modules and pass by the "
             "rotations inside; call model.set_use_kernels(False) first"
         )
@@ -113,7 +113,7 @@ def plan(
             check_loaded(site.module, module)
         check_site(site, module)
     if not result.edits and not result.sites:
-        raise ValueError(
+        raise RotationError(
             f"transform_config describes no transform: {', '.join(config.config_groups)} names no "
             "place in 'apply'"
         )
@@ -242,12 +242,12 @@ def _parse_rotations(rotations: str | Sequence[str]) -> tuple[str, ...]:
         if upper not in ROTATIONS:
             near = get_close_matches(str(name).upper(), ROTATIONS, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"rotation {name!r} is not one of {', '.join(ROTATIONS)}{hint}")
+            raise RotationError(f"rotation {name!r} is not one of {', '.join(ROTATIONS)}{hint}")
         if upper in wanted:
-            raise ValueError(f"rotation {upper} is named twice in {names}")
+            raise RotationError(f"rotation {upper} is named twice in {names}")
         wanted.append(upper)
     if not wanted:
-        raise ValueError(f"rotations is empty; name some of {', '.join(ROTATIONS)}")
+        raise RotationError(f"rotations is empty; name some of {', '.join(ROTATIONS)}")
     return tuple(name for name in ROTATIONS if name in wanted)
 
 
@@ -356,11 +356,11 @@ def _block_sizes(
     if isinstance(block_size, MappingABC):
         given = {str(name).upper(): size for name, size in block_size.items()}
         if len(given) < len(block_size):
-            raise ValueError(f"block_size names a rotation twice: {', '.join(block_size)}")
+            raise RotationError(f"block_size names a rotation twice: {', '.join(block_size)}")
     else:
         given = {name: block_size for name in ("R1", "R4") if block_size is not None}
         if given and not set(given).intersection(wanted):
-            raise ValueError(
+            raise RotationError(
                 f"block_size={block_size} is that of R1 and R4, which are not among "
                 f"{', '.join(wanted)}; give R2 or R3 their own with a dict"
             )
@@ -368,14 +368,14 @@ def _block_sizes(
     for name, size in given.items():
         if name not in wanted:
             known = ROTATIONS if name not in ROTATIONS else wanted
-            raise ValueError(f"block_size names {name!r}, not one of {', '.join(known)}")
+            raise RotationError(f"block_size names {name!r}, not one of {', '.join(known)}")
         if not isinstance(size, int) or isinstance(size, bool):
             raise TypeError(f"block_size of {name} must be an int, got {size!r}")
         if size < 1:
-            raise ValueError(f"block_size of {name} must be positive, got {size}")
+            raise RotationError(f"block_size of {name} must be positive, got {size}")
         head_dim = sizes[name]
         if head_dim is not None and head_dim % size:
-            raise ValueError(f"block_size={size} of {name} does not divide head_dim {head_dim}")
+            raise RotationError(f"block_size={size} of {name} does not divide head_dim {head_dim}")
         sizes[name] = size
     return sizes
 

@@ -5,13 +5,14 @@ from collections.abc import Iterable, Sequence
 from torch import Tensor, nn
 
 from fastrot.edits import OnlineSite, Rotate, WeightEdit
+from fastrot.errors import RotationError
 from fastrot.index import Index, find_modules
 from fastrot.mapping import Mapping, NormMapping
 from fastrot.patterns import NoMatchError, matches, no_match_message
 from fastrot.sites import find_sites
 
 
-class UncoveredParameterError(ValueError):
+class UncoveredParameterError(RotationError):
     """Parameters of which the mapping does not say what they do with the residual stream."""
 
 
@@ -97,7 +98,7 @@ def check_one_stream(edits: Iterable[WeightEdit], sites: Iterable[OnlineSite]) -
             sizes.setdefault(site.rotation.size, site.module)
     if len(sizes) > 1:
         (a, first), (b, second), *_ = sizes.items()
-        raise ValueError(
+        raise RotationError(
             f"R1 must act on one residual stream, but {first} has size {a} and {second} {b} there"
         )
 

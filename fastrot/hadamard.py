@@ -13,6 +13,8 @@ from math import isqrt, prod
 import numpy as np
 import numpy.typing as npt
 
+from fastrot.errors import RotationError
+
 Signs = npt.NDArray[np.int8]
 
 MAX_BASE = 4096
@@ -37,7 +39,7 @@ WILLIAMSON = {
 }
 
 
-class HadamardSizeError(ValueError):
+class HadamardSizeError(RotationError):
     """fastrot knows no Hadamard matrix of this order."""
 
 

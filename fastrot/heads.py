@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fastrot.edits import Part
+from fastrot.errors import RotationError
 from fastrot.index import Index, find_modules
 from fastrot.mapping import Mapping
 from fastrot.sites import Site, find_sites
@@ -39,14 +40,14 @@ def head_dim_of(model: PreTrainedModel, mapping: Mapping) -> int:
     """Size of one value head: the mapping's, the module's or the configuration's.
 
     Raises:
-        ValueError: none of them has it, or layers differ.
+        RotationError: none of them has it, or layers differ.
     """
     if mapping.attn_head_dim is not None:
         return mapping.attn_head_dim
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     found = {head_size(m, config) for m in find_modules(model, mapping.attn).values()}
     if len(found) != 1 or not isinstance(size := found.pop(), int):
-        raise ValueError(
+        raise RotationError(
             f"the head size of {type(model).__name__} is not one number ({found}); "
             "set attn_head_dim in mappings"
         )
@@ -57,7 +58,7 @@ def value_part(model: nn.Module, site: Site, rows: Rows) -> Part:
     """Where the values lie among the outputs of a fused projection.
 
     Raises:
-        ValueError: the number of rows does not fit the heads.
+        RotationError: the number of rows does not fit the heads.
     """
     config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
     module = model.get_submodule(site.name.rpartition(".")[0])
@@ -66,17 +67,17 @@ def value_part(model: nn.Module, site: Site, rows: Rows) -> Part:
     if not isinstance(size, int) and isinstance(heads, int):
         size = int(config.hidden_size) // heads
     if not isinstance(heads, int) or not isinstance(size, int):
-        raise ValueError(f"R2: {site.name} has {length} rows of {heads} heads of size {size}")
+        raise RotationError(f"R2: {site.name} has {length} rows of {heads} heads of size {size}")
     if rows == "latent":
         # Keys need not have the size of values, so the rows need not be a multiple of it.
         if length % heads or length // heads <= size:
-            raise ValueError(f"R2: {site.name} has {length} rows, not {heads} heads of [k | v]")
+            raise RotationError(f"R2: {site.name} has {length} rows, not {heads} heads of [k | v]")
         return Part(heads, size)
     if length % size:
-        raise ValueError(f"R2: {site.name} has {length} rows, no multiple of head size {size}")
+        raise RotationError(f"R2: {site.name} has {length} rows, no multiple of head size {size}")
     twice = length // size - heads
     if twice < 2 or twice % 2 or heads % (twice // 2):
-        raise ValueError(
+        raise RotationError(
             f"R2: {site.name} has {length} rows, which are not {heads} query heads of size {size} "
             "and as many keys as values"
         )
@@ -95,18 +96,18 @@ def check_heads(model: PreTrainedModel, mapping: Mapping, head_dim: int) -> None
     for block, module in blocks.items():
         own = [names[block] for names in inside]
         if any(len(names) != 1 for names in own):
-            raise ValueError(
+            raise RotationError(
                 f"R2: {block} needs one attn_v and one attn_o in mappings, "
                 f"found {' and '.join(map(str, own))}"
             )
         actual = head_size(module, config)
         if actual not in (None, head_dim):
-            raise ValueError(
+            raise RotationError(
                 f"R2: {block} has heads of size {actual}, mappings says attn_head_dim={head_dim}"
             )
     if any(len(names) != len(blocks) for names in found):
         stray = [n for names in found for n in names if n.rpartition(".")[0] not in blocks]
-        raise ValueError(f"R2: {', '.join(stray[:4])} is in no attention block that attn names")
+        raise RotationError(f"R2: {', '.join(stray[:4])} is in no attention block that attn names")
 
 
 def _inside(blocks: Iterable[str], names: Iterable[str]) -> dict[str, list[str]]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastrot.errors import BusyModelError, HalfRotatedError
+from fastrot.errors import BusyModelError, HalfRotatedError, RotationError
 from fastrot.signals import held_signals
 
 Undo = Literal["none", "memory", "disk"]
@@ -35,7 +35,7 @@ class Journal:
         lost: called if the weights are rotated in part and can't be taken back.
 
     Raises:
-        ValueError: an unknown ``undo``.
+        RotationError: an unknown ``undo``.
         OSError, MemoryError: no room for the copies.
     """
 
@@ -46,7 +46,7 @@ class Journal:
         lost: Callable[[], object] = lambda: None,
     ):
         if undo not in get_args(Undo):
-            raise ValueError(f"undo={undo!r} is not one of {', '.join(get_args(Undo))}")
+            raise RotationError(f"undo={undo!r} is not one of {', '.join(get_args(Undo))}")
         self._undo: list[Callable[[], object]] = []
         self._kept = undo != "none" or not parameters
         self._lost = lost

@@ -6,8 +6,10 @@ from difflib import get_close_matches
 
 from torch import nn
 
+from fastrot.errors import RotationError
 
-class NoMatchError(ValueError):
+
+class NoMatchError(RotationError):
     """A pattern that names nothing in the model."""
 
 
@@ -15,13 +17,15 @@ def matches(name: str, pattern: str, thing: object = None) -> bool:
     """Whether a pattern names the module (or the parameter, without ``thing``) ``name``.
 
     Raises:
-        ValueError: the regular expression does not compile.
+        RotationError: the regular expression does not compile.
     """
     if pattern.startswith("re:"):
         try:
             return re.match(pattern.removeprefix("re:"), name) is not None
         except re.error as error:
-            raise ValueError(f"pattern {pattern!r} is not a regular expression: {error}") from None
+            raise RotationError(
+                f"pattern {pattern!r} is not a regular expression: {error}"
+            ) from None
     if name == pattern:
         return True
     classes = type(thing).__mro__[:-2] if isinstance(thing, nn.Module) else ()

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from fastrot.edits import OnlineSite, Plan
-from fastrot.errors import HalfRotatedError
+from fastrot.errors import HalfRotatedError, RotationError
 from fastrot.journal import Journal
 from fastrot.resolve import resolve_online
 from fastrot.transform_config import TransformConfig, parse_transform_config
@@ -37,7 +37,7 @@ def applications(config: Any) -> list[tuple[int, TransformConfig]]:
             "weights"
         )
     if record.get("format") != FORMAT:
-        raise ValueError(
+        raise RotationError(
             f"the model was rotated by a fastrot that writes format {record.get('format')}; this "
             f"one reads format {FORMAT}, install a newer fastrot"
         )

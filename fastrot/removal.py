@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from fastrot.damage import mark_damaged
 from fastrot.edits import Plan, Rotate, WeightEdit
+from fastrot.errors import RotationError
 from fastrot.fuse import Fusion
 from fastrot.integrations.transformers import unmark
 from fastrot.journal import Journal, Undo, exclusive
@@ -35,7 +36,7 @@ def remove(
         undo: copies of the weights, as for :func:`fastrot.apply`.
 
     Raises:
-        ValueError: a group that is not online on this model, R1, one whose rotation is not
+        RotationError: a group that is not online on this model, R1, one whose rotation is not
             the recorded one, or whose weights were rotated on the same side again by another one,
             so that it can't be undone alone. The model is untouched then; after other errors as
             for :func:`fastrot.apply`.
@@ -56,7 +57,7 @@ def _remove(model: PreTrainedModel, groups: str | Iterable[str] | None, undo: Un
     removable = [name for name in online if name != "R1"]
     wanted = removable if given is None else [by_case.get(name.upper(), name) for name in given]
     if "R1" in online and "R1" in wanted:
-        raise ValueError(
+        raise RotationError(
             "R1 is fused into the weights and folded with the norms; its online part can't leave "
             "alone. Start from the original weights"
         )
@@ -64,7 +65,7 @@ def _remove(model: PreTrainedModel, groups: str | Iterable[str] | None, undo: Un
     if missing or not wanted:
         what = f"{' and '.join(missing)} is not" if missing else "no rotation is"
         there = ", ".join(removable) or "none"
-        raise ValueError(f"{what} online on this {type(model).__name__} (online: {there})")
+        raise RotationError(f"{what} online on this {type(model).__name__} (online: {there})")
     _check_commutes(plans, wanted)
     for name, plan in plans:
         if name in wanted:
@@ -87,12 +88,12 @@ def _check_installed(model: PreTrainedModel, plan: Plan) -> None:
         module = getattr(model.get_submodule(site.module), f"fastrot_{site.location}", None)
         expected = site.rotation.operand
         if module is None or module.rotation != site.rotation:
-            raise ValueError(
+            raise RotationError(
                 f"the record names {site.group} on the {site.location} of {site.module}, but it is "
                 "not installed there; load the checkpoint with from_pretrained"
             )
         if expected is not None and not torch.equal(module.value.to(expected.device), expected):
-            raise ValueError(
+            raise RotationError(
                 f"{site.group} of {site.module} is another rotation than its recorded seed makes; "
                 "it can't be taken out of the weights"
             )
@@ -117,7 +118,7 @@ def _check_commutes(plans: list[tuple[str, Plan]], wanted: list[str]) -> None:
                     continue
                 other = sides.setdefault((edit.parameter, step.dim), name)
                 if other != name and (other in wanted) != (name in wanted):
-                    raise ValueError(
+                    raise RotationError(
                         f"{other} and {name} both rotated dimension {step.dim} of "
                         f"{edit.parameter}; neither can be taken off alone"
                     )

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastrot.errors import RotationError
 from fastrot.hadamard import factors, hadamard_matrix
 from fastrot.kernels import hadamard_transform
 
@@ -39,7 +40,7 @@ class Rotation:
         fixes_ones: map the all-ones vector to itself.
 
     Raises:
-        ValueError: an unknown kind, a block size that does not divide, or an order for which no
+        RotationError: an unknown kind, a block size that does not divide, or an order for which no
             Hadamard matrix is known (:class:`fastrot.hadamard.HadamardSizeError`).
     """
 
@@ -52,11 +53,11 @@ class Rotation:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"rotation kind {self.kind!r} is not one of {', '.join(KINDS)}")
+            raise RotationError(f"rotation kind {self.kind!r} is not one of {', '.join(KINDS)}")
         if self.size < 1:
-            raise ValueError(f"rotation size {self.size} is not positive")
+            raise RotationError(f"rotation size {self.size} is not positive")
         if self.block < 1 or self.size % self.block:
-            raise ValueError(f"block_size={self.block_size} does not divide {self.size}")
+            raise RotationError(f"block_size={self.block_size} does not divide {self.size}")
         if self.kind != "random-matrix":
             factors(self.block)
 
@@ -126,10 +127,10 @@ class Rotation:
             A new tensor like ``x``.
 
         Raises:
-            ValueError: the dimension has another size.
+            RotationError: the dimension has another size.
         """
         if x.shape[dim] != self.size:
-            raise ValueError(
+            raise RotationError(
                 f"rotation of size {self.size} cannot act on dimension {dim} of {tuple(x.shape)}"
             )
         if operand is None and self.operand is not None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fastrot.errors import RotationError
 from fastrot.index import Index, find_holders
 
 
@@ -72,7 +73,7 @@ def find_sites(
 
     Raises:
         NoMatchError: one of the patterns names nothing.
-        ValueError: a module that holds no weight of a known form.
+        RotationError: a module that holds no weight of a known form.
     """
     index = Index.of(model)
     found = find_holders(index, patterns, ignore, missing_ok=missing_ok)
@@ -87,25 +88,25 @@ def find_sites(
 def _of_module(group: str, name: str, module: nn.Module) -> Site:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter) and isinstance(module, (nn.Linear, nn.Embedding)):
-        raise ValueError(
+        raise RotationError(
             f"{group}: {name} has a 'weight' that is no parameter (quantized or parametrized?); "
             "rotate the plain model first"
         )
     if not isinstance(weight, nn.Parameter) or weight.dim() != 2:
-        raise ValueError(
+        raise RotationError(
             f"{group}: {name} is a {type(module).__name__}; fused rotations act on nn.Linear, "
             "nn.Embedding, Conv1D, routers and bare parameters"
         )
     bias = getattr(module, "bias", None)
     if bias is not None and module._parameters.get("bias") is None:
-        raise ValueError(
+        raise RotationError(
             f"{group}: {name} has a 'bias' that is no parameter (quantized or parametrized?); "
             "rotate the plain model first"
         )
     # A router may own more than its matrix; each further parameter needs a role of its own.
     further = [n for n, _ in module.named_parameters() if n not in ("weight", "bias")]
     if further and isinstance(module, (nn.Linear, nn.Embedding, Conv1D)):
-        raise ValueError(
+        raise RotationError(
             f"{group}: {name} ({type(module).__name__}) has further parameters, "
             f"{', '.join(further)}, which are not rotated (an adapter?); merge them first"
         )
@@ -139,7 +140,7 @@ def _of_parameter(index: Index, name: str, weight: nn.Parameter, transposed: boo
     elif weight.dim() == 3:
         into, out = (1, 2) if _is_transposed(name, module) else (2, 1)
     else:
-        raise ValueError(f"{name} has {weight.dim()} dimensions; a bare weight has one to three")
+        raise RotationError(f"{name} has {weight.dim()} dimensions; a bare weight has one to three")
     return Site(name, module, name, tuple(weight.shape), out, into, bias)
 
 
@@ -154,7 +155,7 @@ def _is_transposed(name: str, experts: nn.Module) -> bool:
             return True
         if up.shape[2] == down.shape[1] and up.shape[1] == 2 * down.shape[2]:
             return False
-    raise ValueError(
+    raise RotationError(
         f"{name}: can't tell whether these experts are (out, in) or (in, out); give "
         f"{type(experts).__name__} an attribute is_transposed"
     )

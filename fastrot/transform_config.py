@@ -28,6 +28,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from fastrot.checks import check_flag
+from fastrot.errors import RotationError
 from fastrot.mapping import Mapping, NormMapping, as_patterns
 from fastrot.rotation import KINDS
 
@@ -65,9 +66,9 @@ class TransformArgs:
         location = getattr(self.location, "value", self.location)
         object.__setattr__(self, "location", location)
         if location not in LOCATIONS:
-            raise ValueError(f"location {location!r} is not one of {', '.join(LOCATIONS)}")
+            raise RotationError(f"location {location!r} is not one of {', '.join(LOCATIONS)}")
         if self.rows not in get_args(Rows):
-            raise ValueError(f"rows {self.rows!r} is not one of {', '.join(get_args(Rows))}")
+            raise RotationError(f"rows {self.rows!r} is not one of {', '.join(get_args(Rows))}")
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,9 @@ class TransformScheme:
 
     def __post_init__(self) -> None:
         if self.type not in KINDS:
-            raise ValueError(f"transform type {self.type!r} is not one of {', '.join(KINDS)}")
+            raise RotationError(f"transform type {self.type!r} is not one of {', '.join(KINDS)}")
         if self.requires_grad:
-            raise ValueError(
+            raise RotationError(
                 "requires_grad=True: fastrot does not learn rotations; set it to False"
             )
         object.__setattr__(self, "precision", parse_precision(self.precision))
@@ -138,13 +139,13 @@ def parse_precision(value: torch.dtype | str) -> torch.dtype:
     """float64 or float32, from a dtype or its name.
 
     Raises:
-        ValueError: anything else: rotating in 16 bits would round after every step.
+        RotationError: anything else: rotating in 16 bits would round after every step.
     """
     parsed = (
         getattr(torch, value.removeprefix("torch."), value) if isinstance(value, str) else value
     )
     if parsed not in PRECISIONS:
-        raise ValueError(f"precision={value} is not torch.float64 or torch.float32")
+        raise RotationError(f"precision={value} is not torch.float64 or torch.float32")
     return parsed
 
 
@@ -152,7 +153,7 @@ def parse_transform_config(value: Any) -> TransformConfig:
     """A configuration from itself, a dict, or compressed-tensors' pydantic object.
 
     Raises:
-        ValueError: unknown or missing fields, unknown types or locations.
+        RotationError: unknown or missing fields, unknown types or locations.
         TypeError: something that is no configuration at all.
     """
     if isinstance(value, TransformConfig):
@@ -160,7 +161,7 @@ def parse_transform_config(value: Any) -> TransformConfig:
     data = _as_dict(value, "transform_config")
     groups = data.get("config_groups")
     if set(data) != {"config_groups"} or not isinstance(groups, MappingABC) or not groups:
-        raise ValueError(
+        raise RotationError(
             "transform_config needs exactly one field, 'config_groups', with at least one scheme; "
             f"got {', '.join(map(str, data)) or 'nothing'}"
         )
@@ -264,7 +265,7 @@ def _parse(cls: type[Any], value: Any, where: str) -> Any:
     missing = [n for n, f in known.items() if f.default is MISSING and n not in data]
     if unknown or missing:
         problem = f"unknown {', '.join(unknown)}" if unknown else f"missing {', '.join(missing)}"
-        raise ValueError(f"transform_config, {where}: {problem}; fields: {', '.join(known)}")
+        raise RotationError(f"transform_config, {where}: {problem}; fields: {', '.join(known)}")
     try:
         return cls(**data)
     except (TypeError, ValueError) as error:

@@ -19,6 +19,7 @@ SUBMODULE_IMPORTS = {
     "integrations.moe": {"ALL_EXPERTS_FUNCTIONS"},
     "masking_utils": {"ALL_MASK_ATTENTION_FUNCTIONS"},
     "modeling_utils": {"ALL_ATTENTION_FUNCTIONS"},
+    "models.auto.configuration_auto": {"CONFIG_MAPPING"},
     "models.auto.modeling_auto": {
         "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
         "MODEL_FOR_MASKED_LM_MAPPING_NAMES",

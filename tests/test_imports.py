@@ -7,7 +7,8 @@ import fastrot
 
 ROOT = Path(fastrot.__file__).parent
 ROOMS = (
-    ("errors", "hadamard", "signals", "version"),
+    ("errors", "signals", "version"),
+    ("hadamard",),
     ("journal", "memory"),
     ("kernels",),
     ("rotation",),

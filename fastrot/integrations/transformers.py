@@ -17,6 +17,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from fastrot.errors import RotationError
 from fastrot.journal import Journal
 from fastrot.online import (
     IMPLEMENTATIONS,
@@ -59,7 +60,7 @@ class FastrotQuantizer(HfQuantizer):
         mark(model.config)
         for _, location, rotation in installed(model):
             if not rotation.is_orthogonal():
-                raise ValueError(
+                raise RotationError(
                     f"the checkpoint lacks the operand of a {rotation.rotation} at an {location} "
                     f"({rotation.group}), or it is damaged; save the model again"
                 )

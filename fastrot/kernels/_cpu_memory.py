@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
+from fastrot.errors import RotationError
+
 HUGE_BYTES = 1 << 22
 """Smaller results stay as the allocator made them (NumPy draws the same line)."""
 
@@ -38,7 +40,7 @@ def prepare_output(x: Tensor, out: Tensor) -> None:
         out: a matrix or contiguous; ``x`` itself if in place.
 
     Raises:
-        ValueError: ``out`` lies in memory that may be read but not written.
+        RotationError: ``out`` lies in memory that may be read but not written.
     """
     madvise = _madvise()
     if madvise is None:
@@ -48,7 +50,7 @@ def prepare_output(x: Tensor, out: Tensor) -> None:
         madvise(_page(first), last - _page(first), _HUGEPAGE)
     for page in (_page(first), _page(last)):
         if madvise(page, 1, _POPULATE_WRITE) and not madvise(page, 1, _POPULATE_READ):
-            raise ValueError(
+            raise RotationError(
                 f"cannot write into a tensor of shape {tuple(out.shape)}: it lies in read-only "
                 "memory, such as a file mapped for reading; rotate a copy, or map the file "
                 "copy-on-write"

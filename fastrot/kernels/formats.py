@@ -27,6 +27,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastrot.errors import RotationError
+
 SMALLEST_AMAX = 1e-30
 """Magnitudes below count as this in int8, fp8 and int4, so that no scale is zero."""
 
@@ -83,7 +85,7 @@ class Quantization:
             block the scale of row r, column c at ``16 · (r mod 32) + 4 · (r div 32) + c``.
 
     Raises:
-        ValueError: an unknown format, or an argument that the format does not take.
+        RotationError: an unknown format, or an argument that the format does not take.
     """
 
     format: str
@@ -93,24 +95,26 @@ class Quantization:
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
-            raise ValueError(f"format={self.format!r} is not one of {', '.join(FORMATS)}")
+            raise RotationError(f"format={self.format!r} is not one of {', '.join(FORMATS)}")
         fixed = FORMATS[self.format].group
         if fixed and self.group_size not in (None, fixed):
-            raise ValueError(
+            raise RotationError(
                 f"group_size={self.group_size}: {self.format} has groups of {fixed}; leave it out"
             )
         if self.group_size is not None and (self.group_size < 2 or self.group_size % 2):
-            raise ValueError(f"group_size={self.group_size} is not a positive even number")
+            raise RotationError(f"group_size={self.group_size} is not a positive even number")
         if self.global_scale is not None:
             if self.format != "nvfp4":
-                raise ValueError(f"global_scale is for nvfp4 only, not for {self.format}")
+                raise RotationError(f"global_scale is for nvfp4 only, not for {self.format}")
             if self.global_scale.numel() != 1 or self.global_scale.dtype != torch.float32:
-                raise ValueError(
+                raise RotationError(
                     "global_scale must be a float32 tensor with one element, got "
                     f"{self.global_scale.dtype} of shape {tuple(self.global_scale.shape)}"
                 )
         if self.blocked_scales and not fixed:
-            raise ValueError(f"blocked_scales is for mxfp4 and nvfp4 only, not for {self.format}")
+            raise RotationError(
+                f"blocked_scales is for mxfp4 and nvfp4 only, not for {self.format}"
+            )
 
     @property
     def group(self) -> int | None:
@@ -121,12 +125,12 @@ class Quantization:
         """Refuse a token length that the format cannot cut.
 
         Raises:
-            ValueError: ``n`` is not a multiple of the group, or odd where two codes share a byte.
+            RotationError: ``n`` is no multiple of the group, or odd where two codes share one byte.
         """
         unit = self.group or FORMATS[self.format].per_byte
         if n % unit:
             what = f"groups of {unit}" if self.group else "pairs of codes"
-            raise ValueError(f"{n} elements do not divide into {what} for {self.format}")
+            raise RotationError(f"{n} elements do not divide into {what} for {self.format}")
 
     def empty(self, shape: tuple[int, ...], device: torch.device) -> Quantized:
         """Uninitialised memory for a tensor of this shape; scales of padding are zero."""

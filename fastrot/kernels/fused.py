@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastrot.errors import RotationError
 from fastrot.hadamard import factors
 from fastrot.kernels.formats import Quantization, Quantized, empty_result, round_result
 from fastrot.kernels.op import DTYPES, _backend, _check_impl
@@ -57,7 +58,7 @@ def hadamard_quantize(
         Codes and scales, see :class:`fastrot.kernels.formats.Quantized`.
 
     Raises:
-        ValueError: no Hadamard matrix of that size, a block or group that does not divide, an
+        RotationError: no Hadamard matrix of that size, a block or group that does not divide, an
             argument of the wrong shape, an unknown format or implementation.
         TypeError: ``x`` is not a tensor of one of the four dtypes.
     """
@@ -117,11 +118,11 @@ def glu_hadamard(
         ``(…, n)``, or codes and scales if ``quantize`` is given.
 
     Raises:
-        ValueError: as :func:`hadamard_quantize`, and for an unknown activation.
+        RotationError: as :func:`hadamard_quantize`, and for an unknown activation.
         TypeError: as :func:`hadamard_quantize`.
     """
     if activation not in _ACTIVATIONS:
-        raise ValueError(f"activation={activation!r} is not one of {', '.join(_ACTIVATIONS)}")
+        raise RotationError(f"activation={activation!r} is not one of {', '.join(_ACTIVATIONS)}")
     form = quantization(quantize)
     result = _call(gate, up, None, signs, form, activation, None, block_size, scale, impl)
     return result.codes if form is None else result
@@ -179,7 +180,7 @@ def rmsnorm_hadamard(
         ``(…, n)``, or codes and scales if ``quantize`` is given.
 
     Raises:
-        ValueError, TypeError: as :func:`hadamard_quantize`.
+        RotationError, TypeError: as :func:`hadamard_quantize`.
     """
     form = quantization(quantize)
     result = _call(x, None, weight, signs, form, None, eps, block_size, scale, impl)
@@ -241,19 +242,19 @@ def _check(
     factors(block)
     n = x.shape[-1]
     if n % block:
-        raise ValueError(f"block_size={block} does not divide the last of {tuple(x.shape)}")
+        raise RotationError(f"block_size={block} does not divide the last of {tuple(x.shape)}")
     if up is not None and (up.shape, up.dtype) != (x.shape, x.dtype):
-        raise ValueError(
+        raise RotationError(
             f"up is {up.dtype} of shape {tuple(up.shape)}, but gate {x.dtype} of {tuple(x.shape)}"
         )
     for name, value, size in (("gamma", gamma, n), ("signs", signs, block)):
         if value is not None and value.shape != (size,):
-            raise ValueError(f"{name} has shape {tuple(value.shape)}, expected ({size},)")
+            raise RotationError(f"{name} has shape {tuple(value.shape)}, expected ({size},)")
     world = None if quantize is None else quantize.global_scale
     named = {"up": up, "gamma": gamma, "signs": signs, "global_scale": world}
     for name, value in named.items():
         if value is not None and value.device != x.device:
-            raise ValueError(f"{name} is on {value.device}, but the data on {x.device}")
+            raise RotationError(f"{name} is on {value.device}, but the data on {x.device}")
     if quantize is not None:
         quantize.check(n)
     _check_impl(impl, x.device)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastrot.errors import RotationError
 from fastrot.hadamard import factors
 from fastrot.kernels.formats import Quantization, Quantized, empty_result, round_result
 from fastrot.kernels.fused import on_triton, quantization, transformed
@@ -67,7 +68,7 @@ def rope_hadamard(
         New contiguous tensors of the shapes of ``q``, ``k`` and ``v``, or their codes and scales.
 
     Raises:
-        ValueError: as :func:`fastrot.kernels.fused.hadamard_quantize`; values without a format.
+        RotationError: as :func:`fastrot.kernels.fused.hadamard_quantize`; values without a format.
         TypeError: ``q`` is not a tensor of one of the four dtypes.
 
     Source of the rotary embedding: Su et al., "RoFormer", 2021, section 3.2.2.
@@ -121,39 +122,41 @@ def _check(
     factors(block)
     leading, size = q.shape[:-2], q.shape[-1]
     if size % block:
-        raise ValueError(f"block_size={block} does not divide the head size {size}")
+        raise RotationError(f"block_size={block} does not divide the head size {size}")
     if v is not None and quantize is None:
-        raise ValueError("v would be returned as it is: give a format in quantize, or leave it out")
+        raise RotationError(
+            "v would be returned as it is: give a format in quantize, or leave it out"
+        )
     for name, x in (("k", k), ("v", v)):
         if x is not None and (x.dtype != q.dtype or x.dim() != q.dim() or x.shape[:-2] != leading):
-            raise ValueError(
+            raise RotationError(
                 f"{name} is {x.dtype} of shape {tuple(x.shape)}, but q {q.dtype} of "
                 f"{tuple(q.shape)}: dtype and leading dimensions must agree"
             )
     if k.shape[-1] != size:
-        raise ValueError(f"k has head size {k.shape[-1]}, but q {size}")
+        raise RotationError(f"k has head size {k.shape[-1]}, but q {size}")
     if cos.shape != sin.shape or not 0 < 2 * cos.shape[-1] <= size:
-        raise ValueError(
+        raise RotationError(
             f"cos and sin have shapes {tuple(cos.shape)} and {tuple(sin.shape)}: they must agree, "
             f"with one angle for each pair of at most {size} elements in the last dimension"
         )
     if positions is not None:
         if positions.shape != leading or positions.is_floating_point():
-            raise ValueError(
+            raise RotationError(
                 f"positions is {positions.dtype} of shape {tuple(positions.shape)}, expected "
                 f"integers of shape {tuple(leading)}"
             )
         if cos.dim() != 2:
-            raise ValueError(
+            raise RotationError(
                 f"with positions, cos and sin have a row for each, got shape {tuple(cos.shape)}"
             )
     if signs is not None and signs.shape != (block,):
-        raise ValueError(f"signs has shape {tuple(signs.shape)}, expected ({block},)")
+        raise RotationError(f"signs has shape {tuple(signs.shape)}, expected ({block},)")
     world = None if quantize is None else quantize.global_scale
     named = {"k": k, "v": v, "cos": cos, "sin": sin, "positions": positions, "signs": signs}
     for name, value in (named | {"global_scale": world}).items():
         if value is not None and value.device != q.device:
-            raise ValueError(f"{name} is on {value.device}, but q on {q.device}")
+            raise RotationError(f"{name} is on {value.device}, but q on {q.device}")
     if quantize is not None:
         for x in (k, v):
             if x is not None:

@@ -9,6 +9,8 @@ from collections.abc import Mapping as MappingABC
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, NamedTuple, get_args
 
+from fastrot.errors import RotationError
+
 Patterns = tuple[str, ...]
 ValueRows = Literal["all", "qkv", "grouped", "latent"]
 NormKind = Literal["rms", "layer"]
@@ -210,7 +212,7 @@ def _build(cls: type[Any], value: Any, argument: str) -> Any:
         value = found
     unknown = sorted(set(value) - set(names))
     if unknown:
-        raise ValueError(f"{argument}: unknown {', '.join(unknown)}; fields: {', '.join(names)}")
+        raise RotationError(f"{argument}: unknown {', '.join(unknown)}; fields: {', '.join(names)}")
     try:
         return cls(**value)
     except TypeError as error:

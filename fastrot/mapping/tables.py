@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from difflib import get_close_matches
 from typing import Any
 
+from fastrot.errors import RotationError
 from fastrot.mapping import dense, experts, hybrid, layernorm, vision
 from fastrot.mapping.roles import Architecture, Mapping, Patterns, Shell, Untouched
 
@@ -22,7 +23,7 @@ SHELLS: dict[str, Shell] = vision.SHELLS
 """``model_type`` of a multimodal configuration → what surrounds its language model."""
 
 
-class UnknownArchitectureError(ValueError):
+class UnknownArchitectureError(RotationError):
     """No row for this model."""
 
 

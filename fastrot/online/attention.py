@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, Cache, EncoderDecoderCache
 
+from fastrot.errors import RotationError
+
 IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
 """The attention implementations around which R3 can be put."""
 
@@ -29,19 +31,19 @@ def check_attention(name: str, module: Any) -> None:
     parameters = inspect.signature(type(module).forward).parameters.values()
     passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     if not passes_on or _interface(type(module)) is None:
-        raise ValueError(
+        raise RotationError(
             f"{name} ({type(module).__name__}) does not use transformers' attention interface, so "
             "R3 can't rotate its queries and keys after RoPE; leave R3 out"
         )
     implementation = str(module.config._attn_implementation)
     if implementation.removeprefix(PREFIX) not in IMPLEMENTATIONS:
-        raise ValueError(
+        raise RotationError(
             f"{name} uses attention implementation {implementation!r}; R3 works with eager, sdpa "
             "and flex_attention: call model.set_attn_implementation('sdpa') first, or load with "
             "attn_implementation='sdpa'"
         )
     if getattr(module.config, "output_attentions", False):
-        raise ValueError(
+        raise RotationError(
             f"{name} has output_attentions=True in its configuration, which transformers refuses "
             "to save beside the attention implementation that R3 needs; set "
             "config.output_attentions = False and pass output_attentions=True to the call"

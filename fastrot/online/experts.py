@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from fastrot.errors import RotationError
 from fastrot.online.rotation import OnlineRotation
 
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
@@ -49,14 +50,14 @@ def is_llama4(module: nn.Module) -> bool:
 def check_experts(name: str, module: nn.Module) -> None:
     """Refuse experts into which R4 can't be put."""
     if not (on_interface(module) or is_llama4(module)):
-        raise ValueError(
+        raise RotationError(
             f"R4: the experts of {name} ({type(module).__name__}) do not use transformers' experts "
             "interface, so nothing can act between their activation and their down projection; "
             "leave R4 out"
         )
     implementation = _implementation(module)
     if on_interface(module) and implementation not in IMPLEMENTATIONS:
-        raise ValueError(
+        raise RotationError(
             f"R4: {name} uses experts implementation {implementation!r}; R4 works with "
             f"{' and '.join(IMPLEMENTATIONS)}: call "
             f"model.set_experts_implementation({IMPLEMENTATIONS[0]!r}) first"

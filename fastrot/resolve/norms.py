@@ -8,6 +8,7 @@ from itertools import takewhile
 from fastrot.checks import check_norm
 from fastrot.coverage import some
 from fastrot.edits import NormReset, Rotate, Scale
+from fastrot.errors import RotationError
 from fastrot.index import Index, find_modules
 from fastrot.mapping import NormMapping
 from fastrot.resolve.places import layer_of
@@ -39,7 +40,7 @@ def fold_norms(
         for norm, module in found.items():
             own = fed[norm]
             if not own:
-                raise ValueError(f"norm {norm} feeds none of {', '.join(mapping.linears)}")
+                raise RotationError(f"norm {norm} feeds none of {', '.join(mapping.linears)}")
             if not rotated.intersection(own):
                 continue
             if loaded:
@@ -51,9 +52,9 @@ def fold_norms(
                 turns = steps.inputs.get(reader)
                 dim = turns[0].dim if turns else site.input
                 if dim is None:
-                    raise ValueError(f"{reader} is an embedding and can't read the norm {norm}")
+                    raise RotationError(f"{reader} is an embedding and can't read the norm {norm}")
                 if site.weight in steps.scales:
-                    raise ValueError(
+                    raise RotationError(
                         f"{reader} reads two norms, {steps.scales[site.weight][0].norm} and "
                         f"{norm}.weight; give it one in norm_mappings"
                     )
@@ -71,7 +72,7 @@ def _width(reader: Site) -> int:
 def _check_centred(name: str, turns: Sequence[Rotate]) -> None:
     for turn in turns:
         if not turn.rotation.fixes_ones:
-            raise ValueError(
+            raise RotationError(
                 f"{turn.group}: {name} reads a LayerNorm, which centres; only a rotation with "
                 "fixes_ones commutes with it"
             )
@@ -83,7 +84,7 @@ def _fold_bias(norm: str, offset: float, readers: Sequence[str], steps: Steps) -
         tuple(replace(turn, dim=0) for turn in steps.inputs.get(reader, ())) for reader in readers
     }
     if len(turns) != 1:
-        raise ValueError(
+        raise RotationError(
             f"{norm} has a bias, so all its readers must be rotated alike: {some(readers)}"
         )
     steps.scales[f"{norm}.bias"] = (Scale(0, f"{norm}.weight", offset, inverse=True),)
@@ -100,7 +101,7 @@ def _fed(norms: Iterable[str], readers: Iterable[str]) -> dict[str, list[str]]:
         layer = _layer_in(reader)
         near = [*layers.get(layer, ()), *layers.get("", ())] if layer else [*fed]
         if not near:
-            raise ValueError(
+            raise RotationError(
                 f"no norm in the layer of {reader} (norm_mappings names {some([*fed])}); "
                 "give it its own"
             )
@@ -122,7 +123,7 @@ def _nearest(reader: str, norms: Sequence[str]) -> str:
     best = max(shared.values())
     nearest = [norm for norm, count in shared.items() if count == best]
     if len(nearest) > 1:
-        raise ValueError(
+        raise RotationError(
             f"{reader} could read {nearest[0]} or {nearest[1]}; make the norm pattern narrower"
         )
     return nearest[0]

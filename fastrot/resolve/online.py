@@ -6,6 +6,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from fastrot.edits import OnlineSite
+from fastrot.errors import RotationError
 from fastrot.heads import KEY_NAMES, head_size
 from fastrot.index import Index, find_modules
 from fastrot.resolve.places import places, rotation_of
@@ -34,7 +35,7 @@ def resolve_online(
     for site in sites:
         other = taken.setdefault((site.module, site.location), site.group)
         if other != site.group:
-            raise ValueError(
+            raise RotationError(
                 f"{site.group} and {other} both act on the {site.location} of {site.module}; "
                 "give each place one online transform"
             )
@@ -48,7 +49,7 @@ def _online_places(index: Index, group: str, args: TransformArgs) -> Iterator[tu
         for name, module in find_modules(index, args.targets, args.ignore).items():
             size = head_size(module, config, KEY_NAMES)
             if size is None:
-                raise ValueError(f"{name} ({type(module).__name__}) has no head_dim to rotate")
+                raise RotationError(f"{name} ({type(module).__name__}) has no head_dim to rotate")
             yield name, args.location, size
         return
     if args.location == "output":
@@ -57,14 +58,14 @@ def _online_places(index: Index, group: str, args: TransformArgs) -> Iterator[tu
         return
     for name, site in find_sites(index, args.targets, args.ignore, group=group).items():
         if site.input is None:
-            raise ValueError(f"{group}: {name} is an embedding, it has no input to rotate")
+            raise RotationError(f"{group}: {name} is an embedding, it has no input to rotate")
         size = site.shape[site.input]
         if not site.is_bare:
             yield name, "input", size
         elif len(site.shape) == 3 and name.endswith(".down_proj"):
             yield name.rpartition(".")[0], "down_input", size
         else:
-            raise ValueError(
+            raise RotationError(
                 f"{group}: {name} is a bare parameter, the input of which no online transform can "
                 "reach"
             )
@@ -76,7 +77,7 @@ def _output_size(group: str, name: str, module: nn.Module) -> int:
         return weight.numel()
     size = getattr(module, "out_features", None)
     if not isinstance(size, int):
-        raise ValueError(
+        raise RotationError(
             f"{group}: {name} is a {type(module).__name__}; an output transform needs an "
             "nn.Linear or a norm, whose size is known"
         )

@@ -4,6 +4,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
 from fastrot.edits import NormReset, Rotate, Scale
+from fastrot.errors import RotationError
 from fastrot.heads import value_part
 from fastrot.index import Index
 from fastrot.resolve.places import places, rotation_of
@@ -37,7 +38,7 @@ def rotate_sites(index: Index, config: TransformConfig, seed: int, steps: Steps)
             outwards = args.location == "weight_output"
             dim = site.output if outwards else site.input
             if dim is None:
-                raise ValueError(f"{group}: {name} is an embedding, it has no weight_input")
+                raise RotationError(f"{group}: {name} is an embedding, it has no weight_input")
             part = None
             if outwards and args.rows not in ("all", "transposed"):
                 part = value_part(index.model, site, args.rows)
@@ -55,7 +56,7 @@ def rotate_sites(index: Index, config: TransformConfig, seed: int, steps: Steps)
 def _add(steps: Steps, parameter: str, step: Rotate) -> None:
     old = [s for s in steps.rotates[parameter] if s.dim == step.dim]
     if old and (step.part or any(s.part for s in old)):
-        raise ValueError(
+        raise RotationError(
             f"{old[0].group} and {step.group} act on the same dimension of {parameter}, one on "
             "its values only; apply them one after the other"
         )

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from fastrot.edits import WeightEdit
+from fastrot.errors import RotationError
 from fastrot.index import Index, find_modules
 from fastrot.mapping import Mapping
 
@@ -28,7 +29,7 @@ def untie(index: Index, mapping: Mapping | None, edits: Sequence[WeightEdit]) ->
             known = next(by_name[name] for name in names if name in by_name)
             by_name[others[0]] = replace(known, parameter=others[0], steps=steps[1], source=first)
         else:
-            raise ValueError(
+            raise RotationError(
                 f"{first} and {others[0]} share one tensor but need different edits; "
                 "give one of them a copy of its own first"
             )

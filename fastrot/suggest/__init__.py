@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from fastrot.api import apply, plan
 from fastrot.checks import AlreadyRotatedError, check_model
+from fastrot.errors import RotationError
 from fastrot.hadamard import HadamardSizeError
 from fastrot.mapping import Architecture, Mapping, NormMapping, Untouched
 from fastrot.record import applied_groups
@@ -85,19 +86,19 @@ def suggest_mapping(model: PreTrainedModel) -> Suggestion:
 
     Raises:
         TypeError: no transformers model.
-        ValueError: no causal language model, or one of which no tiny copy can be made.
+        RotationError: no causal language model, or one of which no tiny copy can be made.
     """
     check_model(model)
     if done := applied_groups(model.config):
         raise AlreadyRotatedError(f"{' and '.join(done)} is already on this model")
     if model.config.get_text_config() is not model.config:
-        raise ValueError(
+        raise RotationError(
             f"{type(model).__name__} is a model around a language model; suggest_mapping probes "
             "language models only, and knows nothing of what else writes into their stream"
         )
     ends = model.get_input_embeddings(), model.get_output_embeddings()
     if not all(isinstance(getattr(end, "weight", None), nn.Parameter) for end in ends):
-        raise ValueError(
+        raise RotationError(
             f"{type(model).__name__} has no language-modelling head (or embedding) with a weight, "
             "from which the residual stream is traced; pass the causal language model"
         )

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import Cache, PreTrainedModel
 
+from fastrot.errors import RotationError
+
 HEADS = re.compile(r"(num|n)_.*heads?$|^n_heads?$")
 HEAD_SIZES = re.compile(r"head_(dim|size)|d_head$|rotary_dim$|d_kv$")
 WIDTHS = re.compile(
@@ -55,7 +57,7 @@ def tiny_copy(model: PreTrainedModel) -> PreTrainedModel:
     hold; if the class does not accept that, they shrink less.
 
     Raises:
-        ValueError: no smaller configuration runs.
+        RotationError: no smaller configuration runs.
     """
     problem: Exception | None = None
     for heads, sizes, rope in ((True, True, True), (False, True, True), (False, False, False)):
@@ -65,7 +67,7 @@ def tiny_copy(model: PreTrainedModel) -> PreTrainedModel:
             with torch.device("meta"):
                 size = sum(p.numel() for p in type(model)(copy.deepcopy(config)).parameters())
             if size > LARGEST:
-                raise ValueError(f"it still has {size:.1e} parameters")
+                raise RotationError(f"it still has {size:.1e} parameters")
             with torch.random.fork_rng(devices=[]), torch.device("cpu"):
                 torch.default_generator.manual_seed(0)
                 small = type(model)._from_config(config, attn_implementation="eager")
@@ -78,7 +80,7 @@ def tiny_copy(model: PreTrainedModel) -> PreTrainedModel:
             problem = problem or ValueError("its logits are not finite")
         except Exception as error:  # whatever a class has against it; the first counts
             problem = problem or error
-    raise ValueError(
+    raise RotationError(
         f"no small copy of {type(model).__name__} could be made and run ({problem}); describe it "
         "by hand with mappings= and norm_mappings="
     ) from problem
