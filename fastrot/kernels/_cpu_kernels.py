@@ -10,10 +10,12 @@ leading dimensions (``ld``) and steps are in bytes; ``one`` is a number of the c
 
 import hashlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from numba import njit
+from numba.core.caching import FunctionCache
 
 from fastrot.kernels import _cpu_blocks, _cpu_vectors
 from fastrot.kernels._cpu_blocks import (
@@ -51,17 +53,34 @@ def _digest() -> str:
 _SOURCES = _digest()
 
 
+class _Cache(FunctionCache):
+    """Numba's cache on disk, without which a kernel is compiled: it only ever saves time."""
+
+    def load_overload(self, sig, target_context):
+        """What is on disk; nothing, and the index emptied, if that can't be read."""
+        try:
+            return super().load_overload(sig, target_context)
+        except Exception:  # whatever unpickling a damaged file raises
+            with suppress(OSError):
+                self.flush()
+            return None
+
+    def save_overload(self, sig, data):
+        """Keep what was compiled if there is room."""
+        with suppress(Exception):
+            super().save_overload(sig, data)
+
+
 def _kernel(function: Callable[..., Any], **options: bool) -> Any:
     """``njit`` with an on-disk cache where Numba finds a place for one.
 
     The cache sees changes of this file only; the digest in the name tells it of the others.
     """
     function.__qualname__ = f"{function.__name__}_{_SOURCES}"
-    options |= {"nogil": True}
-    try:
-        return njit(cache=True, error_model="numpy", **options)(function)
-    except RuntimeError:
-        return njit(error_model="numpy", **options)(function)
+    kernel = njit(error_model="numpy", nogil=True, **options)(function)
+    with suppress(RuntimeError, OSError):  # nowhere to write
+        kernel._cache = _Cache(function)
+    return kernel
 
 
 def _part(function: Callable[..., Any]) -> Any:

@@ -1,0 +1,88 @@
+"""The compiled CPU kernels on disk: whatever became of them, a process transforms."""
+
+import os
+import subprocess
+import sys
+
+import numba
+import pytest
+
+from fastrot.kernels._cpu_kernels import _kernel
+
+
+def double(x):
+    return 2 * x
+
+
+def first(argument=1.5):
+    """How many kernels a new dispatcher, which stands for a new process, finds on disk."""
+    kernel = _kernel(double)
+    assert kernel(argument) == 2 * argument
+    return sum(kernel.stats.cache_hits.values())
+
+
+@pytest.fixture
+def folder(monkeypatch, tmp_path):
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(double, "__qualname__", "double")
+    return tmp_path / "cache"
+
+
+def damage(folder, kind, how):
+    paths = list(folder.rglob(f"*.{kind}"))
+    assert paths
+    for path in paths:
+        data = path.read_bytes()
+        path.write_bytes({"empty": b"", "half": data[: len(data) // 2], "noise": b"noise"}[how])
+
+
+@pytest.mark.parametrize("kind", ["nbi", "nbc"])
+@pytest.mark.parametrize("how", ["empty", "half", "noise"])
+def test_a_damaged_cache_heals(folder, kind, how):
+    assert [first(), first()] == [0, 1]
+    damage(folder, kind, how)
+    assert [first(), first()] == [0, 1]
+
+
+def test_a_folder_that_vanishes(folder):
+    assert first() == 0
+    kernel = _kernel(double)
+    for path in folder.rglob("*.nb?"):
+        path.unlink()
+    for path in sorted(folder.rglob("*"), reverse=True):
+        path.rmdir()
+    folder.rmdir()
+    folder.touch()
+    assert kernel(1.5) == 3
+    assert first() == 0
+
+
+CHILD = """
+import sys, torch
+from fastrot.kernels import _cpu_kernels, hadamard_transform
+if len(sys.argv) > 1:
+    import resource, signal
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+x = torch.eye(24)
+assert torch.equal(hadamard_transform(hadamard_transform(x), transpose=True), 24 * x)
+print(sum(_cpu_kernels.sweep.stats.cache_hits.values()))
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_and_a_damaged_cache_of_all_kernels(tmp_path):
+    def child(*arguments):
+        done = subprocess.run(
+            [sys.executable, "-c", CHILD, *arguments],
+            env=os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        return int(done.stdout)
+
+    assert child("1024") == 0  # no file may be larger, as on a disk that is full
+    assert [child(), child()] == [0, 1]
+    damage(tmp_path, "nbc", "half")
+    assert [child(), child()] == [0, 1]
