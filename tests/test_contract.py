@@ -101,9 +101,9 @@ TORCH = {
     *("_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks"),
     *("_forward_pre_hooks_with_kwargs", "_orig_mod"),
     *("_global_forward_hooks", "_global_forward_pre_hooks", "_replace"),
-    *("_C", "_are_functorch_transforms_active"),
+    *("_C", "_are_functorch_transforms_active", "_cache"),
 }
-"""Private attributes of torch's, and a named tuple's public one."""
+"""Private attributes of torch's and numba's, and a named tuple's public one."""
 
 
 def missing(what):
