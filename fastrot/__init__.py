@@ -8,7 +8,7 @@ from fastrot.api import UnsupportedRotationError, apply, plan
 from fastrot.checks import AlreadyRotatedError
 from fastrot.coverage import UncoveredParameterError
 from fastrot.edits import Plan
-from fastrot.errors import BusyModelError, HalfRotatedError, RotationError
+from fastrot.errors import BusyModelError, HalfRotatedError, RecordError, RotationError
 from fastrot.foreign import ForeignCodeError
 from fastrot.hadamard import HadamardSizeError, hadamard_matrix
 from fastrot.handle import Handle
@@ -36,6 +36,7 @@ __all__ = [
     "NormMapping",
     "Plan",
     "PrecisionWarning",
+    "RecordError",
     "Rotation",
     "RotationError",
     "Suggestion",

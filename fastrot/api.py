@@ -38,7 +38,7 @@ from fastrot.mapping import (
 )
 from fastrot.online import attach, check_site, make
 from fastrot.patterns import NoMatchError, matches
-from fastrot.record import applied_groups, own_config, retrace, with_application
+from fastrot.record import applied_groups, own_config, retrace, sealed, with_application
 from fastrot.resolve import on_meta, resolve
 from fastrot.sites import find_sites
 from fastrot.transform_config import (
@@ -225,7 +225,7 @@ def _execute(model: PreTrainedModel, made: Plan, undo: Undo, progress: bool) -> 
         attach(model, made.sites, modules, journal)
         if any(edit.source for edit in made.edits):
             _forget_ties(model, config, journal)
-        config.fastrot = record
+        config.fastrot = sealed(record, model)
         if made.sites:
             mark(config)
         retrace()

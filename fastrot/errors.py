@@ -11,3 +11,7 @@ class HalfRotatedError(RotationError):
 
 class BusyModelError(RotationError):
     """A model that another thread is rotating."""
+
+
+class RecordError(RotationError):
+    """A record of what was done to a checkpoint that can't be trusted, or does not fit it."""

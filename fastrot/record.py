@@ -1,50 +1,132 @@
 """What was done to a model, written into its configuration so that it is saved with the weights.
 
 ``config.fastrot`` holds a list of applications, each with its seed and transform configuration.
-From these and the names and sizes of the modules the online part can be put on again.
+From these and the names and sizes of the modules the online part can be put on again. Since format
+2 it also holds a digest of that part, places and operands, and a checksum of all that it holds;
+format 1, of version 0.1.0, is read without them.
 """
 
 import copy
+import hashlib
+import json
+import operator
 import sys
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from fastrot.edits import OnlineSite, Plan
-from fastrot.errors import HalfRotatedError, RotationError
+from fastrot.errors import HalfRotatedError, RecordError
 from fastrot.journal import Journal
+from fastrot.online import OnlineRotation
 from fastrot.resolve import resolve_online
 from fastrot.transform_config import TransformConfig, parse_transform_config
 
-FORMAT = 1
+FORMAT = 2
 QUANT_METHOD = "fastrot"
+BROKEN = (
+    "the record of rotations in the configuration (config.json, 'fastrot') was edited or damaged; "
+    "take the checkpoint as it was written"
+)
 
 
 def applications(config: Any) -> list[tuple[int, TransformConfig]]:
     """Seed and transform configuration of every application recorded in a model's configuration.
 
     Raises:
-        RotationError: the record is of a newer format, or says that the weights are damaged.
+        RecordError: the record is of a newer format, or was edited.
+        HalfRotatedError: it says that the weights are damaged.
     """
     record = getattr(config, "fastrot", None)
     if record is None:
         return []
+    _check(record)
+    try:
+        return [
+            (operator.index(item["seed"]), parse_transform_config(item["transform_config"]))
+            for item in record["applied"]
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RecordError(f"{BROKEN}: {type(error).__name__}: {error}") from error
+
+
+def _check(record: Any) -> None:
+    if not isinstance(record, dict):
+        raise RecordError(f"{BROKEN}: it is {record!r:.40}")
     if record.get("damaged"):
         raise HalfRotatedError(
             "an error left the weights of this model rotated in part; start from the original "
             "weights"
         )
-    if record.get("format") != FORMAT:
-        raise RotationError(
-            f"the model was rotated by a fastrot that writes format {record.get('format')}; this "
-            f"one reads format {FORMAT}, install a newer fastrot"
+    form = record.get("format")
+    if form not in (1, FORMAT):
+        raise RecordError(
+            f"the model was rotated by a fastrot that writes format {form!r:.40}; this one reads "
+            f"formats 1 and {FORMAT}, install a newer fastrot"
         )
-    return [
-        (int(item["seed"]), parse_transform_config(item["transform_config"]))
-        for item in record["applied"]
-    ]
+    if form != 1 and record.get("checksum") != _checksum(record):
+        raise RecordError(f"{BROKEN}: it does not have the checksum it was written with")
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    return _sha256({name: value for name, value in record.items() if name != "checksum"})
+
+
+def _sha256(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def sealed(record: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """The record, bound to the online rotations that are on the model, and to itself."""
+    record = {**record, "format": FORMAT, "online": _online_digest(model)}
+    return {**record, "checksum": _checksum(record)}
+
+
+def _online_digest(model: nn.Module) -> str:
+    """Of all online rotations, by places that do not depend on the model around the layers."""
+    entries = []
+    for name, module in model.named_modules():
+        if isinstance(module, OnlineRotation):
+            parts = name.split(".")
+            start = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+            operand = module.operand.detach().cpu().contiguous().numpy().tobytes()
+            described = [module.group, module.inverse, str(module.dtype), str(module.rotation)]
+            digest = hashlib.sha256(operand).hexdigest()
+            entries.append([".".join(parts[max(start - 1, 0) :]), *described, digest])
+    return _sha256(sorted(entries))
+
+
+def check_online(model: PreTrainedModel) -> None:
+    """Refuse online rotations, loaded from a checkpoint, that are not those of its record.
+
+    Raises:
+        RecordError: names the first that is not, or says that there are more, or fewer.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, OnlineRotation):
+            continue
+        expected = module.rotation.operand
+        seeded = expected is not None and module.rotation.kind != "random-matrix"
+        if not module.is_orthogonal():
+            problem = "is missing, or damaged"
+        elif seeded and not torch.equal(module.operand.cpu(), expected):  # type: ignore[arg-type]
+            problem = f"is not what its recorded seed {module.rotation.seed} makes"
+        else:
+            continue
+        raise RecordError(
+            f"the operand of {module.group}, {name} ({module.rotation}), {problem}; save the model "
+            "again"
+        )
+    record: Any = model.config.fastrot
+    if record["format"] != 1 and record["online"] != _online_digest(model):
+        raise RecordError(
+            f"the online rotations of this {type(model).__name__} are not those that it was saved "
+            "with: its layers, their sizes, or a random matrix differ; save the model again, or "
+            "take the rotations off (fastrot.remove) before its layers are changed"
+        )
 
 
 def applied_groups(config: Any) -> list[str]:
@@ -64,9 +146,7 @@ def online_sites(model: PreTrainedModel) -> list[OnlineSite]:
 def with_application(config: Any, plan: Plan) -> dict[str, Any]:
     """A copy of the record in ``config``, with ``plan`` added."""
     old = getattr(config, "fastrot", None)
-    record: dict[str, Any] = (
-        {"format": FORMAT, "applied": []} if old is None else copy.deepcopy(old)
-    )
+    record: dict[str, Any] = {"applied": []} if old is None else copy.deepcopy(old)
     record["applied"].append(
         {"seed": plan.seed, "transform_config": plan.transform_config.to_dict()}
     )

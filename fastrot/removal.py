@@ -14,7 +14,7 @@ from fastrot.fuse import Fusion
 from fastrot.integrations.transformers import unmark
 from fastrot.journal import Journal, Undo, exclusive
 from fastrot.online import installed, uninstall
-from fastrot.record import applications, own_config, retrace, without_groups
+from fastrot.record import applications, own_config, retrace, sealed, without_groups
 from fastrot.resolve import resolve
 from fastrot.transform_config import TransformConfig
 
@@ -75,7 +75,7 @@ def _remove(model: PreTrainedModel, groups: str | Iterable[str] | None, undo: Un
     with Journal(fusion.overwritten, undo, lost) as journal:
         config = own_config(model, journal)
         uninstall(model, wanted, journal)
-        config.fastrot = without_groups(config, wanted)
+        config.fastrot = sealed(without_groups(config, wanted), model)
         if not any(True for _ in installed(model)):
             unmark(config)
         retrace()

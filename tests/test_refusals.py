@@ -420,7 +420,9 @@ ARGUMENTS = {
         TypeError, ("mappings", "attn_q", "5"), mapping(attn_q=[5])
     ),
     "mappings: bad regular expression": Case(
-        ValueError, ("re:.*(q_proj", "regular expression"), mapping(attn_q=["re:.*(q_proj"])
+        fastrot.RotationError,
+        ("re:.*(q_proj", "regular expression"),
+        mapping(attn_q=["re:.*(q_proj"]),
     ),
     "mappings: reader left out": Case(
         fastrot.UncoveredParameterError,
@@ -570,7 +572,7 @@ TRANSFORM_CONFIGS = {
         fastrot.NoMatchError, ("down_porj", "nearest", "down_proj"), config(targets="down_porj")
     ),
     "bad regular expression": Case(
-        ValueError, ("re:(", "regular expression"), config(targets="re:(")
+        fastrot.RotationError, ("re:(", "regular expression"), config(targets="re:(")
     ),
     "fused into no linear": Case(
         ValueError,
@@ -857,7 +859,7 @@ MODELS = {
         with_module(f"{LAYER}.self_attn", ClosedAttention),
     ),
     "record of a newer version": Case(
-        ValueError,
+        fastrot.RecordError,
         ("format 99", "newer fastrot"),
         {},
         attribute("config.fastrot", {"format": 99, "applied": []}),

@@ -160,10 +160,24 @@ def test_remove_after_loading_leaves_an_ordinary_checkpoint(tmp_path):
 def test_a_newer_format_is_refused(tmp_path):
     model = tiny("llama")
     fastrot.apply(model, "R4")
-    model.config.fastrot["format"] = 2
+    model.config.fastrot["format"] = 3
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"format 2.*install a newer fastrot"):
+    with pytest.raises(fastrot.RecordError, match=r"format 3.*install a newer fastrot"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_format_1_still_loads(kind, tmp_path):
+    """Version 0.1.0 wrote neither digest nor checksum."""
+    model = tiny("llama")
+    fastrot.apply(model, ROTATIONS, transform_type=kind, seed=3)
+    ids = random_ids(model, 2, 12, seed=0)
+    record = model.config.fastrot
+    model.config.fastrot = {"format": 1, "applied": record["applied"]}
+    loaded = save_and_load(model, tmp_path)
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+    fastrot.remove(loaded, "R3")
+    assert loaded.config.fastrot["format"] == 2
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -209,16 +223,100 @@ def test_a_state_without_its_rotations_is_refused(kind, tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     kept = {name: value for name, value in tensors.items() if "fastrot" not in name}
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="lacks the operand"):
+    with pytest.raises(ValueError, match=r"lacks weights, model\..*fastrot_input"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_a_seed_that_was_edited_is_noticed(tmp_path):
     model = tiny("llama")
     fastrot.apply(model, "R4", transform_type="random-hadamard", seed=1)
-    model.config.fastrot["applied"][0]["seed"] = 2
-    ids = random_ids(model, 2, 12, seed=0)
-    loaded = save_and_load(model, tmp_path)
-    assert torch.equal(logits(loaded, ids), logits(model, ids))
-    with pytest.raises(ValueError, match="another rotation than its recorded seed"):
-        fastrot.remove(loaded)
+    applied = copy.deepcopy(model.config.fastrot["applied"])
+    applied[0]["seed"] = 2
+    for record in ({"format": 1, "applied": applied}, model.config.fastrot | {"applied": applied}):
+        model.config.fastrot = record
+        with pytest.raises(fastrot.RecordError, match=r"recorded seed 2 makes|have the checksum"):
+            save_and_load(model, tmp_path)
+
+
+def drop_a_rotation(applied):
+    del applied[0]["transform_config"]["config_groups"]["R4"]
+
+
+def flip_inverse(applied):
+    applied[0]["transform_config"]["config_groups"]["R4"]["apply"][0]["inverse"] = True
+
+
+def another_block(applied):
+    applied[0]["transform_config"]["config_groups"]["R4"]["head_dim"] = 28
+
+
+def one_side_of_r3(applied):
+    del applied[0]["transform_config"]["config_groups"]["R3"]["apply"][0]
+
+
+def nothing_applied(applied):
+    applied.clear()
+
+
+EDITS = [drop_a_rotation, flip_inverse, another_block, one_side_of_r3, nothing_applied]
+
+
+@pytest.mark.parametrize("edit", EDITS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_edited_record_is_refused(edit, kind, tmp_path):
+    model = tiny("llama")
+    fastrot.apply(model, ROTATIONS, transform_type=kind)
+    edit(model.config.fastrot["applied"])
+    model.save_pretrained(tmp_path)
+    with pytest.raises(fastrot.RecordError, match="was edited or damaged"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_lost_record_is_refused(tmp_path):
+    model = tiny("llama")
+    fastrot.apply(model, "R4")
+    model.config.fastrot = None
+    model.save_pretrained(tmp_path)
+    with pytest.raises(fastrot.RecordError, match="names none"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+R4 = "model.layers.0.mlp.down_proj.fastrot_input.operand"
+
+
+def flip_a_sign(tensors):
+    tensors[R4][3] *= -1
+
+
+def exchange_two(tensors):
+    other = R4.replace("0", "1")
+    tensors[R4], tensors[other] = tensors[other], tensors[R4]
+
+
+def one_more(tensors):
+    tensors[R4.replace("down", "up")] = tensors[R4].clone()
+
+
+def one_weight_less(tensors):
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (flip_a_sign, r"operand of R4, model\.layers\.0\.mlp\.down_proj\.fastrot_input"),
+        (exchange_two, "recorded seed|are not those"),
+        (one_more, r"up_proj\.fastrot_input\.operand"),
+        (one_weight_less, r"lacks weights, model\.layers\.0\.mlp\.up_proj\.weight"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["random-hadamard", "random-matrix"])
+def test_edited_weights_are_refused(edit, message, kind, tmp_path):
+    model = tiny("llama")
+    fastrot.apply(model, ROTATIONS, transform_type=kind, randomize=True)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(fastrot.RecordError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path)

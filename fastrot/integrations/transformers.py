@@ -17,17 +17,16 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from fastrot.errors import RotationError
+from fastrot.errors import RecordError
 from fastrot.journal import Journal
 from fastrot.online import (
     IMPLEMENTATIONS,
     attach,
     attention_forward,
     check_site,
-    installed,
     make,
 )
-from fastrot.record import QUANT_METHOD, online_sites
+from fastrot.record import QUANT_METHOD, check_online, online_sites
 
 GUARD = "experts_implementation"
 
@@ -48,22 +47,23 @@ class FastrotQuantizer(HfQuantizer):
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
         sites = online_sites(model)
+        if not sites:
+            raise RecordError(
+                "config.json says that this model has online rotations (quant_method=fastrot), but "
+                "its record ('fastrot') names none; take the checkpoint as it was written"
+            )
         for site in sites:
             check_site(site, model.get_submodule(site.module))
         with Journal() as journal:
             attach(model, sites, make(model, sites), journal)
+        _watch_keys(model)
         return model
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Leave the model as :func:`fastrot.apply` would: rotated, but not "quantized"."""
         self.remove_quantization_config(model)
         mark(model.config)
-        for _, location, rotation in installed(model):
-            if not rotation.is_orthogonal():
-                raise RotationError(
-                    f"the checkpoint lacks the operand of a {rotation.rotation} at an {location} "
-                    f"({rotation.group}), or it is damaged; save the model again"
-                )
+        check_online(model)
         return model
 
     def is_serializable(self, **kwargs: Any) -> bool:
@@ -74,6 +74,31 @@ class FastrotQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Rotations are linear and differentiable."""
         return True
+
+
+def _watch_keys(model: PreTrainedModel) -> None:
+    """Refuse what transformers would only warn of: weights it makes up, rotations it leaves out."""
+
+    def adjust(info: Any) -> None:
+        del model._adjust_missing_and_unexpected_keys
+        model._adjust_missing_and_unexpected_keys(info)
+        lost = [name for name in info.unexpected_keys if ".fastrot_" in name]
+        if lost:
+            raise RecordError(
+                f"the checkpoint has online rotations that its record does not name, {lost[0]} "
+                f"({len(lost)}); take the checkpoint as it was written"
+            )
+        base = model.base_model_prefix
+        inside = f"{base}." if hasattr(model, base) else ""
+        wrong = {*info.missing_keys, *(name for name, *_ in info.mismatched_keys)}
+        missing = [name for name in sorted(wrong) if name.startswith(inside)]
+        if missing:
+            raise RecordError(
+                f"the rotated checkpoint lacks weights, {missing[0]} ({len(missing)}), which would "
+                "be made up; take the checkpoint as it was written"
+            )
+
+    model._adjust_missing_and_unexpected_keys = adjust  # type: ignore[method-assign, assignment]
 
 
 def mark(config: Any) -> None:

@@ -25,6 +25,8 @@ HOSTILE = [
     *({"layer_types": value} for value in (7, ["x"], ["full_attention"])),
     *({"auto_map": value} for value in (7, {"AutoConfig": "x.y"}, {"AutoModelForCausalLM": "x"})),
     *({"text_config": value} for value in (7, {}, {"hidden_size": "x"})),
+    *({"fastrot": value} for value in (7, [], {}, {"format": 1}, {"format": "x"}, "x")),
+    *({"fastrot": {"format": 1, "applied": value}} for value in (7, [7], [{}], {}, "x", None)),
     *({"id2label": value} for value in (7, "x", {"x": 7})),
     *({"pad_token_id": value} for value in ("x", 10**6, -5)),
     {"transformers_version": 7},
