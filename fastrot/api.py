@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -35,6 +36,7 @@ from fastrot.mapping import (
     as_mapping,
     as_norm_mapping,
     find_architecture,
+    with_head,
 )
 from fastrot.online import attach, check_site, make
 from fastrot.patterns import NoMatchError, matches
@@ -48,6 +50,9 @@ from fastrot.transform_config import (
     spinquant_config,
 )
 from fastrot.values import PrecisionWarning, check_values, notes
+
+CLASSIFIER = "score"
+"""What transformers' classifiers have in the place of a causal model's head."""
 
 
 class UnsupportedRotationError(RotationError):
@@ -278,8 +283,12 @@ def _roles(
 
 
 def _present(model: PreTrainedModel, row: Architecture) -> Architecture:
-    """A row of the table without the patterns that name nothing in this model."""
-    index, mapping = Index(model), row.mapping
+    """A row of the table with the head of this model, without what it does not have."""
+    index = Index(model)
+    headless = not find_holders(index, row.mapping.lm_head, missing_ok=True)
+    if headless and isinstance(getattr(model, CLASSIFIER, None), nn.Linear):
+        row = with_head(row, CLASSIFIER)
+    mapping = row.mapping
 
     def kept(patterns: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(p for p in patterns if find_holders(index, (p,), missing_ok=True))
@@ -325,7 +334,8 @@ def _check_roles(model: PreTrainedModel, mapping: Mapping, wanted: Sequence[str]
         whole = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model.config.model_type, "the causal model")
         raise NoMatchError(
             f"R1 rotates the residual stream from the embedding to the head, but no module of "
-            f"{type(model).__name__} has the role lm_head; pass {whole}"
+            f"{type(model).__name__} has the role lm_head; pass {whole}, or name its head in "
+            "mappings= and norm_mappings="
         )
     if "R3" in wanted and mapping.attn_v_rows == "latent":
         raise UnsupportedRotationError(

@@ -62,6 +62,8 @@ def _check(record: Any) -> None:
             "weights"
         )
     form = record.get("format")
+    if form == 1 and not isinstance(record.get("applied"), list):
+        raise RecordError(f"{BROKEN}: 'applied' is no list")
     if form not in (1, FORMAT):
         raise RecordError(
             f"the model was rotated by a fastrot that writes format {form!r:.40}; this one reads "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastrot.errors import RotationError
-from fastrot.hadamard import factors, hadamard_matrix
+from fastrot.hadamard import block_sizes, factors, hadamard_matrix
 from fastrot.kernels import hadamard_transform
 
 RotationKind = Literal["hadamard", "random-hadamard", "random-matrix"]
@@ -57,7 +57,9 @@ class Rotation:
         if self.size < 1:
             raise RotationError(f"rotation size {self.size} is not positive")
         if self.block < 1 or self.size % self.block:
-            raise RotationError(f"block_size={self.block_size} does not divide {self.size}")
+            near = sorted(block_sizes(self.size), key=lambda size: abs(size - self.block))[:4]
+            way = f"; {', '.join(map(str, sorted(near)))} would work" if near else ""
+            raise RotationError(f"block_size={self.block_size} does not divide {self.size}{way}")
         if self.kind != "random-matrix":
             factors(self.block)
 

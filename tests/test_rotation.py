@@ -91,6 +91,7 @@ def test_uniform_noise_would_not_pass():
         (("hadamrd", 64), ValueError, "'hadamrd' is not one of hadamard, random-hadamard"),
         (("hadamard", 27392), HadamardSizeError, "27392"),
         (("hadamard", 64, 24), ValueError, "block_size=24 does not divide 64"),
+        (("hadamard", 576, 128), ValueError, "divide 576; 72, 96, 144, 192 would work"),
         (("hadamard", 0), ValueError, "size 0 is not positive"),
         (("hadamard", 64, -8), ValueError, "block_size=-8 does not divide 64"),
     ],

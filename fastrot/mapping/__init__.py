@@ -11,6 +11,7 @@ from fastrot.mapping.roles import (
     as_mapping,
     as_norm_mapping,
     as_patterns,
+    with_head,
 )
 from fastrot.mapping.tables import (
     ARCHITECTURES,
@@ -34,4 +35,5 @@ __all__ = [
     "as_norm_mapping",
     "as_patterns",
     "find_architecture",
+    "with_head",
 ]

@@ -6,7 +6,7 @@ full name, or a class name (as in llm-compressor and compressed-tensors).
 
 from collections.abc import Iterable, Sequence
 from collections.abc import Mapping as MappingABC
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple, get_args
 
 from fastrot.errors import RotationError
@@ -191,6 +191,17 @@ class Shell:
     ignore: tuple[Untouched, ...] = ()
     head: str = "lm_head"
     notes: str = ""
+
+
+def with_head(row: Architecture, head: str) -> Architecture:
+    """The row of a model that has another head in the place of the language model's."""
+    old = row.mapping.lm_head
+
+    def changed(patterns: Patterns) -> Patterns:
+        return tuple(head if pattern in old else pattern for pattern in patterns)
+
+    norms = tuple(replace(norm, linears=changed(norm.linears)) for norm in row.norms)
+    return replace(row, mapping=replace(row.mapping, lm_head=changed(old)), norms=norms)
 
 
 def as_mapping(value: Mapping | MappingABC[str, Any] | Any) -> Mapping:
