@@ -60,7 +60,8 @@ ATTRIBUTES = {
     ),
     "a model": (
         llama,
-        "_from_config all_tied_weights_keys get_expanded_tied_weights_keys get_input_embeddings "
+        "_adjust_missing_and_unexpected_keys _from_config all_tied_weights_keys "
+        "get_expanded_tied_weights_keys get_input_embeddings "
         "get_output_embeddings set_attn_implementation set_experts_implementation",
     ),
     "an attention module": (lambda: llama().model.layers[0].self_attn, "config head_dim"),
@@ -101,7 +102,7 @@ TORCH = {
     *("_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks"),
     *("_forward_pre_hooks_with_kwargs", "_orig_mod"),
     *("_global_forward_hooks", "_global_forward_pre_hooks", "_replace"),
-    *("_C", "_are_functorch_transforms_active", "_cache"),
+    *("_C", "_are_functorch_transforms_active", "_parser", "_cache"),
 }
 """Private attributes of torch's and numba's, and a named tuple's public one."""
 
