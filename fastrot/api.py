@@ -26,7 +26,7 @@ from fastrot.fuse import Fusion
 from fastrot.handle import Handle
 from fastrot.heads import check_heads, head_dim_of, key_dim_of
 from fastrot.index import Index, find_holders
-from fastrot.integrations.transformers import mark
+from fastrot.integrations.transformers import clear_stale_mark, mark
 from fastrot.journal import Journal, Undo, exclusive
 from fastrot.mapping import (
     Architecture,
@@ -227,6 +227,7 @@ def _execute(model: PreTrainedModel, made: Plan, undo: Undo, progress: bool) -> 
         fusion.overwritten, undo, lambda: mark_damaged(model, fusion.parameters)
     ) as journal:
         config = own_config(model, journal)
+        clear_stale_mark(model, config, journal)
         attach(model, made.sites, modules, journal)
         if any(edit.source for edit in made.edits):
             _forget_ties(model, config, journal)

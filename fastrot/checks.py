@@ -1,5 +1,8 @@
 """Refusals: whether a model, a parameter or a norm is what a rotation can act on."""
 
+import re
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -45,15 +48,41 @@ def check_model(model: nn.Module) -> None:
         )
     if type(model).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
         raise RotationError(f"{type(model).__name__} is an encoder; fastrot rotates decoders")
+    method = quant_method(config)
+    reason = None if method in (None, "fastrot") else _quantized(model)
+    if reason:
+        raise RotationError(
+            f"the model is quantized (quant_method={method}, {reason}); rotate the unquantized "
+            "model, then quantize"
+        )
+
+
+def quant_method(config: Any) -> str | None:
+    """What a configuration says of quantization; a loader that dequantized may have left it."""
     quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        get = quantization.get if isinstance(quantization, dict) else quantization.__dict__.get
-        method = get("quant_method")
-        if method != "fastrot":
-            raise RotationError(
-                f"the model is quantized (quant_method={getattr(method, 'value', method)}); "
-                "rotate the unquantized model, then quantize"
-            )
+    if quantization is None:
+        return None
+    get = quantization.get if isinstance(quantization, dict) else quantization.__dict__.get
+    method = get("quant_method")
+    return str(getattr(method, "value", method))
+
+
+def _quantized(model: nn.Module) -> str | None:
+    """The first sign that weights are quantized, in words; None if all are plain numbers."""
+    for name, parameter in model.named_parameters():
+        plain = type(parameter) is nn.Parameter and type(parameter.data) is Tensor
+        if not plain or parameter.dtype not in FLOATS:
+            return f"{name} is {parameter.dtype}" if plain else f"{name} is no plain tensor"
+    for name, _ in (*model.named_parameters(), *model.named_buffers()):
+        if _SCALES.search(name):
+            return f"it has {name}"
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and type(module) is not nn.Linear:
+            return f"{name} is a {type(module).__name__}"
+    return None
+
+
+_SCALES = re.compile(r"(^|[._])(q?scales?|scale_inv|q?zeros?|zero_point|qweight|g_idx)$")
 
 
 def check_parameter(name: str, parameter: Tensor) -> None:

@@ -82,6 +82,13 @@ class Journal:
         self.on_error(lambda: _put_back(owner, attribute, old))
         setattr(owner, attribute, value)
 
+    def delete(self, owner: Any, attribute: str) -> None:
+        """Delete an attribute of the owner itself, if it has one, remembering it."""
+        if attribute in vars(owner):
+            old = getattr(owner, attribute)
+            self.on_error(lambda: _put_back(owner, attribute, old))
+            delattr(owner, attribute)
+
     def on_error(self, action: Callable[[], object]) -> None:
         """Run ``action`` if the work fails; the last one given runs first.
 

@@ -145,6 +145,19 @@ class Packed(torch.Tensor):
         return NotImplemented
 
 
+def declared_quantized(model):
+    model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    up = model.get_submodule(f"{LAYER}.mlp.up_proj")
+    up.register_buffer("qweight", torch.zeros(2, dtype=torch.int32))
+    return model
+
+
+def sequence_classifier(_):
+    config = tiny("llama").config
+    with torch.random.fork_rng(devices=[]):
+        return LlamaForSequenceClassification(config)
+
+
 class Scaled(nn.Module):
     """A linear layer of somebody's own."""
 
@@ -261,12 +274,6 @@ def inference_model(_):
 def half_meta(model):
     model.model.layers[1].to("meta")
     return model
-
-
-def sequence_classifier(_):
-    config = tiny("llama").config
-    with torch.random.fork_rng(devices=[]):
-        return LlamaForSequenceClassification(config)
 
 
 def bert(_):
@@ -643,12 +650,6 @@ MODELS = {
         {},
         lambda model: model.model,
     ),
-    "sequence classifier": Case(
-        fastrot.NoMatchError,
-        ("lm_head", "LlamaForSequenceClassification"),
-        {},
-        sequence_classifier,
-    ),
     "compiled": Case(
         TypeError, ("OptimizedModule", "torch.compile"), {}, lambda model: torch.compile(model)
     ),
@@ -656,7 +657,7 @@ MODELS = {
         ValueError,
         ("quantized", "gptq", "then quantize"),
         {},
-        attribute("config.quantization_config", {"quant_method": "gptq", "bits": 4}),
+        declared_quantized,
     ),
     "int8 weight": Case(
         ValueError,

@@ -17,6 +17,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from fastrot.checks import quant_method
 from fastrot.errors import RecordError
 from fastrot.journal import Journal
 from fastrot.online import (
@@ -99,6 +100,21 @@ def _watch_keys(model: PreTrainedModel) -> None:
             )
 
     model._adjust_missing_and_unexpected_keys = adjust  # type: ignore[method-assign, assignment]
+
+
+def clear_stale_mark(model: PreTrainedModel, config: Any, journal: Journal) -> None:
+    """Take off the mark of a loader that dequantized (GGUF, fp8): such a model can't be saved.
+
+    Args:
+        model: its weights were found to be plain numbers.
+        config: the model's own.
+        journal: is told how each step is taken back.
+    """
+    if quant_method(config) in (None, QUANT_METHOD):
+        return
+    del config.quantization_config
+    for name in ("hf_quantizer", "quantization_method", "_weight_conversions", "is_quantized"):
+        journal.delete(model, name)
 
 
 def mark(config: Any) -> None:
