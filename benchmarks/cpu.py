@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from fastrot.kernels import hadamard_transform
-from fastrot.kernels.cpu_weight import Side, rotate_matrix
+from fastrot.kernels.cpu_weight import rotate_matrix
+from fastrot.kernels.weight import Side
 
 POWERS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 OTHERS = (3072, 7168, 9216, 11008, 13824, 14336, 18944)

@@ -104,6 +104,27 @@ EXPECTED: dict[Group, dict[str, float]] = {
     ("_fused_kernel", "fp32", 64): {
         "sm_80": 74.8,
     },
+    ("_pass_kernel", "fp32", 64): {"gfx942": 33.3, "sm_100": 178.3, "sm_80": 177.0, "sm_90": 179.3},
+    ("_pass_kernel", "fp32", 128): {
+        "gfx942": 42.2,
+        "sm_100": 178.8,
+        "sm_80": 169.4,
+        "sm_90": 169.2,
+    },
+    ("_pass_kernel", "fp32", 256): {
+        "gfx942": 103.0,
+        "sm_100": 342.6,
+        "sm_80": 346.4,
+        "sm_90": 346.7,
+    },
+    ("_pass_kernel", "fp64", 64): {"gfx942": 45.5, "sm_100": 60.5, "sm_80": 51.5, "sm_90": 59.0},
+    ("_pass_kernel", "fp64", 128): {"gfx942": 60.5, "sm_100": 66.9, "sm_80": 66.4, "sm_90": 64.9},
+    ("_pass_kernel", "fp64", 256): {
+        "gfx942": 91.7,
+        "sm_100": 174.7,
+        "sm_80": 134.6,
+        "sm_90": 174.3,
+    },
     ("_rope_kernel", "16 bit", 64): {
         "gfx942": 28.1,
         "sm_100": 23.2,
@@ -191,6 +212,8 @@ KNOWN: dict[str, dict[str, tuple[str, ...]]] = {
             "81920 of 65536 bytes of shared memory",
         ),
         "fused 8192/8192 in 128x64 activation int8 bf16-bf16": ("147 spills",),
+        "pass 224x64 along in 256x64 bf16-bf16 fp32": ("8 spills",),
+        "pass 224x64 along in 256x64 bf16-bf16 fp64": ("34 spills",),
         "rope 96+96, 48 mxfp4 bf16-bf16": ("6 spills",),
         "rows 1x128 in 64x128 bf16-bf16": ("loads of 8 bytes",),
         "rows 1x128 in 64x128 bf16-bf16 signs": ("loads of 8 bytes",),

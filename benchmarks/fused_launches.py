@@ -1,4 +1,4 @@
-"""The launches of fused transforms and of RoPE, as data."""
+"""The launches of fused transforms, of RoPE and of weights, as data."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -42,6 +42,16 @@ ROPE: tuple[tuple[int, int, int, bool, Quantization | None], ...] = (
     (80, 80, 80, False, Quantization("int8")),
 )
 """Size of heads and of values (0 without), rotated elements, whether interleaved, and format."""
+
+WEIGHTS: tuple[tuple[int | None, int | None], ...] = (
+    (None, 4096),
+    (4096, None),
+    (None, 14336),
+    (None, 128),
+    (128, None),
+    (4096, 64),
+)
+"""Orders of the two sides of a weight."""
 
 
 def _memory(quantize: Quantization | None, source: str) -> tuple[str, str, float]:
@@ -160,3 +170,58 @@ def rope_launches(arch: str) -> Iterator[Launch]:
             gathers=True,
             scales=quantize is not None,
         )
+
+
+def pass_launches(arch: str) -> Iterator[Launch]:
+    """Launches of :mod:`fastrot.kernels.gpu_weight_pass` for bfloat16 weights."""
+    from fastrot.kernels import gpu_weight, gpu_weight_pass
+    from fastrot.kernels.gpu_matrix import TABLE
+
+    seen = set()
+    for dtype in (torch.float64, torch.float32):
+        for left, right in WEIGHTS:
+            sides = (None if order is None else (order, False) for order in (left, right))
+            steps = gpu_weight.passes(*sides, BACKENDS[arch])
+            for index, step in enumerate(steps):
+                c = gpu_weight_pass.pass_constants(step, dtype)
+                source = dtype if index else torch.bfloat16
+                target = torch.bfloat16 if index == len(steps) - 1 else dtype
+                P, Q, arithmetic = c["P"], c["Q"], SHORT[dtype]
+                along = "down" if step.down else "along"
+                factor = "x".join(str(f.size) for f in (step.h, step.k) if f is not None)
+                name = title("pass", f"{factor} {along} in {P}x{Q}", source, target, arithmetic)
+                if name in seen:
+                    continue
+                seen.add(name)
+                trips = -(-c["SPAN"] // c["CHUNK"])
+                tables = {
+                    name: f"*{arithmetic if c[kind] == TABLE.value else SHORT[source]}"
+                    for name, kind in (("h_table", "H"), ("k_table", "K"))
+                }
+                none = dict.fromkeys(
+                    ("rows_before", "columns_before", "rows_after", "columns_after"), None
+                )
+                yield Launch(
+                    name=name,
+                    kernel=gpu_weight_pass._pass_kernel,
+                    types={"x": f"*{SHORT[source]}", "out": f"*{SHORT[target]}", **tables},
+                    integers={
+                        **dict.fromkeys(("x_stride", "out_stride", "extent", "width"), 8192),
+                        **dict.fromkeys(("tiles", "count"), 128),
+                        **{"u_rows": c["SPAN"], "v_rows": 1, "v_columns": 16},
+                    },
+                    constants={**c, **none},
+                    arch=arch,
+                    elements=c["SPAN"] * Q,
+                    width=source.itemsize + target.itemsize,
+                    dots=(
+                        Dot(P, Q, c["CHUNK"], trips),
+                        Dot(c["CHUNK"], Q, Q, trips * (step.k is not None)),
+                    ),
+                    trips=trips,
+                    resident=0,
+                    # Where a chunk has 16 bytes for every thread.
+                    aligned=arch.startswith("sm")
+                    and c["CHUNK"] * Q * source.itemsize >= 512 * c["num_warps"],
+                    gathers=TABLE.value in (c["H"], c["K"]),
+                )

@@ -86,6 +86,8 @@ def over_budget(launch: Launch, code: Compiled) -> str:
 def tile(launch: Launch) -> tuple[int, int]:
     """Rows and columns of the padded tile, or of all that are counted as one."""
     c = launch.constants
+    if launch.kernel_name == "_pass_kernel":
+        return c["P"], c["Q"]
     if launch.kernel_name == "_rope_kernel":
         return c["A"], 2 * c["B"] + c["V_B"] * c["VALUES"]
     return c["A"], c["B"] if "B" in c else c["COLUMNS"]
@@ -101,7 +103,9 @@ def density(launch: Launch, code: Compiled) -> float:
 def group(launch: Launch) -> Group:
     """Kernel, type that decides the arithmetic, and rows of the tile."""
     kernel = launch.kernel_name
-    if kernel == "_rows_kernel":
+    if kernel == "_pass_kernel":
+        dtype = str(launch.constants["DTYPE"])
+    elif kernel == "_rows_kernel":
         dtype = "fp32" if "*fp32" in launch.ends else "16 bit"
     else:
         dtype = {"*fp64": "fp64", "*fp32": "fp32"}.get(launch.ends[0], "16 bit")

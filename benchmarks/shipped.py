@@ -9,7 +9,7 @@ from collections.abc import Hashable, Iterator
 
 import torch
 from compiled import Launch
-from fused_launches import fused_launches, rope_launches
+from fused_launches import fused_launches, pass_launches, rope_launches
 from launches import transform
 from measure.cases import MAIN
 
@@ -32,6 +32,7 @@ def shipped(arch: str) -> Iterator[Launch]:
         if key not in seen:
             seen.add(key)
             yield launch
+    yield from pass_launches(arch)
 
 
 def transforms(arch: str) -> Iterator[Launch]:

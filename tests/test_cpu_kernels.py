@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fastrot.hadamard import base_matrix, factors, hadamard_matrix
 from fastrot.kernels.cpu import transform
-from fastrot.kernels.cpu_weight import Side, rotate_matrix
+from fastrot.kernels.cpu_weight import rotate_matrix
+from fastrot.kernels.weight import Side
 
 SIZES = (1, 2, 4, 8, 12, 16, 20, 28, 36, 64, 76, 80, 128, 172, 256, 768, 1024, 2880)
 LARGE = (8192, 10944, 11008, 14336, 16384)

@@ -12,14 +12,17 @@ from tqdm.auto import tqdm
 from fastrot.edits import Plan, Rotate, Scale, WeightEdit
 from fastrot.fuse.torch_weight import TorchRotation
 from fastrot.journal import Journal
-from fastrot.kernels.cpu_weight import MatrixRotation, Side, Stage, Workspace, compile_kernels
+from fastrot.kernels import gpu_weight
+from fastrot.kernels.cpu_weight import MatrixRotation, compile_kernels
+from fastrot.kernels.gpu_weight import TritonRotation
+from fastrot.kernels.weight import Side, Stage, Workspace
 from fastrot.memory import owned
 
 
 class _Write(NamedTuple):
     """A matrix, or a part of one, and what will be done to it."""
 
-    rotation: MatrixRotation | TorchRotation
+    rotation: MatrixRotation | TritonRotation | TorchRotation
     source: Tensor
     target: Tensor
 
@@ -140,13 +143,13 @@ def _workspaces(writes: list[_Write]) -> dict[torch.device, Workspace]:
         needs[x.device] = max(scratch, rotation.scratch), max(panel, rotation.panel)
     made = {device: Workspace(*sizes, device) for device, sizes in needs.items()}
     ready: set[object] = set()
-    for rotation, x, _ in writes:
+    for rotation, x, out in writes:
         if isinstance(rotation, MatrixRotation):
             if rotation.dtype not in ready:
                 compile_kernels(rotation.dtype)
                 ready.add(rotation.dtype)
         elif rotation.kind not in ready:
-            rotation.rehearse(made[x.device])
+            rotation.rehearse(x, out, made[x.device])
             ready.add(rotation.kind)
     return made
 
@@ -220,16 +223,20 @@ def _rotation(
     row_gamma: Tensor | None,
     gamma: Tensor | None,
     dtype: torch.dtype,
-) -> MatrixRotation | TorchRotation:
+) -> MatrixRotation | TritonRotation | TorchRotation:
+    """What does it by a kernel where there is one for this memory, else by torch."""
     dense = any(step.rotation.kind == "random-matrix" for step in (*left, *right))
-    if x.device.type != "cpu" or x.stride(-1) != 1 or out.stride(-1) != 1 or dense:
-        return TorchRotation(x, left, right, gamma, row_gamma, dtype)
-    nothing = None, None
-    sides = list(zip_longest(_sides(left), _sides(right), fillvalue=nothing))
-    (first_left, _), (first_right, _) = sides[0] if sides else (nothing, nothing)
-    first = Stage(first_left, first_right, gamma, row_gamma)
-    rest = [Stage(on_left, on_right, g, h) for (on_left, h), (on_right, g) in sides[1:]]
-    return MatrixRotation(x, out, [first, *rest], dtype)
+    if x.stride(-1) == 1 and out.stride(-1) == 1 and not dense:
+        nothing = None, None
+        sides = list(zip_longest(_sides(left), _sides(right), fillvalue=nothing))
+        (first_left, _), (first_right, _) = sides[0] if sides else (nothing, nothing)
+        first = Stage(first_left, first_right, gamma, row_gamma)
+        rest = [Stage(on_left, on_right, g, h) for (on_left, h), (on_right, g) in sides[1:]]
+        if x.device.type == "cpu":
+            return MatrixRotation(x, out, [first, *rest], dtype)
+        if gpu_weight.takes(x, *(side for stage in (first, *rest) for side in stage[:2])):
+            return TritonRotation(x, out, [first, *rest], dtype)
+    return TorchRotation(x, left, right, gamma, row_gamma, dtype)
 
 
 def _sides(steps: list[Rotate]) -> list[tuple[Side, Tensor | None]]:

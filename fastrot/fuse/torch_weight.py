@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastrot.edits import Rotate
-from fastrot.kernels.cpu_weight import Workspace
+from fastrot.kernels.weight import Workspace
 from fastrot.rotation import Rotation
 
 CHUNK_BYTES = 1 << 26
@@ -67,7 +67,7 @@ class TorchRotation:
                 chunk.copy_(rotation.apply(chunk, dim, inverse=inverse, operand=operand))
         target.copy_(work)
 
-    def rehearse(self, workspace: Workspace) -> None:
+    def rehearse(self, source: Tensor, target: Tensor, workspace: Workspace) -> None:
         """Compile kernels and touch the memory of temporaries, on a first chunk of nothing."""
         work = workspace.matrix(self.shape, self.dtype).zero_()
         for dim, rotation, inverse, operand in self._steps:

@@ -1,0 +1,53 @@
+"""Both sides of a weight: what is asked of the kernels of every device, and their memory."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Side(NamedTuple):
+    """Orthonormal transforms of blocks of ``size`` along one dimension of a weight."""
+
+    size: int
+    signs: Tensor | None = None
+    transpose: bool = False
+
+
+class Stage(NamedTuple):
+    """``w → Lᵀ (diag(row_gamma) w diag(gamma)) R``; None is the identity.
+
+    R transforms every block of ``right.size`` columns of each row and L every block of
+    ``left.size`` rows of each column, as ``hadamard_transform`` does with ``scale = size ** -0.5``.
+    """
+
+    left: Side | None = None
+    right: Side | None = None
+    gamma: Tensor | None = None
+    row_gamma: Tensor | None = None
+
+
+class Workspace:
+    """All memory that rotations of weights need while they run: ask for it before the first write.
+
+    Args:
+        scratch: bytes of the largest intermediate matrix.
+        panel: bytes of the largest panel of a thread.
+        device: where the weights lie; panels are for the CPU.
+    """
+
+    def __init__(self, scratch: int, panel: int, device: torch.device | None = None):
+        on_cpu = device is None or device.type == "cpu"
+        # NumPy asks for huge pages: touching fresh memory costs more than the transform.
+        self.scratch = (
+            torch.from_numpy(np.empty(scratch, np.uint8))
+            if on_cpu
+            else torch.empty(scratch, dtype=torch.uint8, device=device)
+        )
+        count = torch.get_num_threads() if on_cpu else 0
+        self.panels = [np.empty(panel, np.uint8) for _ in range(count)]
+
+    def matrix(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """The scratch memory as a matrix."""
+        return self.scratch[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
