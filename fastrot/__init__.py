@@ -4,7 +4,7 @@ Importing fastrot registers its names with transformers, so that ``from_pretrain
 checkpoints.
 """
 
-from fastrot.api import UnsupportedRotationError, apply, plan
+from fastrot.api import apply, plan
 from fastrot.checks import AlreadyRotatedError
 from fastrot.coverage import UncoveredParameterError
 from fastrot.edits import Plan
@@ -18,6 +18,7 @@ from fastrot.mapping import Architecture, Mapping, NormMapping, UnknownArchitect
 from fastrot.patterns import NoMatchError
 from fastrot.removal import remove
 from fastrot.rotation import Rotation
+from fastrot.rows import UnsupportedRotationError
 from fastrot.suggest import Suggestion, suggest_mapping
 from fastrot.transform_config import TransformArgs, TransformConfig, TransformScheme
 from fastrot.values import PrecisionWarning, ValueRangeError

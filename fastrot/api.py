@@ -1,17 +1,15 @@
 """``fastrot.plan`` and ``fastrot.apply``: the whole way from arguments to a rotated model."""
 
 import warnings
-from collections.abc import Iterable, Sequence
 from collections.abc import Mapping as MappingABC
-from dataclasses import fields, replace
-from difflib import get_close_matches
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from fastrot.arguments import block_sizes, parse_norms, parse_rotations, parse_seed
 from fastrot.checks import (
     AlreadyRotatedError,
     check_flag,
@@ -24,39 +22,22 @@ from fastrot.errors import RotationError
 from fastrot.foreign import check_foreign, check_whole
 from fastrot.fuse import Fusion
 from fastrot.handle import Handle
-from fastrot.heads import check_heads, head_dim_of, key_dim_of
-from fastrot.index import Index, find_holders
 from fastrot.integrations.transformers import clear_stale_mark, mark
 from fastrot.journal import Journal, Undo, exclusive
 from fastrot.mapping import (
-    Architecture,
     Mapping,
     NormMapping,
-    Patterns,
-    as_mapping,
-    as_norm_mapping,
-    find_architecture,
-    with_head,
 )
 from fastrot.online import attach, check_site, make
-from fastrot.patterns import NoMatchError, matches
 from fastrot.record import applied_groups, own_config, retrace, sealed, with_application
 from fastrot.resolve import on_meta, resolve
-from fastrot.sites import find_sites
+from fastrot.rows import check_roles, known_norms, roles_of
 from fastrot.transform_config import (
-    ROTATIONS,
     parse_precision,
     parse_transform_config,
     spinquant_config,
 )
 from fastrot.values import PrecisionWarning, check_values, notes
-
-CLASSIFIER = "score"
-"""What transformers' classifiers have in the place of a causal model's head."""
-
-
-class UnsupportedRotationError(RotationError):
-    """A rotation that this architecture does not allow."""
 
 
 def plan(
@@ -78,16 +59,16 @@ def plan(
     The model may also lie on the meta device, without any weights: then shapes alone decide.
     """
     check_model(model)
-    norms = _parse_norms(norm_mappings)
+    norms = parse_norms(norm_mappings)
     if transform_config is not None:
         config = parse_transform_config(transform_config)
         mapping = None
         if norms is None:
-            norms = _known_norms(model)
+            norms = known_norms(model)
     else:
-        wanted = _parse_rotations(rotations)
-        mapping, norms = _roles(model, mappings, norms, wanted)
-        _check_roles(model, mapping, wanted)
+        wanted = parse_rotations(rotations)
+        mapping, norms = roles_of(model, mappings, norms, wanted)
+        check_roles(model, mapping, wanted)
         check_flag("randomize", randomize)
         config = spinquant_config(
             mapping,
@@ -95,7 +76,7 @@ def plan(
             wanted,
             transform_type=transform_type,
             randomize=randomize,
-            block_sizes=_block_sizes(model, mapping, wanted, block_size),
+            block_sizes=block_sizes(model, mapping, wanted, block_size),
             precision=parse_precision(torch.float32 if precision is None else precision),
         )
     twice = [name for name in config.config_groups if name in applied_groups(model.config)]
@@ -105,7 +86,7 @@ def plan(
             "would undo or scramble it; start from the original weights"
         )
     dtype = parse_precision(torch.float64 if precision is None else precision)
-    result = resolve(model, config, norms, _parse_seed(seed), mapping, dtype)
+    result = resolve(model, config, norms, parse_seed(seed), mapping, dtype)
     if result.sites and getattr(model, "use_kernels", False):
         raise RotationError(
             "the model uses kernels from the hub, which replace whole modules and pass by the "
@@ -236,159 +217,6 @@ def _execute(model: PreTrainedModel, made: Plan, undo: Undo, progress: bool) -> 
             mark(config)
         retrace()
         fusion.run(journal, progress)
-
-
-def _parse_rotations(rotations: str | Sequence[str]) -> tuple[str, ...]:
-    names = (rotations,) if isinstance(rotations, str) else rotations
-    if not isinstance(names, Iterable):
-        raise TypeError(f"rotations must be a list of names such as 'R1', got {rotations!r}")
-    wanted: list[str] = []
-    for name in names:
-        upper = name.upper() if isinstance(name, str) else name
-        if upper not in ROTATIONS:
-            near = get_close_matches(str(name).upper(), ROTATIONS, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise RotationError(f"rotation {name!r} is not one of {', '.join(ROTATIONS)}{hint}")
-        if upper in wanted:
-            raise RotationError(f"rotation {upper} is named twice in {names}")
-        wanted.append(upper)
-    if not wanted:
-        raise RotationError(f"rotations is empty; name some of {', '.join(ROTATIONS)}")
-    return tuple(name for name in ROTATIONS if name in wanted)
-
-
-def _parse_seed(seed: int) -> int:
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise TypeError(f"seed must be an int, got {seed!r}")
-    return seed
-
-
-def _roles(
-    model: PreTrainedModel,
-    mappings: Mapping | MappingABC[str, Any] | None,
-    norms: tuple[NormMapping, ...] | None,
-    wanted: Sequence[str],
-) -> tuple[Mapping, tuple[NormMapping, ...]]:
-    if mappings is not None:
-        return as_mapping(mappings), _known_norms(model) if norms is None else norms
-    row = find_architecture(model.config)
-    for name in wanted:
-        if name in row.refuses:
-            rest = [other for other in wanted if other not in row.refuses]
-            way = f"; leave it out, rotations={tuple(rest)!r} works" if rest else ""
-            raise UnsupportedRotationError(
-                f"{name} of {type(model).__name__}: {row.refuses[name]}{way}"
-            )
-    row = _present(model, row)
-    return row.mapping, row.norms if norms is None else norms
-
-
-def _present(model: PreTrainedModel, row: Architecture) -> Architecture:
-    """A row of the table with the head of this model, without what it does not have."""
-    index = Index(model)
-    headless = not find_holders(index, row.mapping.lm_head, missing_ok=True)
-    if headless and isinstance(getattr(model, CLASSIFIER, None), nn.Linear):
-        row = with_head(row, CLASSIFIER)
-    mapping = row.mapping
-
-    def kept(patterns: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(p for p in patterns if find_holders(index, (p,), missing_ok=True))
-
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    roles: dict[str, Any] = {
-        field.name: kept(getattr(mapping, field.name))
-        for field in fields(mapping)
-        if field.type == Patterns
-    }
-    ignore = tuple(u for u in mapping.ignore if any(matches(name, u.pattern) for name in names))
-    norms = tuple(
-        replace(norm, linears=kept(norm.linears))
-        for norm in row.norms
-        if kept(norm.linears) and (norm.norm is None or kept((norm.norm,)))
-    )
-    return replace(row, mapping=replace(mapping, **roles, ignore=ignore), norms=norms)
-
-
-def _parse_norms(value: Sequence[Any] | None) -> tuple[NormMapping, ...] | None:
-    if value is None:
-        return None
-    if isinstance(value, (str, MappingABC)) or not isinstance(value, Iterable):
-        raise TypeError(f"norm_mappings must be a list of NormMapping, got {value!r}")
-    return tuple(map(as_norm_mapping, value))
-
-
-def _check_roles(model: PreTrainedModel, mapping: Mapping, wanted: Sequence[str]) -> None:
-    """What only makes sense for R1 to R4: places to act, a head, value heads that fit together."""
-    places = {
-        "R1": ("embedding", mapping.embedding),
-        "R2": ("attn_o", mapping.attn_o),
-        "R3": ("attn", mapping.attn),
-        "R4": ("mlp_out", mapping.mlp_out),
-    }
-    for name in wanted:
-        role, patterns = places[name]
-        if not patterns:
-            raise UnsupportedRotationError(
-                f"{name} has no place in {type(model).__name__}: no module has the role {role}"
-            )
-    if "R1" in wanted and not find_sites(model, mapping.lm_head, missing_ok=True):
-        whole = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model.config.model_type, "the causal model")
-        raise NoMatchError(
-            f"R1 rotates the residual stream from the embedding to the head, but no module of "
-            f"{type(model).__name__} has the role lm_head; pass {whole}, or name its head in "
-            "mappings= and norm_mappings="
-        )
-    if "R3" in wanted and mapping.attn_v_rows == "latent":
-        raise UnsupportedRotationError(
-            f"R3: {type(model).__name__} caches latents, not keys; leave it out"
-        )
-    if "R2" in wanted:
-        check_heads(model, mapping, head_dim_of(model, mapping))
-
-
-def _known_norms(model: PreTrainedModel) -> tuple[NormMapping, ...]:
-    try:
-        return _present(model, find_architecture(model.config)).norms
-    except ValueError:
-        return ()
-
-
-def _block_sizes(
-    model: PreTrainedModel,
-    mapping: Mapping,
-    wanted: Sequence[str],
-    block_size: int | MappingABC[str, int] | None,
-) -> dict[str, int | None]:
-    sizes: dict[str, int | None] = dict.fromkeys(ROTATIONS)
-    if "R2" in wanted:
-        sizes["R2"] = head_dim_of(model, mapping)
-    if "R3" in wanted:
-        sizes["R3"] = key_dim_of(model, mapping)
-    if isinstance(block_size, MappingABC):
-        given = {str(name).upper(): size for name, size in block_size.items()}
-        if len(given) < len(block_size):
-            raise RotationError(f"block_size names a rotation twice: {', '.join(block_size)}")
-    else:
-        given = {name: block_size for name in ("R1", "R4") if block_size is not None}
-        if given and not set(given).intersection(wanted):
-            raise RotationError(
-                f"block_size={block_size} is that of R1 and R4, which are not among "
-                f"{', '.join(wanted)}; give R2 or R3 their own with a dict"
-            )
-        given = {name: size for name, size in given.items() if name in wanted}
-    for name, size in given.items():
-        if name not in wanted:
-            known = ROTATIONS if name not in ROTATIONS else wanted
-            raise RotationError(f"block_size names {name!r}, not one of {', '.join(known)}")
-        if not isinstance(size, int) or isinstance(size, bool):
-            raise TypeError(f"block_size of {name} must be an int, got {size!r}")
-        if size < 1:
-            raise RotationError(f"block_size of {name} must be positive, got {size}")
-        head_dim = sizes[name]
-        if head_dim is not None and head_dim % size:
-            raise RotationError(f"block_size={size} of {name} does not divide head_dim {head_dim}")
-        sizes[name] = size
-    return sizes
 
 
 def _forget_ties(model: PreTrainedModel, config: Any, journal: Journal) -> None:

@@ -19,6 +19,7 @@ ROOMS = (
     ("index",),
     ("sites",),
     ("heads", "coverage"),
+    ("arguments", "rows"),
     ("resolve",),
     ("foreign", "fuse", "online"),
     ("record", "values"),

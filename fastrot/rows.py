@@ -1,0 +1,120 @@
+"""The row of the table that describes a model, fitted to what the model has."""
+
+from collections.abc import Mapping as MappingABC
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from fastrot.errors import RotationError
+from fastrot.heads import check_heads, head_dim_of
+from fastrot.index import Index, find_holders
+from fastrot.mapping import (
+    Architecture,
+    Mapping,
+    NormMapping,
+    Patterns,
+    as_mapping,
+    find_architecture,
+    with_head,
+)
+from fastrot.patterns import NoMatchError, matches
+from fastrot.sites import find_sites
+
+CLASSIFIER = "score"
+"""What transformers' classifiers have in the place of a causal model's head."""
+
+
+class UnsupportedRotationError(RotationError):
+    """A rotation that this architecture does not allow."""
+
+
+def roles_of(
+    model: PreTrainedModel,
+    mappings: Mapping | MappingABC[str, Any] | None,
+    norms: tuple[NormMapping, ...] | None,
+    wanted: Sequence[str],
+) -> tuple[Mapping, tuple[NormMapping, ...]]:
+    """The roles of a model's modules and its norms: the caller's, or those of the table.
+
+    Raises:
+        UnsupportedRotationError: the table says why one of the wanted rotations is impossible.
+    """
+    if mappings is not None:
+        return as_mapping(mappings), known_norms(model) if norms is None else norms
+    row = find_architecture(model.config)
+    for name in wanted:
+        if name in row.refuses:
+            rest = [other for other in wanted if other not in row.refuses]
+            way = f"; leave it out, rotations={tuple(rest)!r} works" if rest else ""
+            raise UnsupportedRotationError(
+                f"{name} of {type(model).__name__}: {row.refuses[name]}{way}"
+            )
+    row = _present(model, row)
+    return row.mapping, row.norms if norms is None else norms
+
+
+def check_roles(model: PreTrainedModel, mapping: Mapping, wanted: Sequence[str]) -> None:
+    """What only makes sense for R1 to R4: places to act, a head, value heads that fit together."""
+    places = {
+        "R1": ("embedding", mapping.embedding),
+        "R2": ("attn_o", mapping.attn_o),
+        "R3": ("attn", mapping.attn),
+        "R4": ("mlp_out", mapping.mlp_out),
+    }
+    for name in wanted:
+        role, patterns = places[name]
+        if not patterns:
+            raise UnsupportedRotationError(
+                f"{name} has no place in {type(model).__name__}: no module has the role {role}"
+            )
+    if "R1" in wanted and not find_sites(model, mapping.lm_head, missing_ok=True):
+        whole = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model.config.model_type, "the causal model")
+        raise NoMatchError(
+            f"R1 rotates the residual stream from the embedding to the head, but no module of "
+            f"{type(model).__name__} has the role lm_head; pass {whole}, or name its head in "
+            "mappings= and norm_mappings="
+        )
+    if "R3" in wanted and mapping.attn_v_rows == "latent":
+        raise UnsupportedRotationError(
+            f"R3: {type(model).__name__} caches latents, not keys; leave it out"
+        )
+    if "R2" in wanted:
+        check_heads(model, mapping, head_dim_of(model, mapping))
+
+
+def known_norms(model: PreTrainedModel) -> tuple[NormMapping, ...]:
+    """The norms of the table, none for a model that is not in it."""
+    try:
+        return _present(model, find_architecture(model.config)).norms
+    except ValueError:
+        return ()
+
+
+def _present(model: PreTrainedModel, row: Architecture) -> Architecture:
+    """A row of the table with the head of this model, without what it does not have."""
+    index = Index(model)
+    headless = not find_holders(index, row.mapping.lm_head, missing_ok=True)
+    if headless and isinstance(getattr(model, CLASSIFIER, None), nn.Linear):
+        row = with_head(row, CLASSIFIER)
+    mapping = row.mapping
+
+    def kept(patterns: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(p for p in patterns if find_holders(index, (p,), missing_ok=True))
+
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    roles: dict[str, Any] = {
+        field.name: kept(getattr(mapping, field.name))
+        for field in fields(mapping)
+        if field.type == Patterns
+    }
+    ignore = tuple(u for u in mapping.ignore if any(matches(name, u.pattern) for name in names))
+    norms = tuple(
+        replace(norm, linears=kept(norm.linears))
+        for norm in row.norms
+        if kept(norm.linears) and (norm.norm is None or kept((norm.norm,)))
+    )
+    return replace(row, mapping=replace(mapping, **roles, ignore=ignore), norms=norms)
