@@ -53,7 +53,7 @@ def roles_of(
             raise UnsupportedRotationError(
                 f"{name} of {type(model).__name__}: {row.refuses[name]}{way}"
             )
-    row = _present(model, row)
+    row = present(model, row)
     return row.mapping, row.norms if norms is None else norms
 
 
@@ -89,12 +89,12 @@ def check_roles(model: PreTrainedModel, mapping: Mapping, wanted: Sequence[str])
 def known_norms(model: PreTrainedModel) -> tuple[NormMapping, ...]:
     """The norms of the table, none for a model that is not in it."""
     try:
-        return _present(model, find_architecture(model.config)).norms
+        return present(model, find_architecture(model.config)).norms
     except ValueError:
         return ()
 
 
-def _present(model: PreTrainedModel, row: Architecture) -> Architecture:
+def present(model: PreTrainedModel, row: Architecture) -> Architecture:
     """A row of the table with the head of this model, without what it does not have."""
     index = Index(model)
     headless = not find_holders(index, row.mapping.lm_head, missing_ok=True)

@@ -11,6 +11,7 @@ from zoo import FAMILIES, build, inputs
 
 import fastrot
 import fastrot.api
+import fastrot.rows
 import fastrot.suggest
 from fastrot.coverage import classify
 from fastrot.mapping import Architecture, Mapping, NormMapping, Untouched, find_architecture
@@ -72,7 +73,7 @@ def split(model, row):
 def check(model):
     suggestion = suggest_mapping(model)
     behind = BEHIND.get(model.config.model_type, {})
-    row = fastrot.api._present(model, find_architecture(model.config))
+    row = fastrot.rows.present(model, find_architecture(model.config))
     places = {
         "R1": row.mapping.embedding,
         "R2": row.mapping.attn_o,

@@ -13,6 +13,7 @@ from zoo import FAMILIES, build, inputs
 
 import fastrot
 import fastrot.api
+import fastrot.rows
 from fastrot.edits import Scale
 from fastrot.mapping import ARCHITECTURES, SHELLS, find_architecture
 
@@ -161,7 +162,7 @@ def test_the_row_is_complete(name):
     from fastrot.coverage import classify
 
     model, _, _ = original(name)
-    row = fastrot.api._present(model, find_architecture(model.config))
+    row = fastrot.rows.present(model, find_architecture(model.config))
     roles = classify(model, row.mapping, row.norms)
     names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
     if "R1" not in row.refuses:
@@ -176,7 +177,7 @@ def test_no_row_and_no_rule_is_unused():
         config = original(name)[0].config
         types |= {config.model_type, config.get_text_config().model_type}
         row = find_architecture(config)
-        used = set(patterns_of(fastrot.api._present(original(name)[0], row)))
+        used = set(patterns_of(fastrot.rows.present(original(name)[0], row)))
         shell = SHELLS.get(config.model_type)
         # The patterns of a language model in a shell are tried without it.
         rules = set(patterns_of(row)) if shell is None else set(rules_of(shell))
