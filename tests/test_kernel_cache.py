@@ -83,5 +83,6 @@ def test_a_full_disk_and_a_damaged_cache_of_all_kernels(tmp_path):
 
     assert child("1024") == 0  # no file may be larger, as on a disk that is full
     assert [child(), child()] == [0, 1]
+    assert len(list(tmp_path.rglob("*.nbc"))) == 1  # its parts lie inside the kernel
     damage(tmp_path, "nbc", "half")
     assert [child(), child()] == [0, 1]

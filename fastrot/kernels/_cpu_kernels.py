@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-# ruff: noqa: ANN001, ANN202, D417
+# ruff: noqa: ANN001, ANN002, ANN202, D417
 """Numba kernels of the CPU implementation: panels in cache, vectors across lanes.
 
 A *panel* is a small row-major matrix of float32 or float64 that stays in cache. :func:`sweep`
@@ -9,13 +9,17 @@ leading dimensions (``ld``) and steps are in bytes; ``one`` is a number of the c
 """
 
 import hashlib
+import inspect
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from numba import njit
+from numba import njit, types
 from numba.core.caching import FunctionCache
+from numba.core.compiler import compile_internal
+from numba.core.targetconfig import ConfigStack
+from numba.extending import lower_builtin, type_callable
 
 from fastrot.kernels import _cpu_blocks, _cpu_vectors
 from fastrot.kernels._cpu_blocks import (
@@ -71,21 +75,46 @@ class _Cache(FunctionCache):
             super().save_overload(sig, data)
 
 
-def _kernel(function: Callable[..., Any], **options: bool) -> Any:
+def _kernel(function: Callable[..., Any]) -> Any:
     """``njit`` with an on-disk cache where Numba finds a place for one.
 
     The cache sees changes of this file only; the digest in the name tells it of the others.
     """
     function.__qualname__ = f"{function.__name__}_{_SOURCES}"
-    kernel = njit(error_model="numpy", nogil=True, **options)(function)
+    kernel = njit(error_model="numpy", nogil=True)(function)
     with suppress(RuntimeError, OSError):  # nowhere to write
         kernel._cache = _Cache(function)
     return kernel
 
 
-def _part(function: Callable[..., Any]) -> Any:
-    """A kernel that only kernels call."""
-    return _kernel(function, no_cpython_wrapper=True, no_cfunc_wrapper=True)
+def _part(function: Callable[..., None]) -> Callable[..., None]:
+    """What only kernels call: compiled into the library of each, once per types of arguments.
+
+    A jitted function has a library of its own, which is optimised and made machine code, and again
+    inside that of every caller: a third of the time until the first transform.
+    """
+    compiled = {}
+
+    @type_callable(function)
+    def typer(context):
+        def returns(*arguments):
+            return types.none
+
+        returns.pysig = inspect.signature(function)
+        return returns
+
+    @lower_builtin(function, types.VarArg(types.Any))
+    def emit(context, builder, call, arguments):
+        typing, library = context.typing_context, context.active_code_library
+        if (library, call.args) not in compiled:
+            flags = ConfigStack().top().copy()
+            flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
+            compiled[library, call.args] = compile_internal(
+                typing, context, library, function, call.args, call.return_type, flags, {}
+            ).fndesc
+        return context.call_internal(builder, compiled[library, call.args], call, arguments)
+
+    return function
 
 
 @_part
