@@ -1,5 +1,6 @@
 """Hold Ctrl-C and termination while something runs that must not stop half way."""
 
+import inspect
 import signal
 import threading
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ def held_signals() -> Iterator[None]:
         try:
             _put_back([item for item in before.items() if item[1] is not None])
         finally:
-            _deliver(arrived)
+            _deliver([(number, before[number]) for number in arrived])
 
 
 def _put_back(handlers: list[tuple[int, Any]]) -> None:
@@ -51,10 +52,15 @@ def _put_back(handlers: list[tuple[int, Any]]) -> None:
             _put_back(handlers)
 
 
-def _deliver(arrived: list[int]) -> None:
+def _deliver(arrived: list[tuple[int, Any]]) -> None:
+    """Hand over to the handlers, which are called: asyncio was told by the first arrival."""
     try:
         while arrived:
-            signal.raise_signal(arrived.pop(0))
+            number, handler = arrived.pop(0)
+            if callable(handler):
+                handler(number, inspect.currentframe())
+            else:
+                signal.raise_signal(number)
     finally:
         if arrived:
             _deliver(arrived)

@@ -1,0 +1,57 @@
+"""Signals that were held arrive once, whoever waits for them."""
+
+import asyncio
+import os
+import signal
+
+import pytest
+
+from fastrot.signals import held_signals
+
+
+def raised(number):
+    os.kill(os.getpid(), number)
+
+
+def test_asyncio_is_told_once():
+    """Its handlers hear of a signal through a file descriptor, which the first arrival writes."""
+    told = []
+
+    async def work():
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, told.append, "SIGTERM")
+        with held_signals(), held_signals():
+            raised(signal.SIGTERM)
+        assert told == []
+        for _ in range(5):
+            await asyncio.sleep(0.01)
+        loop.remove_signal_handler(signal.SIGTERM)
+
+    asyncio.run(work())
+    assert told == ["SIGTERM"]
+
+
+def test_a_handler_gets_number_and_frame():
+    got = []
+    before = signal.signal(signal.SIGTERM, lambda *args: got.append(args))
+    try:
+        with held_signals():
+            raised(signal.SIGTERM)
+            assert got == []
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    ((number, frame),) = got
+    assert number == signal.SIGTERM
+    assert frame is not None
+
+
+def test_both_arrive_though_the_first_raises():
+    got = []
+    before = signal.signal(signal.SIGTERM, lambda *_: got.append("SIGTERM"))
+    try:
+        with pytest.raises(KeyboardInterrupt), held_signals():
+            raised(signal.SIGINT)
+            raised(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert got == ["SIGTERM"]
