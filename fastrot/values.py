@@ -1,6 +1,8 @@
 """Whether the numbers allow it: finite in, finite out, decided before the first write."""
 
 from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -128,13 +130,16 @@ def _groups(edit: WeightEdit) -> str:
 
 def _writers(model: nn.Module, plan: Plan) -> Iterator[Tensor]:
     """The root mean square of every channel, of all that writes into the stream."""
-    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    embedding: Any = None
+    # transformers finds no embedding by itself where names or classes are the user's.
+    with suppress(AttributeError, NotImplementedError):
+        embedding = model.get_input_embeddings().weight.data_ptr()  # type: ignore[operator]
     for edit in plan.edits:
         weight = model.get_parameter(edit.parameter).detach()
         if weight.dim() != 2:
             continue
         written = any(isinstance(s, Rotate) and s.group == "R1" and s.dim == 0 for s in edit.steps)
-        if embedding is not None and weight.data_ptr() == embedding.weight.data_ptr():
+        if weight.data_ptr() == embedding:
             vectors = weight[:: max(1, len(weight) // SAMPLE)]
             yield torch.linalg.vector_norm(vectors.float(), dim=0) / len(vectors) ** 0.5
         elif written:

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from helpers import difference, fingerprint, logits, random_ids, relative_error, tiny
+from transformers import LlamaForCausalLM
 from zoo import FAMILIES, build, inputs
 
 import fastrot
@@ -203,3 +204,16 @@ def test_the_prediction_is_the_growth_to_a_small_factor(factor):
         fastrot.apply(model, "R1")
     growth = relative_error(logits(model, ids), exact) / own
     assert growth <= 1.5 * predicted
+
+
+def test_a_model_whose_embedding_transformers_does_not_find():
+    """Names of the user's own: its other weights tell of massive channels."""
+
+    class Unnamed(LlamaForCausalLM):
+        def get_input_embeddings(self):
+            raise NotImplementedError
+
+    model = tiny("llama", dtype=torch.bfloat16)
+    model.__class__ = Unnamed
+    assert fastrot.plan(model, "R1").notes == ()
+    fastrot.apply(model, "R1")
