@@ -6,6 +6,7 @@ one, may read or write what is rotated; only its author can say that it does not
 
 import functools
 import gc
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,6 +20,12 @@ from fastrot.errors import RotationError
 KNOWN = ("torch", "transformers", "accelerate", "fastrot")
 """Packages whose forwards and hooks are those of the tables, or only move data."""
 
+ON_STREAM = re.compile(r"drop|norm|_proj")
+"""Names of modules without parameters through which the residual stream goes."""
+
+INSIDE = re.compile(r"(q|k|v|qk|b|c|dt)_|(attn|attention)_drop")
+"""How such names begin where it does not."""
+
 
 class ForeignCodeError(RotationError):
     """A forward or a hook that fastrot knows nothing of, where a rotation acts."""
@@ -27,8 +34,8 @@ class ForeignCodeError(RotationError):
 def check_foreign(model: nn.Module, plan: Plan, *, classes: bool) -> None:
     """Refuse forwards and hooks of others on the way of what a plan rotates.
 
-    For R1 that is every module with a weight of the plan and all modules around it; for others the
-    module itself and the block around it.
+    For R1 that is every module with a weight of the plan, all modules around it, and in these the
+    dropouts and norms without weights; for others the module itself and the block around it.
 
     Args:
         model: the model the plan was made for.
@@ -38,7 +45,7 @@ def check_foreign(model: nn.Module, plan: Plan, *, classes: bool) -> None:
     Raises:
         ForeignCodeError: names the module, the code, and the way out.
     """
-    for name in _touched(plan):
+    for name in _touched(model, plan):
         module = model.get_submodule(name)
         where = f"{name or 'the model'} ({type(module).__name__})"
         for what in _foreign(module, classes):
@@ -63,7 +70,9 @@ def check_whole(model: nn.Module) -> None:
     """
     for other in gc.get_objects():
         if issubclass(type(other), PreTrainedModel) and other is not model:
-            names = [name for name, child in other.__dict__["_modules"].items() if child is model]
+            # Another thread may be making it: copying, unpickling.
+            children = dict(other.__dict__.get("_modules", ()))
+            names = [name for name, child in children.items() if child is model]
             if names:
                 raise RotationError(
                     f"this {type(model).__name__} is {names[0]!r} of a {type(other).__name__}, "
@@ -72,13 +81,18 @@ def check_whole(model: nn.Module) -> None:
                 )
 
 
-def _touched(plan: Plan) -> list[str]:
+def _touched(model: nn.Module, plan: Plan) -> list[str]:
+    stream: dict[str, None] = {}
     names: dict[str, None] = {}
     for edit in plan.edits:
         groups = {step.group for step in edit.steps if isinstance(step, Rotate)}
-        names |= dict.fromkeys(_around(edit.parameter.rpartition(".")[0], "R1" in groups))
+        within = stream if "R1" in groups else names
+        within |= dict.fromkeys(_around(edit.parameter.rpartition(".")[0], "R1" in groups))
     for reset in plan.resets:
-        names |= dict.fromkeys(_around(reset.parameter.rpartition(".")[0], True))
+        stream |= dict.fromkeys(_around(reset.parameter.rpartition(".")[0], True))
+    for name in list(stream):
+        stream |= dict.fromkeys(_passed(model, name))
+    names = stream | names
     for site in plan.sites:
         # Attention and experts are blocks themselves.
         inside = site.location not in ("input", "output")
@@ -97,20 +111,37 @@ def _around(name: str, whole: bool) -> Iterator[str]:
             return
 
 
+def _passed(model: nn.Module, name: str) -> Iterator[str]:
+    """What has no weight that a table could name, and passes the stream on."""
+    for leaf, child in model.get_submodule(name).named_children():
+        bare = next(child.parameters(), None) is None
+        if bare and ON_STREAM.search(leaf) and not INSIDE.match(leaf):
+            yield f"{name}.{leaf}" if name else leaf
+
+
 def _foreign(module: nn.Module, classes: bool) -> Iterator[str]:
     """What is not known of a module, in words."""
-    own = module.__dict__.get("forward")
-    if own is not None and not _known(own):
-        yield f"a forward of its own, {_label(own)}"
-    if classes and not _known(type(module).forward):
-        yield f"a forward that transformers does not have, {_label(type(module).forward)}"
+    kind = type(module)
+    for own in filter(None, map(module.__dict__.get, ("forward", "_old_forward"))):
+        # The second is what accelerate's hooks stand around; that of the class is judged below.
+        if getattr(own, "__func__", None) is not kind.forward and not _known(own):
+            yield f"a forward of its own, {_label(own)}"
+    for function in (kind.forward, kind.__call__) if classes else ():
+        if not _known(function):
+            yield f"a forward that transformers does not have, {_label(function)}"
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    around = module.__dict__.get("_hf_hook")
-    for hook in () if around is None else getattr(around, "hooks", (around,)):
-        hooks += [hook.pre_forward, hook.post_forward]
-    for hook in hooks:
+    for hook in (*hooks, *_around_forward(module.__dict__.get("_hf_hook"))):
         if not _known(hook):
             yield f"a forward hook, {_label(hook)}"
+
+
+def _around_forward(hook: Any) -> Iterator[Any]:
+    """What a hook of accelerate runs; one may hold others."""
+    if hook is not None:
+        yield hook.pre_forward
+        yield hook.post_forward
+        for inner in getattr(hook, "hooks", ()):
+            yield from _around_forward(inner)
 
 
 def _functions(function: Any) -> Iterator[Any]:

@@ -6,7 +6,12 @@ import types
 
 import pytest
 import torch
-from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from accelerate.hooks import (
+    ModelHook,
+    SequentialHook,
+    add_hook_to_module,
+    remove_hook_from_module,
+)
 from helpers import difference, fingerprint, logits, random_ids, relative_error, tiny
 from torch import nn
 from transformers import LlamaForCausalLM
@@ -33,6 +38,13 @@ class Reader(LlamaMLP):
     def forward(self, x):
         act = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
         return nn.functional.linear(act, self.down_proj.weight, self.down_proj.bias)
+
+
+class Called(LlamaMLP):
+    """Another function by its call, under a forward of transformers."""
+
+    def __call__(self, x):
+        return super().__call__(x).relu()
 
 
 class Clipped(nn.Linear):
@@ -89,6 +101,7 @@ STRANGERS = {
     ),
     "subclass of the model": (subclass("model", Norming), "model", STREAM),
     "subclass of an MLP": (subclass(f"{FIRST}.mlp", Reader), f"{FIRST}.mlp", BLOCK),
+    "call of an MLP": (subclass(f"{FIRST}.mlp", Called), f"{FIRST}.mlp", BLOCK),
     "linear that is none": (
         subclass(f"{FIRST}.mlp.down_proj", Clipped),
         f"{FIRST}.mlp.down_proj",
@@ -183,6 +196,76 @@ def test_hooks_of_accelerate():
         fastrot.apply(other, "R1")
 
 
+@pytest.mark.parametrize("hidden", ["forward", "hook"])
+def test_what_hooks_of_accelerate_hide(hidden):
+    """A forward that they keep, a hook inside a sequence of sequences."""
+    model = tiny("llama")
+    mlp = model.get_submodule(f"{FIRST}.mlp")
+    if hidden == "forward":
+        own_forward(mlp)
+        add_hook_to_module(mlp, ModelHook())
+    else:
+        add_hook_to_module(mlp, SequentialHook(ModelHook(), SequentialHook(Doubling())))
+    with pytest.raises(fastrot.ForeignCodeError, match="test_foreign"):
+        fastrot.apply(model, "R4")
+
+
+def test_hooks_of_accelerate_on_described_classes():
+    """The forward that they keep is that of the user's class."""
+    from fastrot.mapping import find_architecture
+
+    model = tiny("llama")
+    row = find_architecture(model.config)
+    subclass(f"{FIRST}.mlp", Reader)(model)
+    add_hook_to_module(model.get_submodule(f"{FIRST}.mlp"), ModelHook())
+    fastrot.plan(model, "R1", mappings=row.mapping, norm_mappings=row.norms)
+
+
+class Noise(nn.Module):
+    def forward(self, x):
+        return x.relu()
+
+
+PASSED = {
+    "gpt2": (
+        "transformer.drop",
+        "transformer.h.0.mlp.dropout",
+        "transformer.h.0.attn.resid_dropout",
+    ),
+    "gpt_neox": ("gpt_neox.emb_dropout", "gpt_neox.layers.0.post_mlp_dropout"),
+    "olmo": ("model.norm", "model.layers.0.input_layernorm"),
+    "nemotron_h": ("model.layers.1.mixer.fc1_latent_proj",),
+    "phi3": ("model.layers.0.resid_attn_dropout",),
+}
+
+
+@pytest.mark.parametrize("family", PASSED)
+def test_what_has_no_weights_but_passes_the_stream(family):
+    for where in PASSED[family]:
+        # Whether a norm is one is tried.
+        for change in ("hook", "class") if "drop" in where else ("hook",):
+            model = build(FAMILIES[family], torch.float32)
+            fastrot.plan(model, "R1")
+            if change == "hook":
+                model.get_submodule(where).register_forward_hook(steer)
+            else:
+                owner, _, leaf = where.rpartition(".")
+                setattr(model.get_submodule(owner), leaf, Noise())
+            with pytest.raises(fastrot.ForeignCodeError, match=rf"^{where} \("):
+                fastrot.plan(model, "R1")
+
+
+def test_hooks_inside_a_block_are_nothing_to_the_stream():
+    model = build(FAMILIES["gpt2"], torch.float32)
+    for path in ("mlp.act", "attn.attn_dropout"):
+        model.transformer.h[0].get_submodule(path).register_forward_hook(steer)
+    given = inputs(FAMILIES["gpt2"], model)
+    with torch.no_grad():
+        expected = model(**given).logits
+        fastrot.apply(model, "R1")
+        assert relative_error(model(**given).logits, expected) <= 1e-5
+
+
 class Counting(ModelHook):
     calls = 0
 
@@ -229,3 +312,10 @@ def test_parts_of_a_larger_model_are_refused(name):
     alone = copy.deepcopy(part)
     fastrot.apply(alone, "R4")
     assert alone.config.fastrot
+
+
+def test_models_that_are_being_made_elsewhere_are_no_obstacle():
+    """An object without modules yet, as while another thread copies or unpickles a model."""
+    unborn = LlamaForCausalLM.__new__(LlamaForCausalLM)
+    fastrot.apply(tiny("llama"), "R2")
+    del unborn
