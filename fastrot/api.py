@@ -151,7 +151,8 @@ def apply(
             exactness. Its ``precision`` is that of online arithmetic.
         trust: let pass forwards and hooks of others on the modules that are rotated, and classes
             that transformers does not have: you know that they neither read nor write what is
-            rotated. With ``mappings`` classes are yours to describe; hooks are asked for still.
+            rotated; and other models that share a part with this one. With ``mappings`` classes are
+            yours to describe; hooks are asked for still.
         undo: copies of the weights, for an error that nobody foresaw. Everything that can fail
             happens before the first write, and Ctrl-C and SIGTERM wait until the last (a pass
             over the weights, seconds for most models), so the default, ``none``, keeps no copy:
@@ -173,7 +174,7 @@ def apply(
         OSError, MemoryError: no room for the copies, or for the largest weight in ``precision``.
     """
     check_model(model)
-    check_whole(model)
+    check_whole(model, trust=trust)
     with exclusive(model), torch.device("cpu"):
         made = plan(
             model,

@@ -62,23 +62,36 @@ def check_foreign(model: nn.Module, plan: Plan, *, classes: bool) -> None:
             )
 
 
-def check_whole(model: nn.Module) -> None:
+def check_whole(model: nn.Module, *, trust: bool = False) -> None:
     """Refuse a part of a larger pretrained model: its record would not be saved with the whole.
 
+    And a model that shares a part with another, which would be rotated without its own head.
+
+    Args:
+        model: what will be rotated.
+        trust: let other models be changed too.
+
     Raises:
-        RotationError: names the whole.
+        RotationError: names the whole, or the other model.
     """
+    inside = {id(module) for module in model.modules() if any(True for _ in module.parameters())}
     for other in gc.get_objects():
-        if issubclass(type(other), PreTrainedModel) and other is not model:
+        if issubclass(type(other), PreTrainedModel) and id(other) not in inside:
             # Another thread may be making it: copying, unpickling.
-            children = dict(other.__dict__.get("_modules", ()))
-            names = [name for name, child in children.items() if child is model]
-            if names:
-                raise RotationError(
-                    f"this {type(model).__name__} is {names[0]!r} of a {type(other).__name__}, "
-                    "which would be saved without a word of the rotation; pass that model as a "
-                    "whole"
-                )
+            for name, child in dict(other.__dict__.get("_modules", ())).items():
+                if child is model:
+                    raise RotationError(
+                        f"this {type(model).__name__} is {name!r} of a {type(other).__name__}, "
+                        "which would be saved without a word of the rotation; pass that model as "
+                        "a whole"
+                    )
+                if id(child) in inside and not trust:
+                    raise RotationError(
+                        f"{name!r} of a {type(other).__name__} is a part of this "
+                        f"{type(model).__name__} too and would be rotated with it; delete that "
+                        "model, give it a copy (copy.deepcopy), or pass trust=True if it is not "
+                        "used any more"
+                    )
 
 
 def _touched(model: nn.Module, plan: Plan) -> list[str]:

@@ -14,7 +14,7 @@ from accelerate.hooks import (
 )
 from helpers import difference, fingerprint, logits, random_ids, relative_error, tiny
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaModel
 from zoo import FAMILIES, build, inputs
 
@@ -312,6 +312,24 @@ def test_parts_of_a_larger_model_are_refused(name):
     alone = copy.deepcopy(part)
     fastrot.apply(alone, "R4")
     assert alone.config.fastrot
+
+
+def test_a_part_that_another_model_shares_is_refused():
+    """It would be rotated under the other's head, without a word in the other's record."""
+    model = tiny("llama")
+    other = LlamaForSequenceClassification(model.config)
+    other.model = model.model
+    before = fingerprint(model)
+    for rotated, name in ((model, "SequenceClassification"), (other, "CausalLM")):
+        with pytest.raises(fastrot.RotationError, match=rf"'model' of a LlamaFor{name} is a part"):
+            fastrot.apply(rotated)
+    assert difference(before, fingerprint(model)) == []
+    fastrot.apply(model, trust=True)
+    alone = tiny("llama")
+    third = LlamaForSequenceClassification(alone.config)
+    third.model = alone.model
+    del third
+    fastrot.apply(alone)
 
 
 def test_models_that_are_being_made_elsewhere_are_no_obstacle():
