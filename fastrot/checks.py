@@ -69,6 +69,8 @@ def quant_method(config: Any) -> str | None:
 
 def _quantized(model: nn.Module) -> str | None:
     """The first sign that weights are quantized, in words; None if all are plain numbers."""
+    if all(parameter.is_meta for parameter in model.parameters()):
+        return "and no weights in memory that could say otherwise"
     for name, parameter in model.named_parameters():
         plain = type(parameter) is nn.Parameter and type(parameter.data) is Tensor
         if not plain or parameter.dtype not in FLOATS:

@@ -84,7 +84,7 @@ def apply_job(job: Job) -> Job:
     result: Job = {"logit_error": error, "budget": LOGITS, "status": status}
     del model, before
     rotation_seconds(small, lambda model: fastrot.apply(model, rotations))  # compiles
-    for undo in ("auto", "none"):
+    for undo in ("none", "memory"):
         runs = [
             rotation_seconds(shape, lambda model, u=undo: fastrot.apply(model, rotations, undo=u))
             for _ in range(job["repeat"])
