@@ -24,10 +24,7 @@ from fastrot.fuse import Fusion
 from fastrot.handle import Handle
 from fastrot.integrations.transformers import clear_stale_mark, mark
 from fastrot.journal import Journal, Undo, exclusive
-from fastrot.mapping import (
-    Mapping,
-    NormMapping,
-)
+from fastrot.mapping import Mapping, NormMapping
 from fastrot.online import attach, check_site, make
 from fastrot.record import applied_groups, own_config, retrace, sealed, with_application
 from fastrot.resolve import on_meta, resolve
@@ -106,7 +103,7 @@ def plan(
     check_flag("trust", trust)
     if not trust:
         check_foreign(model, result, classes=mappings is None and transform_config is None)
-    return result if on_meta(model) else replace(result, notes=notes(model, result))
+    return replace(result, notes=notes(model, result)) if loaded else result
 
 
 @torch.inference_mode(False)

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from codes import halves
 from torch import Tensor
 
 from fastrot.hadamard import base_matrix, factors
@@ -25,19 +26,6 @@ BUDGET = {torch.bfloat16: 1.1, torch.float16: 1.5}
 """Admissible RMS error, in errors of correct rounding."""
 ULPS = 4
 """Admissible error of a vector in float32 and float64, in ulp of its norm."""
-
-
-def halves(n: int) -> tuple[Tensor, Tensor]:
-    """P, Q with H_n = P ⊗ Q, both dense float64 and of similar order."""
-    bases, power = factors(n)
-    atoms = [*bases, *[2] * (power.bit_length() - 1)]
-    first, second = np.ones((1, 1)), np.ones((1, 1))
-    while atoms:
-        if len(first) <= len(second):
-            first = np.kron(first, base_matrix(atoms.pop(0)))
-        else:
-            second = np.kron(base_matrix(atoms.pop()), second)
-    return torch.from_numpy(first), torch.from_numpy(second)
 
 
 def exact(x: Tensor, signs: Tensor | None, scale: float, transpose: bool) -> Tensor:

@@ -173,18 +173,15 @@ def _writes(model: nn.Module, source: Tensor, target: Tensor, edit: WeightEdit) 
             rotates[step.dim + dims - source.dim()].append(step)
     sides = [_pieces(x.shape[dim], rotates[dim], gammas[dim]) for dim in (dims - 2, dims - 1)]
     pairs = list(zip(*(t.view(-1, *t.shape[-2:]) for t in (x, out)), strict=True))
-    return [
-        _Write(rotation, matrix[rows, cols], result[rows, cols])
-        for rows, left, row_gamma in sides[0]
-        for cols, right, gamma in sides[1]
-        for like, like_out in pairs[:1]
-        for rotation in [
-            _rotation(
-                like[rows, cols], like_out[rows, cols], left, right, row_gamma, gamma, edit.dtype
-            )
-        ]
-        for matrix, result in pairs
-    ]
+    writes: list[_Write] = []
+    for rows, left, row_gamma in sides[0]:
+        for cols, right, gamma in sides[1]:
+            parts = [(matrix[rows, cols], result[rows, cols]) for matrix, result in pairs]
+            # Experts lie in memory alike: what is prepared for one serves all.
+            for like, like_out in parts[:1]:
+                rotation = _rotation(like, like_out, left, right, row_gamma, gamma, edit.dtype)
+                writes += [_Write(rotation, *part) for part in parts]
+    return writes
 
 
 def _gamma(model: nn.Module, edit: WeightEdit, dim: int, x: Tensor) -> Tensor | None:
