@@ -41,7 +41,7 @@ def rows_launch(
     signs: str = "",
 ) -> Launch:
     """A pass of :mod:`fastrot.kernels.gpu_rows`; ``signs`` are ``"signs"`` or ``"transposed"``."""
-    from fastrot.kernels import gpu_rows, gpu_tiles
+    from fastrot.kernels import gpu_rows
     from fastrot.kernels.gpu_matrix import TABLE, parts_of
 
     backend = BACKENDS[arch]
@@ -76,7 +76,7 @@ def rows_launch(
         width=source.itemsize + target.itemsize,
         dots=dots,
         trips=trips,
-        resident=gpu_tiles.resident(tile, source, target, backend),
+        resident=tile.resident,
         aligned=c["COLUMNS"] * narrowest % 16 == 0,
         signed=bool(signs),
         gathers=bool(signs) or TABLE.value in (c["LEFT"], c["RIGHT"]),

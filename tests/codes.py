@@ -1,5 +1,7 @@
 """Exact transforms, and when codes and scales are right: but for what float32 can't decide."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -48,6 +50,8 @@ def assert_codes(got: Quantized, truth: Tensor, quantize: Quantization) -> float
     to the exact value over that scale, or as near as the arithmetic can tell.
     """
     truth = truth.double().cpu().reshape(-1, truth.shape[-1])
+    if quantize.global_scale is not None:
+        quantize = replace(quantize, global_scale=quantize.global_scale.cpu())
     got = Quantized(*(t.cpu() for t in got))
     n, groups = truth.shape[-1], truth.shape[-1] // (quantize.group or truth.shape[-1])
     low, high, scales = (
@@ -61,7 +65,7 @@ def assert_codes(got: Quantized, truth: Tensor, quantize: Quantization) -> float
     assert (low * (1 - 2**-22) <= scales).all()
     assert (scales <= high * (1 + 2**-22)).all()
     step = scales.unsqueeze(-1)
-    world = 1.0 if quantize.global_scale is None else quantize.global_scale.double().cpu()
+    world = 1.0 if quantize.global_scale is None else quantize.global_scale.double()
     v = truth.unflatten(-1, (groups, -1)) * world / step
     v = torch.where(step > 0, v, 0.0).reshape(-1, n)
     chosen, nearest = (

@@ -109,13 +109,18 @@ def test_plans_take_the_kernel(name, monkeypatch):
     expected = copy.deepcopy(model)
     rotations = {"rotations": ("R1", "R2", "R4"), "transform_type": "random-hadamard"}
     fastrot.apply(expected, **rotations)
-    monkeypatch.setattr(fusion, "MatrixRotation", gpu_weight.TritonRotation)
     rehearsed = []
-    monkeypatch.setattr(fusion, "compile_kernels", rehearsed.append)
+    rehearse = gpu_weight.TritonRotation.rehearse
+    monkeypatch.setattr(
+        gpu_weight.TritonRotation, "rehearse", lambda *x: rehearsed.append(rehearse(*x))
+    )
+    monkeypatch.setattr(fusion, "MatrixRotation", gpu_weight.TritonRotation)
+    monkeypatch.setattr(fusion, "compile_kernels", lambda dtype: rehearsed.append(dtype))
+    model.to(DEVICE)
     fastrot.apply(model, **rotations)
     assert rehearsed
     for (key, want), got in zip(expected.named_parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6, msg=key)
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-6, atol=1e-6, msg=key)
 
 
 def test_rehearsing_writes_nothing():

@@ -19,6 +19,15 @@ SIZES = (
 ROWS = (16, 256, 4096, 65536)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
+FUSED = {
+    **dict.fromkeys(("int8", "fp8", "mxfp4"), (4096, 14336, 8192, 1024, 11008, 16384)),
+    **dict.fromkeys(("int4", "nvfp4"), (4096, 14336)),
+    **dict.fromkeys(("fp8, blocks", "mxfp4, blocks", "nvfp4, blocks"), (4096, 14336)),
+    **dict.fromkeys(("SiLU, fp8", "SiLU, mxfp4", "SiLU"), (14336, 8192, 11008)),
+    **dict.fromkeys(("RMSNorm, fp8, blocks", "RoPE"), (4096, 1024)),
+}
+"""The fused operators and the sizes of their tokens."""
+
 TENSOR_BYTES = 256 << 20
 """Of the tensors that show bandwidth, several times any cache."""
 
@@ -47,13 +56,16 @@ def plan(quick: bool) -> list[Job]:
     model = {"model": "Llama 1B" if quick else "Llama 8B", "rotations": ["R1", "R2", "R4"]}
     jobs = [case("transform", n, large(n, "bf16"), "bf16") for n in sizes]
     jobs += [case("transform", n, 1, "bf16") for n in sizes]
+    fused = [(name, n) for name, sizes in FUSED.items() for n in (sizes[:1] if quick else sizes)]
     jobs += [{"kernel": "apply", **model, "repeat": 3}]
     if importlib.util.find_spec("llmcompressor"):
         jobs += [{"kernel": "llm-compressor", **model}]
+    jobs += [case(name, n, large(n, "bf16"), "bf16") for name, n in fused]
     for dtype in ("fp32", "fp16"):
         jobs += [case("transform", n, large(n, dtype), dtype) for n in sizes]
     for dtype in ("bf16", "fp32"):
         jobs += [case("transform", n, large(n, dtype), dtype, dim=0) for n in sizes]
+    jobs += [case(name, n, rows, "bf16") for rows in (1, 16) for name, n in fused]
     for n in sizes:
         jobs += [case("in place", n, large(n, "bf16"), "bf16")]
         jobs += [case("transform", n, large(n, "bf16"), "bf16", signs=True)]
@@ -72,4 +84,5 @@ def dry_plan() -> list[Job]:
     jobs = [case("transform", n, 3, dtype) for n in (64, 96) for dtype in ("bf16", "fp32")]
     jobs += [case("transform", 64, 3, "fp16", 0), case("transform", 64, 3, "bf16", signs=True)]
     jobs += [case("in place", 12, 3, "fp32", 0)]
+    jobs += [case(name, 64, 3, "bf16") for name in FUSED]
     return [*jobs, {"kernel": "apply", "model": "tiny", "rotations": ["R1", "R2"], "repeat": 1}]

@@ -8,7 +8,8 @@ import torch
 from measure.cases import DTYPES, Job
 from measure.device import device, import_fastrot, machine_facts
 from measure.models import apply_job, llm_compressor_job
-from measure.operators import OPERATORS, Data, Operator
+from measure.operator import Data, Operator
+from measure.operators import OPERATORS
 from measure.oracle import errors, verdict
 from measure.timing import Run, timed
 

@@ -71,14 +71,14 @@ def _load(
     GAMMA: tl.constexpr,
     SIGNS: tl.constexpr,
 ):
-    """Rows i and columns j of a tile after the prologue, zero outside; the squares of x per row."""
+    """Rows i and columns j of a tile after the prologue, zero outside; the squares of x."""
     token = i // TOKEN_ROWS
     element = (i - token * TOKEN_ROWS) * COLUMNS + j
     inside = (i < TOKENS * TOKEN_ROWS) & (token < remaining) & (j < COLUMNS)
     v = tl.load(x + token * x_stride + element, mask=inside, other=0.0)
     squares = 0.0
     if PROLOGUE == RMSNORM:
-        squares = tl.sum(v.to(tl.float32) * v.to(tl.float32), axis=1)
+        squares = v.to(tl.float32) * v.to(tl.float32)
     elif PROLOGUE != PLAIN:
         u = tl.load(up + token * up_stride + element, mask=inside, other=0.0)
         v = activate(v.to(tl.float32), PROLOGUE, FAST) * u.to(tl.float32)
@@ -147,29 +147,36 @@ def _fused_tile(
                 x, up, gamma, signs, x_stride, up_stride, tokens - first, i[:, None], k[None, :],
                 COLUMNS, TOKEN_ROWS, TOKENS, BLOCK_SIZE, PROLOGUE, FAST, GAMMA, SIGNS,
             )  # fmt: skip
-            squares += s
+            if PROLOGUE == RMSNORM:
+                squares += tl.sum(s, axis=1)
             if LEFT != 0:
                 t = dot_left(h_left, t, tl.zeros((A, BLOCK), tl.float32), PARTS, OPERAND)
             h = matrix(right, k[:, None], j, RIGHT_SIZE, B, RIGHT, MIDDLE_OPERAND)
             y = dot_right(t, h, y, MIDDLE_PARTS, MIDDLE_OPERAND)
     elif CHUNK < A:
         t = tl.zeros((A, B), tl.float32)
+        sums = tl.zeros((CHUNK, B), tl.float32)
         for start in tl.range(0, TOKEN_ROWS, CHUNK):
             k = start + tl.arange(0, CHUNK)
             v, s = _load(
                 x, up, gamma, signs, x_stride, up_stride, tokens - first, k[:, None], j,
                 COLUMNS, TOKEN_ROWS, TOKENS, BLOCK_SIZE, PROLOGUE, FAST, GAMMA, SIGNS,
             )  # fmt: skip
-            if PROLOGUE == RMSNORM:  # of the only token in the tile: which row does not matter
-                squares += tl.where(i == 0, tl.sum(s, axis=0), 0.0)
+            # Summed up behind the loop: inside, Triton 3.6 loses a chunk of the sum on Hopper.
+            if PROLOGUE == RMSNORM:
+                sums += s
             h = matrix(left, i[:, None], k[None, :], LEFT_SIZE, A, LEFT, OPERAND)
             t = dot_left(h, v, t, PARTS, OPERAND)
+        if PROLOGUE == RMSNORM:  # of the only token in the tile: which row does not matter
+            squares = tl.where(i == 0, tl.sum(tl.sum(sums, axis=1), axis=0), 0.0)
         y = dot_right(t, h_right, y, MIDDLE_PARTS, MIDDLE_OPERAND)
     else:
-        t, squares = _load(
+        t, s = _load(
             x, up, gamma, signs, x_stride, up_stride, tokens - first, i[:, None], j,
             COLUMNS, TOKEN_ROWS, TOKENS, BLOCK_SIZE, PROLOGUE, FAST, GAMMA, SIGNS,
         )  # fmt: skip
+        if PROLOGUE == RMSNORM:
+            squares = tl.sum(s, axis=1)
         if LEFT != 0:
             t = dot_left(h_left, t, tl.zeros((A, B), tl.float32), PARTS, OPERAND)
         y = dot_right(t, h_right, y, MIDDLE_PARTS, MIDDLE_OPERAND)

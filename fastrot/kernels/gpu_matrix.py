@@ -60,31 +60,43 @@ def high_part(x):
 
 @triton.jit
 def dot_left(m, x, acc, PARTS: tl.constexpr, OPERAND: tl.constexpr):
-    """Return acc + m · x with x in PARTS bfloat16 parts; the products are made in OPERAND."""
-    for part in tl.static_range(PARTS):
-        if PARTS == 1:
-            acc = tl.dot(m, x.to(OPERAND), acc, input_precision="ieee")
-        elif part == PARTS - 1:
-            acc = tl.dot(m, x.to(tl.bfloat16).to(OPERAND), acc, input_precision="ieee")
-        else:
-            high = high_part(x)
-            acc = tl.dot(m, high.to(OPERAND), acc, input_precision="ieee")
-            x = x - high
+    """Return acc + m · x with x in PARTS bfloat16 parts; the products are made in OPERAND.
+
+    Of three parts the smallest comes first: the accumulators of tensor cores truncate, a little at
+    every step, and what is truncated is a share of what has been added up so far.
+    """
+    if PARTS == 1:
+        acc = tl.dot(m, x.to(OPERAND), acc, input_precision="ieee")
+    elif PARTS == 2:
+        high = high_part(x)
+        acc = tl.dot(m, high.to(OPERAND), acc, input_precision="ieee")
+        acc = tl.dot(m, (x - high).to(tl.bfloat16).to(OPERAND), acc, input_precision="ieee")
+    else:
+        high = high_part(x)
+        middle = high_part(x - high)
+        low = (x - high - middle).to(tl.bfloat16)
+        acc = tl.dot(m, low.to(OPERAND), acc, input_precision="ieee")
+        acc = tl.dot(m, middle.to(OPERAND), acc, input_precision="ieee")
+        acc = tl.dot(m, high.to(OPERAND), acc, input_precision="ieee")
     return acc
 
 
 @triton.jit
 def dot_right(x, m, acc, PARTS: tl.constexpr, OPERAND: tl.constexpr):
     """Return acc + x · m, see :func:`dot_left`."""
-    for part in tl.static_range(PARTS):
-        if PARTS == 1:
-            acc = tl.dot(x.to(OPERAND), m, acc, input_precision="ieee")
-        elif part == PARTS - 1:
-            acc = tl.dot(x.to(tl.bfloat16).to(OPERAND), m, acc, input_precision="ieee")
-        else:
-            high = high_part(x)
-            acc = tl.dot(high.to(OPERAND), m, acc, input_precision="ieee")
-            x = x - high
+    if PARTS == 1:
+        acc = tl.dot(x.to(OPERAND), m, acc, input_precision="ieee")
+    elif PARTS == 2:
+        high = high_part(x)
+        acc = tl.dot(high.to(OPERAND), m, acc, input_precision="ieee")
+        acc = tl.dot((x - high).to(tl.bfloat16).to(OPERAND), m, acc, input_precision="ieee")
+    else:
+        high = high_part(x)
+        middle = high_part(x - high)
+        low = (x - high - middle).to(tl.bfloat16)
+        acc = tl.dot(low.to(OPERAND), m, acc, input_precision="ieee")
+        acc = tl.dot(middle.to(OPERAND), m, acc, input_precision="ieee")
+        acc = tl.dot(high.to(OPERAND), m, acc, input_precision="ieee")
     return acc
 
 

@@ -31,7 +31,7 @@ from fastrot.kernels.gpu_matrix import (
     table,
     triton_dtype,
 )
-from fastrot.kernels.gpu_tiles import Tile, config_for, product, resident
+from fastrot.kernels.gpu_tiles import Tile, product
 
 
 @triton.jit
@@ -139,7 +139,7 @@ def _transform_tile(
     tl.store(out + base + offset, y.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["vectors", "tiles"])
 def _rows_kernel(
     x,
     out,
@@ -178,7 +178,7 @@ def _rows_kernel(
         h_right = matrix(right, j[:, None], j[None, :], RIGHT_SIZE, B, RIGHT, MIDDLE_OPERAND)
     first = tl.program_id(0)
     if PERSISTENT:
-        for tile in tl.range(first, tiles, tl.num_programs(0)):
+        for tile in tl.range(first, tiles, tl.num_programs(0), flatten=BLOCK < B):
             _transform_tile(
                 x, out, signs, left, right, scale, h_left, h_right,
                 tl.cast(tile, tl.int64) * (ROWS * COLUMNS), vectors - tile * PER_TILE,
@@ -210,12 +210,10 @@ def rows_constants(
     middle, middle_parts = (operand, parts) if a == 1 else parts_of(torch.float32, backend)
     if middle_parts == 3 and torch.float32 not in (source, target):
         middle_parts = 2
-    config = config_for(tile.A, tile.B, source, target, backend)
-    assert config is not None
-    chunked = tile.A > 128
+    config = tile.config
     return {
         "PER_TILE": per_tile,
-        "PERSISTENT": resident(tile, source, target, backend) > 0,
+        "PERSISTENT": tile.resident > 0,
         "ROWS": tile.copies * a,
         "A": tile.A,
         "LEFT_SIZE": a,
@@ -225,8 +223,8 @@ def rows_constants(
         "RIGHT_SIZE": b,
         "RIGHT": TABLE.value if tile.right_bases else SYLVESTER.value,
         # Rows of a sum at a time; three parts of them cost registers.
-        "CHUNK": (16 if parts == 3 else 32) if chunked else tile.A,
-        "BLOCK": tile.B if chunked else min(config.block or tile.B, tile.B),
+        "CHUNK": (16 if parts == 3 else 32) if tile.chunked else tile.A,
+        "BLOCK": tile.B if tile.chunked else min(config.block or tile.B, tile.B),
         "SIGNS": signs,
         "TRANSPOSE": transpose,
         "PARTS": parts,
@@ -246,10 +244,11 @@ def launch_rows(
     transpose: bool,
     tile: Tile,
     multiprocessors: int,
-) -> None:
+) -> Any:
     """``out = scale · (x D)H`` or its transpose for contiguous ``(…, n)`` x and out.
 
     x and out may differ in dtype (float32, bfloat16, float16) and may be the same tensor.
+    Returns the compiled kernel.
     """
     backend = backend_of(x.device)
     constants = rows_constants(tile, x.dtype, out.dtype, signs is not None, transpose, backend)
@@ -267,8 +266,8 @@ def launch_rows(
     tiles = triton.cdiv(vectors, constants["PER_TILE"])
     programs = tiles
     if constants["PERSISTENT"]:
-        programs = min(tiles, resident(tile, x.dtype, out.dtype, backend) * multiprocessors)
-    _rows_kernel[(programs,)](
+        programs = min(tiles, tile.resident * multiprocessors)
+    return _rows_kernel[(programs,)](
         x,
         out,
         x if signs is None else signs,

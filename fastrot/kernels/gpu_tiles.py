@@ -9,6 +9,15 @@ import triton
 from fastrot.kernels.gpu_matrix import padded, parts_of
 
 
+class Config(NamedTuple):
+    """A launch: ``block`` columns at a time (0: all), programs per multiprocessor (0: no loop)."""
+
+    num_warps: int
+    block: int
+    resident: int
+    num_stages: int = 2
+
+
 @dataclass(frozen=True)
 class Tile:
     """How a vector is cut: H_n = H_a ⊗ H_b, ``(copies · a, b)`` padded to ``(A, B)``."""
@@ -21,7 +30,18 @@ class Tile:
     packed: int
     A: int
     B: int
+    config: Config
     cost: float
+
+    @property
+    def chunked(self) -> bool:
+        """Whether the left matrix is loaded in parts, for every tile, and not kept."""
+        return self.A > 128 and not self.config.resident
+
+    @property
+    def resident(self) -> int:
+        """Programs of a persistent launch on each multiprocessor, 0 for one program per tile."""
+        return self.config.resident
 
 
 def product(bases: tuple[int, ...], power: int) -> int:
@@ -38,15 +58,6 @@ def _packed(n: int, width: int) -> int:
 
 
 TRITON_SHARES_ACCUMULATORS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
-
-
-class Config(NamedTuple):
-    """A launch: ``block`` columns at a time (0: all), programs per multiprocessor (0: no loop)."""
-
-    num_warps: int
-    block: int
-    resident: int
-    num_stages: int = 2
 
 
 SIZES = (4096, 8192, 16384, 32768)
@@ -67,6 +78,29 @@ CONFIGS = {
 }
 
 
+TUNED: dict[tuple[str, int], dict[tuple[bool, int, int], Config | None]] = {
+    ("hopper", 16): {
+        (True, 64, 128): Config(8, 0, 1, 4),
+        (False, 64, 64): Config(4, 0, 4, 3),
+        (False, 64, 128): Config(8, 0, 1, 3),
+        (False, 128, 64): Config(8, 0, 2, 3),
+        (False, 256, 64): Config(8, 0, 1, 2),
+        (False, 128, 128): Config(8, 0, 1, 4),
+        (False, 128, 256): Config(8, 64, 1, 3),
+    },
+    ("hopper", 32): {
+        (False, 64, 64): Config(4, 0, 3, 3),
+        (False, 128, 64): Config(8, 0, 1, 4),
+        (False, 128, 128): Config(8, 64, 1, 3),
+        (False, 128, 256): None,
+        (False, 64, 256): None,
+    },
+}
+"""What `benchmarks/tune.py` found fastest on an H200, by backend and bits, and by whether there is
+no left factor, A and B (64 x 128 is a guess from its neighbours); where it has measured nothing, the configurations above hold. None: two
+passes are faster, or one adds up too many parts for four ulp."""
+
+
 def config_for(
     A: int, B: int, source: torch.dtype, target: torch.dtype, backend: str
 ) -> Config | None:
@@ -82,13 +116,8 @@ def config_for(
     if A < B:  # a kept right matrix would be larger than the tile
         return configs[-1] if SIZES[len(configs) - 1] >= A * B else None
     fitting = (config for size, config in zip(SIZES, configs, strict=False) if size >= A * B)
-    return next(fitting, None)
-
-
-def resident(tile: Tile, source: torch.dtype, target: torch.dtype, backend: str) -> int:
-    """Programs of a persistent launch on each multiprocessor, 0 for one program per tile."""
-    config = config_for(tile.A, tile.B, source, target, backend)
-    return 0 if config is None or tile.A > 128 else config.resident
+    config = next(fitting, None)
+    return config._replace(resident=0) if config and A > 128 else config
 
 
 def tile_for(
@@ -96,6 +125,7 @@ def tile_for(
 ) -> Tile | None:
     """The cut with the least arithmetic for which there is a configuration, None without any."""
     parts = parts_of(source, backend)[1]
+    tuned = TUNED.get((backend, 32 if torch.float32 in (source, target) else 16), {})
     best = None
     for first in range(len(bases) + 1):
         inside_power = first == len(bases)
@@ -104,22 +134,22 @@ def tile_for(
             left = (bases[:first], power // right_power)
             right = (bases[first:], right_power)
             a, b = product(*left), product(*right)
-            packed, A, copies = 1, 64, 64
-            if a == 1:
-                packed = _packed(b, 64)
-            else:
-                A = max(64, padded(a))
-                copies = A // a
+            packed = _packed(b, 64) if a == 1 else 1
             width = packed * b
             B = padded(width)
-            if A > 256 or B > 256 or config_for(A, B, source, target, backend) is None:
+            # Without a left factor any number of vectors makes a tile.
+            tall = next((A for alone, A, of in tuned if alone and of == B), 64)
+            A = tall if a == 1 else max(64, padded(a))
+            copies = A // a
+            config = tuned.get((a == 1, A, B), config_for(A, B, source, target, backend))
+            if A > 256 or B > 256 or config is None:
                 continue
             cost = float((A * parts if a > 1 else 0) + B * max(1 if a == 1 else 2, parts))
             cost += max(A, B) / 16  # of equals the squarest
             cost *= A * B / (copies * a * width)
             cost *= 1.0 if width % 8 == 0 else 1.5  # narrow accesses
             cost *= 1.0 if A * B >= 4096 else 3.0  # too little to load at a time
-            cost *= 1.0 if A <= 128 else 1.5  # loads its left matrix for every tile
+            cost *= 1.0 if A <= 128 or a == 1 else 1.5  # loads its left matrix for every tile
             if best is None or cost <= best.cost:
-                best = Tile(*left, *right, copies, packed, A, B, cost)
+                best = Tile(*left, *right, copies, packed, A, B, config, cost)
     return best

@@ -15,6 +15,7 @@ the first and the last pass. Between passes lies one matrix in the dtype of the 
 
 import contextlib
 import functools
+import importlib.util
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -41,17 +42,22 @@ SMALL_TILE = 4096
 """Elements of a tile below which its own setup counts."""
 
 
-def takes(w: Tensor, *sides: Side | None) -> bool:
-    """Whether :class:`TritonRotation` can run: device, Triton, memory layout and orders of sides.
+def _widens(source: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether a pass must read a copy in the dtype of the arithmetic.
 
-    Triton multiplies float64 on tensor cores since 3.9; before, it fails or spills.
+    Before 3.9 Triton fails at products in float64 of what was loaded in 16 bits.
     """
-    try:
-        import triton
-    except ImportError:
+    import triton
+
+    old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
+    return old and dtype == torch.float64 and source.itemsize == 2
+
+
+def takes(w: Tensor, *sides: Side | None) -> bool:
+    """Whether :class:`TritonRotation` can run: device, Triton, memory layout, orders of sides."""
+    if importlib.util.find_spec("triton") is None:
         return False
-    version = tuple(map(int, triton.__version__.split(".")[:2]))
-    if w.device.type != "cuda" or w.stride(-1) != 1 or version < (3, 9):
+    if w.device.type != "cuda" or w.stride(-1) != 1:
         return False
     if not torch.version.hip and torch.cuda.get_device_capability(w.device)[0] < 8:
         return False
@@ -81,7 +87,8 @@ class TritonRotation:
         dtype: float64 or float32, of every intermediate.
 
     Attributes:
-        scratch: bytes that a run needs: the matrix in ``dtype`` if there are several passes.
+        scratch: bytes that a run needs: the matrix in ``dtype`` if there are several passes, or if
+            this Triton has to read it in ``dtype``.
         panel: 0, see the counterpart.
         kind: equal where the same kernels run.
     """
@@ -95,7 +102,8 @@ class TritonRotation:
         self.shape, self.dtype = like.shape, dtype
         self._stages = [_prepared(stage, like, dtype, backend) for stage in stages]
         several = sum(len(stage.passes) for stage in self._stages) > 1
-        self.scratch = like.numel() * dtype.itemsize if several else 0
+        self._widens = _widens(like.dtype, dtype)
+        self.scratch = like.numel() * dtype.itemsize if several or self._widens else 0
         self.kind = (
             (like.device, like.dtype, out.dtype, dtype),
             (like.stride(0) % 16, out.stride(0) % 16, like.shape),
@@ -123,7 +131,9 @@ class TritonRotation:
             for stage in self._stages
             for step, before, after in _spread(stage)
         ]
-        scratch = workspace.matrix(self.shape, self.dtype) if len(steps) > 1 else target
+        scratch = workspace.matrix(self.shape, self.dtype) if self.scratch else target
+        if self._widens:
+            source = scratch if ahead else scratch.copy_(source)
         with torch.cuda.device(source.device) if source.is_cuda else contextlib.nullcontext():
             for index, (step, before, after) in enumerate(steps):
                 result = target if index == len(steps) - 1 else scratch
