@@ -1,28 +1,39 @@
 """Rotate language models so that they survive 4-bit quantization, exactly.
 
-Importing fastrot registers its names with transformers, so that ``from_pretrained`` knows rotated
-checkpoints.
+Importing fastrot registers its operators with torch and its names with transformers, so that
+``from_pretrained`` knows rotated checkpoints. Everything else is imported when it is first used.
 """
 
-from fastrot.api import apply, plan
-from fastrot.checks import AlreadyRotatedError
-from fastrot.coverage import UncoveredParameterError
-from fastrot.edits import Plan
-from fastrot.errors import BusyModelError, HalfRotatedError, RecordError, RotationError
-from fastrot.foreign import ForeignCodeError
-from fastrot.hadamard import HadamardSizeError, hadamard_matrix
-from fastrot.handle import Handle
-from fastrot.integrations.transformers import register
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from fastrot.integrations.registration import register
 from fastrot.kernels import hadamard_transform
-from fastrot.mapping import Architecture, Mapping, NormMapping, UnknownArchitectureError, Untouched
-from fastrot.patterns import NoMatchError
-from fastrot.removal import remove
-from fastrot.rotation import Rotation
-from fastrot.rows import UnsupportedRotationError
-from fastrot.suggest import Suggestion, suggest_mapping
-from fastrot.transform_config import TransformArgs, TransformConfig, TransformScheme
-from fastrot.values import PrecisionWarning, ValueRangeError
 from fastrot.version import __version__
+
+if TYPE_CHECKING:
+    from fastrot.api import apply, plan
+    from fastrot.checks import AlreadyRotatedError
+    from fastrot.coverage import UncoveredParameterError
+    from fastrot.edits import Plan
+    from fastrot.errors import BusyModelError, HalfRotatedError, RecordError, RotationError
+    from fastrot.foreign import ForeignCodeError
+    from fastrot.hadamard import HadamardSizeError, hadamard_matrix
+    from fastrot.handle import Handle
+    from fastrot.mapping import (
+        Architecture,
+        Mapping,
+        NormMapping,
+        UnknownArchitectureError,
+        Untouched,
+    )
+    from fastrot.patterns import NoMatchError
+    from fastrot.removal import remove
+    from fastrot.rotation import Rotation
+    from fastrot.rows import UnsupportedRotationError
+    from fastrot.suggest import Suggestion, suggest_mapping
+    from fastrot.transform_config import TransformArgs, TransformConfig, TransformScheme
+    from fastrot.values import PrecisionWarning, ValueRangeError
 
 __all__ = [
     "AlreadyRotatedError",
@@ -57,5 +68,50 @@ __all__ = [
     "remove",
     "suggest_mapping",
 ]
+
+_HOMES = {
+    "AlreadyRotatedError": "checks",
+    "Architecture": "mapping",
+    "BusyModelError": "errors",
+    "ForeignCodeError": "foreign",
+    "HadamardSizeError": "hadamard",
+    "HalfRotatedError": "errors",
+    "Handle": "handle",
+    "Mapping": "mapping",
+    "NoMatchError": "patterns",
+    "NormMapping": "mapping",
+    "Plan": "edits",
+    "PrecisionWarning": "values",
+    "RecordError": "errors",
+    "Rotation": "rotation",
+    "RotationError": "errors",
+    "Suggestion": "suggest",
+    "TransformArgs": "transform_config",
+    "TransformConfig": "transform_config",
+    "TransformScheme": "transform_config",
+    "UncoveredParameterError": "coverage",
+    "UnknownArchitectureError": "mapping",
+    "UnsupportedRotationError": "rows",
+    "Untouched": "mapping",
+    "ValueRangeError": "values",
+    "apply": "api",
+    "hadamard_matrix": "hadamard",
+    "plan": "api",
+    "remove": "removal",
+    "suggest_mapping": "suggest",
+}
+"""The module of every name that is imported when it is first used."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fastrot' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"fastrot.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 register()

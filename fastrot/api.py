@@ -4,10 +4,9 @@ import warnings
 from collections.abc import Mapping as MappingABC
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel
 
 from fastrot.arguments import block_sizes, parse_norms, parse_rotations, parse_seed
 from fastrot.checks import (
@@ -22,7 +21,7 @@ from fastrot.errors import RotationError
 from fastrot.foreign import check_foreign, check_whole
 from fastrot.fuse import Fusion
 from fastrot.handle import Handle
-from fastrot.integrations.transformers import clear_stale_mark, mark
+from fastrot.integrations.marks import clear_stale_mark, mark
 from fastrot.journal import Journal, Undo, exclusive
 from fastrot.mapping import Mapping, NormMapping
 from fastrot.online import attach, check_site, make
@@ -36,9 +35,12 @@ from fastrot.transform_config import (
 )
 from fastrot.values import PrecisionWarning, check_values, notes
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 def plan(
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     rotations: str | Sequence[str] = ("R1", "R2"),
     *,
     transform_type: str = "hadamard",
@@ -108,7 +110,7 @@ def plan(
 
 @torch.inference_mode(False)
 def apply(
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     rotations: str | Sequence[str] = ("R1", "R2"),
     *,
     transform_type: str = "hadamard",
@@ -198,7 +200,7 @@ def apply(
     return Handle(model, made)
 
 
-def _execute(model: PreTrainedModel, made: Plan, undo: Undo, progress: bool) -> None:
+def _execute(model: "PreTrainedModel", made: Plan, undo: Undo, progress: bool) -> None:
     fusion = Fusion(model, made)
     modules = make(model, made.sites)
     record = with_application(model.config, made)
@@ -217,7 +219,9 @@ def _execute(model: PreTrainedModel, made: Plan, undo: Undo, progress: bool) -> 
         fusion.run(journal, progress)
 
 
-def _forget_ties(model: PreTrainedModel, config: Any, journal: Journal) -> None:
+def _forget_ties(model: "PreTrainedModel", config: Any, journal: Journal) -> None:
+    from transformers import PreTrainedModel
+
     config.tie_word_embeddings = False
     text = config.get_text_config()
     text.tie_word_embeddings = False

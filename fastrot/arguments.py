@@ -3,14 +3,15 @@
 from collections.abc import Iterable, Sequence
 from collections.abc import Mapping as MappingABC
 from difflib import get_close_matches
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from fastrot.errors import RotationError
 from fastrot.heads import head_dim_of, key_dim_of
 from fastrot.mapping import Mapping, NormMapping, as_norm_mapping
 from fastrot.transform_config import ROTATIONS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def parse_rotations(rotations: str | Sequence[str]) -> tuple[str, ...]:
@@ -50,7 +51,7 @@ def parse_norms(value: Sequence[Any] | None) -> tuple[NormMapping, ...] | None:
 
 
 def block_sizes(
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     mapping: Mapping,
     wanted: Sequence[str],
     block_size: int | MappingABC[str, int] | None,

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from fastrot.errors import RotationError
 from fastrot.mapping import NormKind
@@ -46,6 +45,8 @@ def check_model(model: nn.Module) -> None:
         raise RotationError(
             f"{type(model).__name__} is an encoder-decoder; fastrot rotates decoders"
         )
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
     if type(model).__name__ in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
         raise RotationError(f"{type(model).__name__} is an encoder; fastrot rotates decoders")
     method = quant_method(config)

@@ -1,18 +1,20 @@
 """A model whose weights were lost half way refuses to run, to be saved as rotated, or rotated."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from fastrot.errors import HalfRotatedError
-from fastrot.integrations.transformers import mark
+from fastrot.integrations.marks import mark
 from fastrot.journal import Journal
 from fastrot.record import FORMAT, own_config
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def mark_damaged(model: PreTrainedModel, parameters: Iterable[str]) -> None:
+
+def mark_damaged(model: "PreTrainedModel", parameters: Iterable[str]) -> None:
     """Let every module that owns one of the parameters raise when it is called.
 
     A checkpoint that is saved all the same carries the mark in its config.json: loading it raises

@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules import module as torch_module
-from transformers import PreTrainedModel
 
 from fastrot.edits import Plan, Rotate
 from fastrot.errors import RotationError
@@ -74,6 +73,8 @@ def check_whole(model: nn.Module, *, trust: bool = False) -> None:
     Raises:
         RotationError: names the whole, or the other model.
     """
+    from transformers import PreTrainedModel
+
     inside = {id(module) for module in model.modules() if any(True for _ in module.parameters())}
     for other in gc.get_objects():
         if issubclass(type(other), PreTrainedModel) and id(other) not in inside:

@@ -1,11 +1,12 @@
 """``Handle``: what :func:`fastrot.apply` did, and the way to take its online part off."""
 
-from typing import Any
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from fastrot.edits import Plan
 from fastrot.removal import remove
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Handle:
@@ -16,7 +17,7 @@ class Handle:
         plan: what was done, as data.
     """
 
-    def __init__(self, model: PreTrainedModel, plan: Plan):
+    def __init__(self, model: "PreTrainedModel", plan: Plan):
         self.model = model
         self.plan = plan
 

@@ -2,10 +2,9 @@
 
 from collections.abc import Iterable
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from fastrot.edits import Part
 from fastrot.errors import RotationError
@@ -13,6 +12,9 @@ from fastrot.index import Index, find_modules
 from fastrot.mapping import Mapping
 from fastrot.sites import Site, find_sites
 from fastrot.transform_config import Rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 VALUE_NAMES = ("v_head_dim", "head_dim", "head_size")
 KEY_NAMES = ("qk_head_dim", "head_dim", "head_size")
@@ -28,7 +30,7 @@ def head_size(module: nn.Module, config: Any, names: tuple[str, ...] = VALUE_NAM
     return None
 
 
-def key_dim_of(model: PreTrainedModel, mapping: Mapping) -> int | None:
+def key_dim_of(model: "PreTrainedModel", mapping: Mapping) -> int | None:
     """Size of one key head; None if layers differ, or do not say."""
     config = model.config.get_text_config()  # type: ignore[union-attr, operator]
     blocks = find_modules(model, mapping.attn).values()
@@ -36,7 +38,7 @@ def key_dim_of(model: PreTrainedModel, mapping: Mapping) -> int | None:
     return found.pop() if len(found) == 1 else None
 
 
-def head_dim_of(model: PreTrainedModel, mapping: Mapping) -> int:
+def head_dim_of(model: "PreTrainedModel", mapping: Mapping) -> int:
     """Size of one value head: the mapping's, the module's or the configuration's.
 
     Raises:
@@ -85,7 +87,7 @@ def value_part(model: nn.Module, site: Site, rows: Rows) -> Part:
     return Part(1, kv_heads * size) if rows == "qkv" else Part(kv_heads, size)
 
 
-def check_heads(model: PreTrainedModel, mapping: Mapping, head_dim: int) -> None:
+def check_heads(model: "PreTrainedModel", mapping: Mapping, head_dim: int) -> None:
     """Refuse R2 unless every attention block has one value and one output projection to rotate."""
     index = Index(model)
     blocks = find_modules(index, mapping.attn)

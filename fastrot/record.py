@@ -12,11 +12,10 @@ import json
 import operator
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from fastrot.edits import OnlineSite, Plan
 from fastrot.errors import HalfRotatedError, RecordError
@@ -24,6 +23,9 @@ from fastrot.journal import Journal
 from fastrot.online import OnlineRotation
 from fastrot.resolve import resolve_online
 from fastrot.transform_config import TransformConfig, parse_transform_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FORMAT = 2
 QUANT_METHOD = "fastrot"
@@ -101,7 +103,7 @@ def _online_digest(model: nn.Module) -> str:
     return _sha256(sorted(entries))
 
 
-def check_online(model: PreTrainedModel) -> None:
+def check_online(model: "PreTrainedModel") -> None:
     """Refuse online rotations, loaded from a checkpoint, that are not those of its record.
 
     Raises:
@@ -136,7 +138,7 @@ def applied_groups(config: Any) -> list[str]:
     return [name for _, item in applications(config) for name in item.config_groups]
 
 
-def online_sites(model: PreTrainedModel) -> list[OnlineSite]:
+def online_sites(model: "PreTrainedModel") -> list[OnlineSite]:
     """The online rotations that a model's record asks for."""
     return [
         site
@@ -167,7 +169,7 @@ def without_groups(config: Any, groups: Iterable[str]) -> dict[str, Any]:
     return record
 
 
-def own_config(model: PreTrainedModel, journal: Journal) -> Any:
+def own_config(model: "PreTrainedModel", journal: Journal) -> Any:
     """Give the model its own configuration: another may have been built from the same one."""
     copies: dict[int, Any] = {}
     config = copy.deepcopy(model.config, copies)

@@ -3,25 +3,28 @@
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel
 
 from fastrot.damage import mark_damaged
 from fastrot.edits import Plan, Rotate, WeightEdit
 from fastrot.errors import RotationError
 from fastrot.fuse import Fusion
-from fastrot.integrations.transformers import unmark
+from fastrot.integrations.marks import unmark
 from fastrot.journal import Journal, Undo, exclusive
 from fastrot.online import installed, uninstall
 from fastrot.record import applications, own_config, retrace, sealed, without_groups
 from fastrot.resolve import resolve
 from fastrot.transform_config import TransformConfig
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @torch.inference_mode(False)
 def remove(
-    model: PreTrainedModel, groups: str | Iterable[str] | None = None, *, undo: Undo = "none"
+    model: "PreTrainedModel", groups: str | Iterable[str] | None = None, *, undo: Undo = "none"
 ) -> None:
     """Take online rotations off a model; it goes on computing the same function.
 
@@ -45,7 +48,7 @@ def remove(
         _remove(model, groups, undo)
 
 
-def _remove(model: PreTrainedModel, groups: str | Iterable[str] | None, undo: Undo) -> None:
+def _remove(model: "PreTrainedModel", groups: str | Iterable[str] | None, undo: Undo) -> None:
     plans = [
         (name, resolve(model, TransformConfig({name: scheme}), (), seed))
         for seed, config in applications(getattr(model, "config", None))
@@ -82,7 +85,7 @@ def _remove(model: PreTrainedModel, groups: str | Iterable[str] | None, undo: Un
         fusion.run(journal)
 
 
-def _check_installed(model: PreTrainedModel, plan: Plan) -> None:
+def _check_installed(model: "PreTrainedModel", plan: Plan) -> None:
     """What is on the model must be what the record says: its inverse goes into the weights."""
     for site in plan.sites:
         module = getattr(model.get_submodule(site.module), f"fastrot_{site.location}", None)

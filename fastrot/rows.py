@@ -3,11 +3,9 @@
 from collections.abc import Mapping as MappingABC
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
-from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from fastrot.errors import RotationError
 from fastrot.heads import check_heads, head_dim_of
@@ -24,6 +22,9 @@ from fastrot.mapping import (
 from fastrot.patterns import NoMatchError, matches
 from fastrot.sites import find_sites
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 CLASSIFIER = "score"
 """What transformers' classifiers have in the place of a causal model's head."""
 
@@ -33,7 +34,7 @@ class UnsupportedRotationError(RotationError):
 
 
 def roles_of(
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     mappings: Mapping | MappingABC[str, Any] | None,
     norms: tuple[NormMapping, ...] | None,
     wanted: Sequence[str],
@@ -57,7 +58,7 @@ def roles_of(
     return row.mapping, row.norms if norms is None else norms
 
 
-def check_roles(model: PreTrainedModel, mapping: Mapping, wanted: Sequence[str]) -> None:
+def check_roles(model: "PreTrainedModel", mapping: Mapping, wanted: Sequence[str]) -> None:
     """What only makes sense for R1 to R4: places to act, a head, value heads that fit together."""
     places = {
         "R1": ("embedding", mapping.embedding),
@@ -72,6 +73,8 @@ def check_roles(model: PreTrainedModel, mapping: Mapping, wanted: Sequence[str])
                 f"{name} has no place in {type(model).__name__}: no module has the role {role}"
             )
     if "R1" in wanted and not find_sites(model, mapping.lm_head, missing_ok=True):
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
         whole = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model.config.model_type, "the causal model")
         raise NoMatchError(
             f"R1 rotates the residual stream from the embedding to the head, but no module of "
@@ -86,7 +89,7 @@ def check_roles(model: PreTrainedModel, mapping: Mapping, wanted: Sequence[str])
         check_heads(model, mapping, head_dim_of(model, mapping))
 
 
-def known_norms(model: PreTrainedModel) -> tuple[NormMapping, ...]:
+def known_norms(model: "PreTrainedModel") -> tuple[NormMapping, ...]:
     """The norms of the table, none for a model that is not in it."""
     try:
         return present(model, find_architecture(model.config)).norms
@@ -94,7 +97,7 @@ def known_norms(model: PreTrainedModel) -> tuple[NormMapping, ...]:
         return ()
 
 
-def present(model: PreTrainedModel, row: Architecture) -> Architecture:
+def present(model: "PreTrainedModel", row: Architecture) -> Architecture:
     """A row of the table with the head of this model, without what it does not have."""
     index = Index(model)
     headless = not find_holders(index, row.mapping.lm_head, missing_ok=True)

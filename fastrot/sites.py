@@ -18,7 +18,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from fastrot.errors import RotationError
 from fastrot.index import Index, find_holders
@@ -86,6 +85,8 @@ def find_sites(
 
 
 def _of_module(group: str, name: str, module: nn.Module) -> Site:
+    from transformers.pytorch_utils import Conv1D
+
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter) and isinstance(module, (nn.Linear, nn.Embedding)):
         raise RotationError(

@@ -12,25 +12,32 @@ import transformers
 from helpers import random_ids, tiny
 
 import fastrot
+from fastrot.integrations.registration import REGISTRIES
 from fastrot.integrations.transformers import cache_argument
 
 SUBMODULE_IMPORTS = {
-    "cache_utils": {"Cache", "DynamicLayer"},
+    "cache_utils": {"Cache", "DynamicLayer", "EncoderDecoderCache"},
     "integrations.moe": {"ALL_EXPERTS_FUNCTIONS"},
-    "masking_utils": {"ALL_MASK_ATTENTION_FUNCTIONS"},
-    "modeling_utils": {"ALL_ATTENTION_FUNCTIONS"},
     "models.auto.configuration_auto": {"CONFIG_MAPPING"},
     "models.auto.modeling_auto": {
         "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
         "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
     },
     "pytorch_utils": {"Conv1D"},
-    "quantizers": {"HfQuantizer"},
     "quantizers.auto": {"register_quantization_config", "register_quantizer"},
+    "quantizers.base": {"HfQuantizer"},
     "utils": {"logging"},
     "utils.quantization_config": {"QuantizationConfigMixin"},
 }
 """Names that do not stand in transformers itself."""
+
+REGISTRY_NAMES = {
+    "integrations.moe": "ALL_EXPERTS_FUNCTIONS",
+    "masking_utils": "ALL_MASK_ATTENTION_FUNCTIONS",
+    "modeling_utils": "ALL_ATTENTION_FUNCTIONS",
+    "quantizers.auto": "AUTO_QUANTIZER_MAPPING",
+}
+"""Where fastrot registers once the module was imported."""
 
 
 @cache
@@ -103,6 +110,7 @@ TORCH = {
     *("_forward_pre_hooks_with_kwargs", "_orig_mod"),
     *("_global_forward_hooks", "_global_forward_pre_hooks", "_replace"),
     *("_C", "_are_functorch_transforms_active", "_parser", "_cache"),
+    *("_disable_dynamo", "_dynamo_marked_constant"),
 }
 """Private attributes of torch's and numba's, and a named tuple's public one."""
 
@@ -115,6 +123,12 @@ def missing(what):
 def test_names_stand_where_they_stood(module):
     found = set(dir(import_module(f"transformers.{module}")))
     assert not SUBMODULE_IMPORTS[module] - found, missing(f"them in {module}")
+
+
+@pytest.mark.parametrize("module", REGISTRY_NAMES)
+def test_registries_know_fastrot(module):
+    registry = getattr(import_module(f"transformers.{module}"), REGISTRY_NAMES[module], {})
+    assert any(name.startswith("fastrot") for name in registry), missing(f"it in {module}")
 
 
 @pytest.mark.parametrize("thing", ATTRIBUTES)
@@ -176,6 +190,7 @@ def test_every_import_of_a_submodule_is_listed():
             names = found.setdefault(node.module.removeprefix("transformers."), set())
             names.update(alias.name for alias in node.names)
     assert found == SUBMODULE_IMPORTS
+    assert {f"transformers.{module}" for module in REGISTRY_NAMES} == REGISTRIES.keys()
 
 
 def test_every_private_attribute_is_listed():

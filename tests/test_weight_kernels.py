@@ -18,8 +18,7 @@ from test_cpu_kernels import (
 from zoo import FAMILIES, build
 
 import fastrot
-from fastrot.fuse import fusion
-from fastrot.kernels import gpu_weight
+from fastrot.kernels import cpu_weight, gpu_weight
 from fastrot.kernels.weight import Side, Stage, Workspace
 
 pytest.importorskip("triton")
@@ -109,13 +108,12 @@ def test_plans_take_the_kernel(name, monkeypatch):
     expected = copy.deepcopy(model)
     rotations = {"rotations": ("R1", "R2", "R4"), "transform_type": "random-hadamard"}
     fastrot.apply(expected, **rotations)
+    monkeypatch.setattr(cpu_weight, "MatrixRotation", gpu_weight.TritonRotation)
     rehearsed = []
     rehearse = gpu_weight.TritonRotation.rehearse
     monkeypatch.setattr(
         gpu_weight.TritonRotation, "rehearse", lambda *x: rehearsed.append(rehearse(*x))
     )
-    monkeypatch.setattr(fusion, "MatrixRotation", gpu_weight.TritonRotation)
-    monkeypatch.setattr(fusion, "compile_kernels", lambda dtype: rehearsed.append(dtype))
     model.to(DEVICE)
     fastrot.apply(model, **rotations)
     assert rehearsed

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import zip_longest
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +13,18 @@ from fastrot.edits import Plan, Rotate, Scale, WeightEdit
 from fastrot.fuse.torch_weight import TorchRotation
 from fastrot.journal import Journal
 from fastrot.kernels import gpu_weight
-from fastrot.kernels.cpu_weight import MatrixRotation, compile_kernels
 from fastrot.kernels.gpu_weight import TritonRotation
 from fastrot.kernels.weight import Side, Stage, Workspace
 from fastrot.memory import owned
+
+if TYPE_CHECKING:  # it imports numba, and whoever only plans has no use for that
+    from fastrot.kernels.cpu_weight import MatrixRotation
 
 
 class _Write(NamedTuple):
     """A matrix, or a part of one, and what will be done to it."""
 
-    rotation: MatrixRotation | TritonRotation | TorchRotation
+    rotation: "MatrixRotation | TritonRotation | TorchRotation"
     source: Tensor
     target: Tensor
 
@@ -144,11 +146,7 @@ def _workspaces(writes: list[_Write]) -> dict[torch.device, Workspace]:
     made = {device: Workspace(*sizes, device) for device, sizes in needs.items()}
     ready: set[object] = set()
     for rotation, x, out in writes:
-        if isinstance(rotation, MatrixRotation):
-            if rotation.dtype not in ready:
-                compile_kernels(rotation.dtype)
-                ready.add(rotation.dtype)
-        elif rotation.kind not in ready:
+        if rotation.kind not in ready:
             rotation.rehearse(x, out, made[x.device])
             ready.add(rotation.kind)
     return made
@@ -220,7 +218,7 @@ def _rotation(
     row_gamma: Tensor | None,
     gamma: Tensor | None,
     dtype: torch.dtype,
-) -> MatrixRotation | TritonRotation | TorchRotation:
+) -> "MatrixRotation | TritonRotation | TorchRotation":
     """What does it by a kernel where there is one for this memory, else by torch."""
     dense = any(step.rotation.kind == "random-matrix" for step in (*left, *right))
     if x.stride(-1) == 1 and out.stride(-1) == 1 and not dense:
@@ -230,6 +228,8 @@ def _rotation(
         first = Stage(first_left, first_right, gamma, row_gamma)
         rest = [Stage(on_left, on_right, g, h) for (on_left, h), (on_right, g) in sides[1:]]
         if x.device.type == "cpu":
+            from fastrot.kernels.cpu_weight import MatrixRotation
+
             return MatrixRotation(x, out, [first, *rest], dtype)
         if gpu_weight.takes(x, *(side for stage in (first, *rest) for side in stage[:2])):
             return TritonRotation(x, out, [first, *rest], dtype)

@@ -7,31 +7,23 @@ a transformers without fastrot refuses that, for dense models too, instead of co
 """
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import Cache, PreTrainedModel
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from fastrot.checks import quant_method
 from fastrot.errors import RecordError
+from fastrot.integrations.marks import mark
 from fastrot.journal import Journal
-from fastrot.online import (
-    IMPLEMENTATIONS,
-    attach,
-    attention_forward,
-    check_site,
-    make,
-)
+from fastrot.online import attach, check_site, make
 from fastrot.record import QUANT_METHOD, check_online, online_sites
 
-GUARD = "experts_implementation"
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
 
 
+@register_quantization_config(QUANT_METHOD)
 class FastrotConfig(QuantizationConfigMixin):
     """The marker in config.json; what was done stands beside it under ``fastrot``."""
 
@@ -39,14 +31,15 @@ class FastrotConfig(QuantizationConfigMixin):
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
 
 
+@register_quantizer(QUANT_METHOD)
 class FastrotQuantizer(HfQuantizer):
     """Puts the recorded online rotations on a model that is being loaded. Nothing is quantized."""
 
     requires_calibration = False
 
     def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, **kwargs: Any
-    ) -> PreTrainedModel:
+        self, model: "PreTrainedModel", **kwargs: Any
+    ) -> "PreTrainedModel":
         sites = online_sites(model)
         if not sites:
             raise RecordError(
@@ -60,7 +53,7 @@ class FastrotQuantizer(HfQuantizer):
         _watch_keys(model)
         return model
 
-    def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
+    def postprocess_model(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         """Leave the model as :func:`fastrot.apply` would: rotated, but not "quantized"."""
         self.remove_quantization_config(model)
         mark(model.config)
@@ -77,7 +70,7 @@ class FastrotQuantizer(HfQuantizer):
         return True
 
 
-def _watch_keys(model: PreTrainedModel) -> None:
+def _watch_keys(model: "PreTrainedModel") -> None:
     """Refuse what transformers would only warn of: weights it makes up, rotations it leaves out."""
 
     def adjust(info: Any) -> None:
@@ -102,45 +95,7 @@ def _watch_keys(model: PreTrainedModel) -> None:
     model._adjust_missing_and_unexpected_keys = adjust  # type: ignore[method-assign, assignment]
 
 
-def clear_stale_mark(model: PreTrainedModel, config: Any, journal: Journal) -> None:
-    """Take off the mark of a loader that dequantized (GGUF, fp8): such a model can't be saved.
-
-    Args:
-        model: its weights were found to be plain numbers.
-        config: the model's own.
-        journal: is told how each step is taken back.
-    """
-    if quant_method(config) in (None, QUANT_METHOD):
-        return
-    del config.quantization_config
-    for name in ("hf_quantizer", "quantization_method", "_weight_conversions", "is_quantized"):
-        journal.delete(model, name)
-
-
-def mark(config: Any) -> None:
-    """Mark a configuration as that of a model with online rotations."""
-    config.quantization_config = FastrotConfig()
-    setattr(config, GUARD, QUANT_METHOD)
-
-
-def unmark(config: Any) -> None:
-    """Take the marks of :func:`mark` away: no online rotation is left."""
-    for name in ("quantization_config", GUARD):
-        if hasattr(config, name):
-            delattr(config, name)
-
-
-def cache_argument(model: PreTrainedModel, cache: Cache | None) -> dict[str, Any]:
+def cache_argument(model: "PreTrainedModel", cache: "Cache | None") -> dict[str, Any]:
     """The keyword argument that hands a cache to a model; transformers 5.24 renamed it."""
     known = inspect.signature(type(model).forward).parameters
     return {"cache" if "cache" in known else "past_key_values": cache}
-
-
-def register() -> None:
-    """Register names with transformers; called once by ``import fastrot``."""
-    register_quantization_config(QUANT_METHOD)(FastrotConfig)
-    register_quantizer(QUANT_METHOD)(FastrotQuantizer)
-    ALL_EXPERTS_FUNCTIONS.register(QUANT_METHOD, ALL_EXPERTS_FUNCTIONS["grouped_mm"])
-    for base in IMPLEMENTATIONS:
-        ALL_ATTENTION_FUNCTIONS.register(f"fastrot_{base}", attention_forward(base))
-        ALL_MASK_ATTENTION_FUNCTIONS.register(f"fastrot_{base}", ALL_MASK_ATTENTION_FUNCTIONS[base])

@@ -50,6 +50,7 @@ class MatrixRotation:
         scratch: bytes that a run needs for its intermediate: the matrix in ``dtype`` where both
             sides of a stage are wide or there are several stages, else 0.
         panel: bytes that each of its threads needs.
+        kind: equal where the same kernels run.
 
     Raises:
         ValueError: ``out`` lies in memory that may be read but not written.
@@ -57,6 +58,7 @@ class MatrixRotation:
 
     def __init__(self, like: Tensor, out: Tensor, stages: Sequence[Stage], dtype: torch.dtype):
         self.shape, self.dtype = (int(like.shape[0]), int(like.shape[1])), dtype
+        self.kind = dtype
         item = max(like.element_size(), out.element_size())
         if like.numel():
             prepare_output(like, out)
@@ -84,6 +86,14 @@ class MatrixRotation:
                 workspace.panels,
             )
 
+    def rehearse(self, source: Tensor, target: Tensor, workspace: Workspace) -> None:
+        """Compile what a run calls, or load it from disk, by a sweep over nothing."""
+        dtype = self.dtype
+        nothing, constants = no_diagonals(dtype), constants_of(dtype)
+        plan, place = plan_sweep((1, 1), (1, False), (1, False), 4, dtype), (0, 0, 4, 4)
+        memory, one = np.empty(plan.memory, np.uint8), constants.dtype.type(1)
+        kernels.sweep(0, 0, place, place, plan.arguments, nothing, nothing, memory, constants, one)
+
 
 def rotate_matrix(
     w: Tensor,
@@ -98,15 +108,6 @@ def rotate_matrix(
     """Prepare and run one :class:`Stage` from ``w`` into ``out``, which may be ``w`` itself."""
     rotation = MatrixRotation(w, out, [Stage(left, right, gamma, row_gamma)], dtype)
     rotation.run(w, out, Workspace(rotation.scratch, rotation.panel))
-
-
-def compile_kernels(dtype: torch.dtype) -> None:
-    """Compile what a run in ``dtype`` calls, or load it from disk, by a sweep over nothing."""
-    nothing = no_diagonals(dtype)
-    plan, place = plan_sweep((1, 1), (1, False), (1, False), 4, dtype), (0, 0, 4, 4)
-    memory, constants = np.empty(plan.memory, np.uint8), constants_of(dtype)
-    factor = constants.dtype.type(1)
-    kernels.sweep(0, 0, place, place, plan.arguments, nothing, nothing, memory, constants, factor)
 
 
 def _sweeps(stage: Stage, shape: tuple[int, int], item: int, dtype: torch.dtype) -> list[_Sweep]:

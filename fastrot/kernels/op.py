@@ -269,7 +269,8 @@ class _Transform(torch.autograd.Function):
         return torch.stack(each), 0
 
 
-@torch.compiler.disable(reason="torch.func through hadamard_transform runs in eager mode")
+# torch.compiler.disable would import the whole compiler; this does when it is called.
+@torch._disable_dynamo
 def _transformed(*arguments: Any) -> Tensor:
     """A compiler would trace the function down to the operator, which has no forward mode."""
     return _Transform.apply(*arguments)

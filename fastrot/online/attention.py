@@ -10,13 +10,14 @@ import inspect
 import sys
 from collections.abc import Callable
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, Cache, EncoderDecoderCache
 
 from fastrot.errors import RotationError
+
+if TYPE_CHECKING:
+    from transformers import Cache, EncoderDecoderCache
 
 IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
 """The attention implementations around which R3 can be put."""
@@ -50,12 +51,13 @@ def check_attention(name: str, module: Any) -> None:
         )
 
 
-@torch.compiler.assume_constant_result
 def _interface(attention: type) -> tuple[str, str] | None:
     """Where the attention interface lies that a class' forward calls: a module, and the name there.
 
     A forward that calls ``super().forward`` stands for the one that it inherits.
     """
+    from transformers import AttentionInterface
+
     for owner in attention.__mro__:
         forward = inspect.unwrap(vars(owner)["forward"]) if "forward" in vars(owner) else None
         if isinstance(forward, FunctionType):
@@ -66,6 +68,10 @@ def _interface(attention: type) -> tuple[str, str] | None:
             if "__class__" not in forward.__code__.co_freevars:
                 return None
     return None
+
+
+# As torch.compiler.assume_constant_result does, which would import the whole compiler for it.
+_interface._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Keys:
@@ -115,7 +121,7 @@ class KeyRotatingCache:
     Everything else is the cache's own.
     """
 
-    def __init__(self, cache: Cache, keys: Keys):
+    def __init__(self, cache: "Cache", keys: Keys):
         self.cache = cache
         self.keys = keys
 
@@ -137,21 +143,25 @@ class KeyRotatingCache:
         return getattr(self.cache, name)
 
 
-class KeyRotatingPair(EncoderDecoderCache):
+def _rotating(value: Any, keys: Keys) -> Any:
+    from transformers.cache_utils import Cache, EncoderDecoderCache
+
+    if isinstance(value, EncoderDecoderCache):
+        return _rotating_pair(value, keys)
+    return KeyRotatingCache(value, keys) if isinstance(value, Cache) else value
+
+
+def _rotating_pair(pair: "EncoderDecoderCache", keys: Keys) -> Any:
     """The same for the two caches of a decoder with cross attention, which are told by their type.
 
-    It shares everything with ``pair`` but the caches, and rotates the new keys of both.
+    It is of that type, shares everything with ``pair`` but the caches, and rotates the new keys of
+    both.
     """
-
-    def __init__(self, pair: EncoderDecoderCache, keys: Keys):
-        for name, value in vars(pair).items():
-            setattr(self, name, _rotating(value, keys))
-
-
-def _rotating(value: Any, keys: Keys) -> Any:
-    if isinstance(value, EncoderDecoderCache):
-        return KeyRotatingPair(value, keys)
-    return KeyRotatingCache(value, keys) if isinstance(value, Cache) else value
+    kind = type(pair)
+    twin = kind.__new__(kind)
+    for name, value in vars(pair).items():
+        setattr(twin, name, _rotating(value, keys))
+    return twin
 
 
 def rotate_keys(

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from fastrot.errors import RotationError
 from fastrot.online.rotation import OnlineRotation
@@ -74,6 +73,8 @@ def _implementation(module: Any) -> str:
 
 def experts_forward(module: Any, *args: Any, **kwargs: Any) -> Tensor:
     """The forward of an experts module with R4; arguments are those of the module's own."""
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
     if is_llama4(module):
         return _llama4_forward(module, *args, **kwargs)
     name = _implementation(module)

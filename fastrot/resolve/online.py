@@ -1,9 +1,9 @@
 """The online part: which module's input or output is rotated at run time."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from fastrot.edits import OnlineSite
 from fastrot.errors import RotationError
@@ -13,9 +13,12 @@ from fastrot.resolve.places import places, rotation_of
 from fastrot.sites import find_sites
 from fastrot.transform_config import ATTENTION_LOCATIONS, TransformArgs, TransformConfig
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 def resolve_online(
-    model: PreTrainedModel | Index, config: TransformConfig, seed: int
+    model: "PreTrainedModel | Index", config: TransformConfig, seed: int
 ) -> list[OnlineSite]:
     """The online part alone; needs the names and sizes of modules, no weights."""
     index = Index.of(model)

@@ -1,10 +1,10 @@
 """From configuration, norms and mapping to the plan."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from fastrot.checks import check_overlaps, check_parameter
 from fastrot.coverage import check_coverage, check_one_stream
@@ -20,9 +20,12 @@ from fastrot.resolve.ties import untie
 from fastrot.sites import find_sites
 from fastrot.transform_config import TransformConfig
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 def resolve(
-    model: PreTrainedModel,
+    model: "PreTrainedModel",
     config: TransformConfig,
     norms: Sequence[NormMapping],
     seed: int,

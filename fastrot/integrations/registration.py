@@ -1,0 +1,108 @@
+"""fastrot's names in transformers' registries, without importing transformers.
+
+``import fastrot`` must make ``from_pretrained`` know rotated checkpoints, whichever of the two is
+imported first, and whoever needs a kernel only should not wait seconds for transformers. So every
+registry gets its names right after the module that holds it was executed: at once if that was
+before, else through a finder that hands the import on to those behind it.
+
+A function here touches nothing but the module it is given, so it is all the same in which order
+transformers imports its modules. The finder stays: what is reloaded gets its names again.
+"""
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+
+def _attention(module: Any) -> None:
+    from fastrot.online.attention import IMPLEMENTATIONS, PREFIX, attention_forward
+
+    for base in IMPLEMENTATIONS:
+        module.ALL_ATTENTION_FUNCTIONS.register(f"{PREFIX}{base}", attention_forward(base))
+
+
+def _masks(module: Any) -> None:
+    from fastrot.online.attention import IMPLEMENTATIONS, PREFIX
+
+    functions = module.ALL_MASK_ATTENTION_FUNCTIONS
+    for base in IMPLEMENTATIONS:
+        functions.register(f"{PREFIX}{base}", functions[base])
+
+
+def _experts(module: Any) -> None:
+    functions = module.ALL_EXPERTS_FUNCTIONS
+    functions.register("fastrot", functions["grouped_mm"])
+
+
+def _quantizer(module: Any) -> None:
+    name = "fastrot.integrations.transformers"
+    if "fastrot" in module.AUTO_QUANTIZER_MAPPING:
+        return
+    if hasattr(sys.modules.get(name), "FastrotQuantizer"):
+        # Its classes extend those of a transformers that was imported before this one.
+        importlib.reload(sys.modules[name])
+    else:
+        # It registers itself, and may be what imports ``module``.
+        importlib.import_module(name)
+
+
+REGISTRIES: dict[str, Callable[[Any], None]] = {
+    "transformers.modeling_utils": _attention,
+    "transformers.masking_utils": _masks,
+    "transformers.integrations.moe": _experts,
+    "transformers.quantizers.auto": _quantizer,
+}
+"""Modules of transformers that hold a registry, and what registers there."""
+
+
+class _Registering(Loader):
+    """Executes a module with its own loader, then registers; the module knows nothing of it."""
+
+    def __init__(self, loader: Any, register: Callable[[Any], None]):
+        self._loader = loader
+        self._register = register
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        module: ModuleType | None = self._loader.create_module(spec)
+        return module
+
+    def exec_module(self, module: Any) -> None:
+        module.__spec__.loader = module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        self._register(module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+
+class _Finder(MetaPathFinder):
+    """Finds modules that hold a registry, by the finders behind it; it has no state."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname not in REGISTRIES:
+            return None
+        finders = list(sys.meta_path)
+        # Only those behind: one that asks all finders, as this does, can't be asked in turns.
+        for finder in finders[finders.index(self) + 1 :]:
+            spec = finder.find_spec(fullname, path, target)
+            if spec is not None:
+                if spec.loader is not None:
+                    spec.loader = _Registering(spec.loader, REGISTRIES[fullname])
+                return spec
+        return None
+
+
+def register() -> None:
+    """Register now where transformers is imported, and elsewhere when it will be."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+    for name, function in REGISTRIES.items():
+        if name in sys.modules:
+            # Waits if another thread is still importing it.
+            function(importlib.import_module(name))
