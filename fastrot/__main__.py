@@ -1,7 +1,5 @@
 """``python -m fastrot``."""
 
-import sys
+from fastrot.cli import run
 
-from fastrot.cli import main
-
-sys.exit(main())
+run()

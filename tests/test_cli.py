@@ -479,7 +479,7 @@ def test_a_full_disk_takes_one_line(checkpoints, tmp_path):
 
 
 def in_a_child(arguments, code="", **options):
-    code = f"{code}\nimport sys; from fastrot.cli import main; sys.exit(main())"
+    code = f"{code}\nfrom fastrot.cli import run; run()"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     options = {"stdout": subprocess.PIPE, "text": True} | options
     return subprocess.run(command, stderr=subprocess.PIPE, **options)
@@ -593,7 +593,7 @@ def test_version_and_help(capsys):
 def test_a_reader_that_goes_away(checkpoints):
     read, write = os.pipe()
     os.close(read)
-    code = "import sys; from fastrot.cli import main; sys.exit(main())"
+    code = "from fastrot.cli import run; run()"
     command = [sys.executable, "-c", code, "plan", str(checkpoints["float32"])]
     result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
     os.close(write)

@@ -110,9 +110,9 @@ TORCH = {
     *("_forward_pre_hooks_with_kwargs", "_orig_mod"),
     *("_global_forward_hooks", "_global_forward_pre_hooks", "_replace"),
     *("_C", "_are_functorch_transforms_active", "_parser", "_cache"),
-    *("_disable_dynamo", "_dynamo_marked_constant"),
+    *("_disable_dynamo", "_dynamo_marked_constant", "_exit"),
 }
-"""Private attributes of torch's and numba's, and a named tuple's public one."""
+"""Private attributes of torch's and numba's, and public ones of named tuples and os."""
 
 
 def missing(what):

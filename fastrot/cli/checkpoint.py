@@ -1,5 +1,6 @@
 """Checkpoints on disk, read as a whole or not at all; whatever they hold, an error names it."""
 
+import gc
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,6 +79,22 @@ def _naming(problem: str) -> Iterator[None]:
         raise RotationError(f"{problem}: {type(error).__name__}: {error}") from error
 
 
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Import without looking for garbage: what modules make stays, and there is a lot of it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        # Now all that there is counts as old, else the next object would start a search.
+        gc.freeze()
+        gc.unfreeze()
+        if enabled:
+            gc.enable()
+
+
+@uncollected()
 def outline(folder: Path) -> Any:
     """The model of a checkpoint on the meta device: shapes without weights.
 
