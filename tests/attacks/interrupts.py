@@ -1,9 +1,10 @@
 """Rotates a model again and again while real signals arrive, and says what became of it.
 
-    python -m attacks.interrupts --runs 200 --undo none --threads 2
+    python -m attacks.interrupts --runs 200 --undo none --threads 1 2 4
 
-Prints one JSON line: how many runs left the original, the rotated model, or anything else, and how
-many of the interrupts hit. Run as a process of its own: it sends signals to itself.
+Prints a JSON line for each number of threads: how many runs left the original, the rotated model,
+or anything else, and how many of the interrupts hit. Run as a process of its own: it sends signals
+to itself.
 """
 
 import argparse
@@ -104,21 +105,9 @@ def state(model, first, last):
     return "rotated" if (found, record) == (last, True) else "half rotated"
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--runs", type=int, default=200)
-    parser.add_argument("--undo", default="none")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--without-hold", action="store_true", help="the negative control")
-    arguments = parser.parse_args()
-    for number in SIGNALS:
-        signal.signal(number, stop)
-    torch.set_num_threads(arguments.threads)
-    if arguments.without_hold:
-        fastrot.journal.held_signals = contextlib.nullcontext
-        _cpu_threads.held_signals = contextlib.nullcontext
-    original = build()
+def attack(original, threads, arguments):
+    """All runs with one number of threads, as a report."""
+    torch.set_num_threads(threads)
     first = digest(original)
     rotated = copy.deepcopy(original)
     rotate(rotated, arguments.undo)
@@ -127,7 +116,7 @@ def main():
     start = time.perf_counter()
     rotate(again, arguments.undo)
     length = time.perf_counter() - start
-    chance = random.Random(arguments.seed)
+    chance = random.Random(threads)
     found = {}
     hits = 0
     for _ in range(arguments.runs):
@@ -138,7 +127,24 @@ def main():
         found[word] = found.get(word, 0) + 1
         if arguments.without_hold and word not in ("original", "rotated"):
             break
-    print(json.dumps({"found": found, "hits": hits, "length": length}))
+    return {"threads": threads, "found": found, "hits": hits, "length": length}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--runs", type=int, default=200)
+    parser.add_argument("--undo", default="none")
+    parser.add_argument("--threads", type=int, nargs="+", default=[2])
+    parser.add_argument("--without-hold", action="store_true", help="the negative control")
+    arguments = parser.parse_args()
+    for number in SIGNALS:
+        signal.signal(number, stop)
+    if arguments.without_hold:
+        fastrot.journal.held_signals = contextlib.nullcontext
+        _cpu_threads.held_signals = contextlib.nullcontext
+    original = build()
+    for threads in arguments.threads:
+        print(json.dumps(attack(original, threads, arguments)))
 
 
 if __name__ == "__main__":
