@@ -110,11 +110,18 @@ def test_representatives(compiler: Compiler, arch: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", BACKENDS)
+def test_every_launch_on_one_architecture(compiler: Compiler, arch: str) -> None:
+    """They take turns; the launches of two differ by few, if at all."""
+    check(compiler, arch, list(launches(arch))[list(BACKENDS).index(arch) :: len(BACKENDS)])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("arch", BACKENDS)
 def test_everything_shipped(compiler: Compiler, arch: str) -> None:
     check(compiler, arch, list(launches(arch)))
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("arch", BACKENDS)
 def test_expected_figures_are_needed_and_tight(compiler: Compiler, arch: str) -> None:
     skip_other_versions()
