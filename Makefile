@@ -7,8 +7,9 @@ OLDEST := $(VENV)/oldest
 NEWEST := $(VENV)/newest
 MEETS_TRANSFORMERS := tests/test_contract.py tests/test_attention.py tests/test_zoo.py \
     tests/test_exact.py tests/test_save_load.py tests/test_generate.py tests/test_online.py
+FAST := "not slow and not exhaustive"
 
-.PHONY: demo test lint fast-test test-oldest test-newest attack smollm2 clean
+.PHONY: demo test lint fast-test exhaustive test-oldest test-newest attack smollm2 clean
 
 demo: $(READY)
 	$(BIN)/fastrot demo
@@ -18,16 +19,20 @@ test: lint test-oldest
 
 # The fast tests of everything that meets transformers, on the oldest one we support.
 test-oldest: $(READY) $(OLDEST)/.ready
-	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -q -n 2 -m "not slow" $(MEETS_TRANSFORMERS)
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -q -n 2 -m $(FAST) $(MEETS_TRANSFORMERS)
 
 # The same on whatever transformers is the newest today: no part of `make test`, as that moves.
 test-newest: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
 	    --target $(NEWEST) transformers
-	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest -q -n 2 -m "not slow" $(MEETS_TRANSFORMERS)
+	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest -q -n 2 -m $(FAST) $(MEETS_TRANSFORMERS)
 
 fast-test: $(READY)
-	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 -m $(FAST)
+
+# What `make test` takes some of each kind of: every edit of every family, every launch everywhere.
+exhaustive: $(READY)
+	$(BIN)/python -m pytest -q -n 2 -m exhaustive
 
 # The attacks of tests/attacks, long: minutes instead of seconds.
 attack: $(READY)
