@@ -173,6 +173,7 @@ def apply(
         OSError, MemoryError: no room for the copies, or for the largest weight in ``precision``.
     """
     check_model(model)
+    check_flag("progress", progress)
     check_whole(model, trust=trust)
     with exclusive(model), torch.device("cpu"):
         made = plan(

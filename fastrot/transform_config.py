@@ -96,6 +96,7 @@ class TransformScheme:
     def __post_init__(self) -> None:
         if self.type not in KINDS:
             raise RotationError(f"transform type {self.type!r} is not one of {', '.join(KINDS)}")
+        check_flag("requires_grad", self.requires_grad)
         if self.requires_grad:
             raise RotationError(
                 "requires_grad=True: fastrot does not learn rotations; set it to False"
@@ -252,7 +253,7 @@ def _as_dict(value: Any, where: str) -> dict[str, Any]:
     if hasattr(value, "model_dump"):
         value = value.model_dump()
     if not isinstance(value, MappingABC):
-        raise TypeError(f"{where}: expected a dict, got {type(value).__name__}")
+        raise TypeError(f"{where}: expected a dict, got {value!r}")
     return dict(value)
 
 

@@ -38,7 +38,8 @@ class Untouched(NamedTuple):
 def _as_untouched(value: Any) -> tuple[Untouched, ...]:
     if isinstance(value, MappingABC):
         return tuple(Untouched(pattern, reason) for pattern, reason in value.items())
-    if not isinstance(value, str) and all(isinstance(item, Untouched) for item in value):
+    several = isinstance(value, Iterable) and not isinstance(value, str)
+    if several and all(isinstance(item, Untouched) for item in value):
         return tuple(value)
     return tuple(Untouched(pattern) for pattern in as_patterns("ignore", value))
 
@@ -145,7 +146,8 @@ class NormMapping:
         object.__setattr__(self, "linears", as_patterns("linears", self.linears))
         if self.norm is not None and not isinstance(self.norm, str):
             raise TypeError(f"norm must be a pattern or None, got {self.norm!r}")
-        if not isinstance(self.offset, (int, float)) or isinstance(self.offset, bool):
+        number = isinstance(self.offset, (int, float)) and not isinstance(self.offset, bool)
+        if not number or not abs(self.offset) < 2**63:
             raise TypeError(f"offset must be a number, got {self.offset!r}")
         if self.kind not in get_args(NormKind):
             raise TypeError(f"kind must be 'rms' or 'layer', got {self.kind!r}")
