@@ -253,7 +253,7 @@ def _as_dict(value: Any, where: str) -> dict[str, Any]:
     if hasattr(value, "model_dump"):
         value = value.model_dump()
     if not isinstance(value, MappingABC):
-        raise TypeError(f"{where}: expected a dict, got {value!r}")
+        raise TypeError(f"{where}: expected a dict, got {type(value).__name__} {value!r}")
     return dict(value)
 
 
