@@ -97,8 +97,9 @@ TUNED: dict[tuple[str, int], dict[tuple[bool, int, int], Config | None]] = {
     },
 }
 """What `benchmarks/tune.py` found fastest on an H200, by backend and bits, and by whether there is
-no left factor, A and B (64 x 128 is a guess from its neighbours); where it has measured nothing, the configurations above hold. None: two
-passes are faster, or one adds up too many parts for four ulp."""
+no left factor, A and B; 64 x 128 is a guess from its neighbours. Where nothing was measured, the
+configurations above hold. None: two passes are faster, or one adds up too many parts for four ulp.
+"""
 
 
 def config_for(
