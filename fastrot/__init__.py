@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fastrot.coverage import UncoveredParameterError
     from fastrot.edits import Plan
     from fastrot.errors import BusyModelError, HalfRotatedError, RecordError, RotationError
+    from fastrot.fit import check
     from fastrot.foreign import ForeignCodeError
     from fastrot.hadamard import HadamardSizeError, hadamard_matrix
     from fastrot.handle import Handle
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         Untouched,
     )
     from fastrot.patterns import NoMatchError
+    from fastrot.recipe import Recipe
     from fastrot.removal import remove
     from fastrot.rotation import Rotation
     from fastrot.rows import UnsupportedRotationError
@@ -48,6 +50,7 @@ __all__ = [
     "NormMapping",
     "Plan",
     "PrecisionWarning",
+    "Recipe",
     "RecordError",
     "Rotation",
     "RotationError",
@@ -62,6 +65,7 @@ __all__ = [
     "ValueRangeError",
     "__version__",
     "apply",
+    "check",
     "hadamard_matrix",
     "hadamard_transform",
     "plan",
@@ -82,6 +86,7 @@ _HOMES = {
     "NormMapping": "mapping",
     "Plan": "edits",
     "PrecisionWarning": "values",
+    "Recipe": "recipe",
     "RecordError": "errors",
     "Rotation": "rotation",
     "RotationError": "errors",
@@ -95,6 +100,7 @@ _HOMES = {
     "Untouched": "mapping",
     "ValueRangeError": "values",
     "apply": "api",
+    "check": "fit",
     "hadamard_matrix": "hadamard",
     "plan": "api",
     "remove": "removal",

@@ -149,17 +149,12 @@ def check_overlaps(model: nn.Module, names: tuple[str, ...]) -> None:
             last = (device, end, name)
 
 
-def check_norm(name: str, module: nn.Module, offset: float, kind: NormKind, width: int) -> None:
-    """Refuse a norm that is not what its mapping says, by trying it on two vectors.
-
-    ``rms`` is ``x / rms(x) · (weight + offset)``; ``layer`` takes the mean from ``x`` before and
-    adds a bias behind; either may lack its parameters. Neither the kind nor the offset shows in a
-    module's name, and folding with the wrong one changes the model.
+def check_norm_form(name: str, module: nn.Module, kind: NormKind, width: int) -> None:
+    """Refuse a norm whose parameters are not those of its kind.
 
     Args:
         name: of the module.
         module: the norm.
-        offset: what it adds to its weight.
         kind: ``rms`` or ``layer``.
         width: size of its input.
     """
@@ -175,6 +170,24 @@ def check_norm(name: str, module: nn.Module, offset: float, kind: NormKind, widt
             f"{name} ({type(module).__name__}) has a bias, so it is no RMSNorm; say kind='layer' "
             "in its NormMapping if it centres, or leave R1 out for this model"
         )
+
+
+def check_norm(name: str, module: nn.Module, offset: float, kind: NormKind, width: int) -> None:
+    """Refuse a norm that is not what its mapping says, by trying it on two vectors.
+
+    ``rms`` is ``x / rms(x) · (weight + offset)``; ``layer`` takes the mean from ``x`` before and
+    adds a bias behind; either may lack its parameters. Neither the kind nor the offset shows in a
+    module's name, and folding with the wrong one changes the model.
+
+    Args:
+        name: of the module.
+        module: the norm, its weights in memory.
+        offset: what it adds to its weight.
+        kind: ``rms`` or ``layer``.
+        width: size of its input.
+    """
+    check_norm_form(name, module, kind, width)
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     if weight is None:
         weight, offset = torch.ones(width), 0.0
     else:

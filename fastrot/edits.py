@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fastrot.mapping import NormKind
 from fastrot.rotation import Rotation
 from fastrot.transform_config import TransformConfig
 
@@ -82,11 +83,32 @@ class WeightEdit:
 
 
 @dataclass(frozen=True)
-class NormReset:
-    """A norm whose scale moved into its readers: fill its weight with ``1 - offset``."""
+class FoldedNorm:
+    """A norm whose scale moves into its readers: its weight becomes what leaves a scale of one.
 
-    parameter: str
-    value: float
+    Attributes:
+        name: of the module.
+        offset: what it adds to its weight.
+        kind: ``rms`` or ``layer``.
+        width: size of its input.
+        weighted: whether it has a weight at all; one without is only checked to be what it should.
+    """
+
+    name: str
+    offset: float
+    kind: NormKind
+    width: int
+    weighted: bool = True
+
+    @property
+    def parameter(self) -> str:
+        """The name of its weight."""
+        return f"{self.name}.weight"
+
+    @property
+    def value(self) -> float:
+        """What its weight is filled with."""
+        return 1.0 - self.offset
 
 
 @dataclass(frozen=True)
@@ -123,27 +145,36 @@ class Plan:
     Attributes:
         model_class: class of the model it was made for.
         edits: one per parameter.
-        resets: the norms that become scale-free.
+        norms: those that become scale-free, or already are.
         sites: the online rotations.
         transform_config: the same rotations in compressed-tensors' schema.
         seed: the source of all randomness.
         shapes: shape of every parameter that is written.
+        outline: digest of the names, shapes and ties of all parameters of that model.
+        by_table: whether fastrot's table described its modules, and so knows their classes.
         notes: what the weights predict about precision, if they were in memory.
     """
 
     model_class: str
     edits: tuple[WeightEdit, ...]
-    resets: tuple[NormReset, ...]
+    norms: tuple[FoldedNorm, ...]
     sites: tuple[OnlineSite, ...]
     transform_config: TransformConfig
     seed: int
     shapes: dict[str, tuple[int, ...]]
+    outline: str
+    by_table: bool = True
     notes: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> tuple[str, ...]:
         """Names of all parameters that are written."""
-        return (*(e.parameter for e in self.edits), *(r.parameter for r in self.resets))
+        return (*(e.parameter for e in self.edits), *(n.parameter for n in self.written_norms))
+
+    @property
+    def written_norms(self) -> tuple[FoldedNorm, ...]:
+        """The norms that have a weight."""
+        return tuple(norm for norm in self.norms if norm.weighted)
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """One dict per parameter or module: name, shape, operations."""
@@ -156,11 +187,11 @@ class Plan:
                 "shape": self.shapes[edit.parameter],
                 "operations": operations,
             }
-        for reset in self.resets:
+        for norm in self.written_norms:
             yield {
-                "name": reset.parameter,
-                "shape": self.shapes[reset.parameter],
-                "operations": [f"set to {reset.value:g}"],
+                "name": norm.parameter,
+                "shape": self.shapes[norm.parameter],
+                "operations": [f"set to {norm.value:g}"],
             }
         for site in self.sites:
             yield {"name": site.module, "shape": "online", "operations": [str(site)]}
@@ -173,7 +204,7 @@ class Plan:
         groups = ", ".join(self.transform_config.config_groups)
         head = (
             f"{self.model_class}: {groups}, seed {self.seed}; {len(self.edits)} weights rotated, "
-            f"{len(self.resets)} norms folded, {len(self.sites)} online"
+            f"{len(self.written_norms)} norms folded, {len(self.sites)} online"
         )
         lines = [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in cells]
         return "\n".join([head, *lines, *(f"  note: {note}" for note in self.notes)])

@@ -102,8 +102,8 @@ def _touched(model: nn.Module, plan: Plan) -> list[str]:
         groups = {step.group for step in edit.steps if isinstance(step, Rotate)}
         within = stream if "R1" in groups else names
         within |= dict.fromkeys(_around(edit.parameter.rpartition(".")[0], "R1" in groups))
-    for reset in plan.resets:
-        stream |= dict.fromkeys(_around(reset.parameter.rpartition(".")[0], True))
+    for norm in plan.written_norms:
+        stream |= dict.fromkeys(_around(norm.name, True))
     for name in list(stream):
         stream |= dict.fromkeys(_passed(model, name))
     names = stream | names

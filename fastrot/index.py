@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
@@ -65,6 +66,16 @@ class Index:
             found |= names
         found -= {name for pattern in ignore for name in self.named(pattern)}
         return {name: things[name] for name in self.things if name in found}
+
+
+def outline(model: nn.Module) -> str:
+    """A digest of the names and shapes of all parameters, and of which of them are one."""
+    first: dict[int, str] = {}
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tied = first.setdefault(id(parameter), name)
+        digest.update(f"{name} {tuple(parameter.shape)} {tied}\n".encode())
+    return digest.hexdigest()
 
 
 def find_modules(

@@ -10,6 +10,7 @@ import torch
 from fastrot.damage import mark_damaged
 from fastrot.edits import Plan, Rotate, WeightEdit
 from fastrot.errors import RotationError
+from fastrot.fit import check_weights
 from fastrot.fuse import Fusion
 from fastrot.integrations.marks import unmark
 from fastrot.journal import Journal, Undo, exclusive
@@ -72,6 +73,7 @@ def _remove(model: "PreTrainedModel", groups: str | Iterable[str] | None, undo: 
     _check_commutes(plans, wanted)
     for name, plan in plans:
         if name in wanted:
+            check_weights(model, plan)
             _check_installed(model, plan)
     fusion = Fusion(model, _inverse([plan for name, plan in plans if name in wanted]))
     lost = partial(mark_damaged, model, fusion.parameters)
@@ -109,7 +111,7 @@ def _inverse(plans: list[Plan]) -> Plan:
         back = (replace(s, inverse=not s.inverse) for s in edit.steps if isinstance(s, Rotate))
         before = edits.get(edit.parameter, replace(edit, steps=()))
         edits[edit.parameter] = replace(before, steps=(*before.steps, *reversed(list(back))))
-    return replace(plans[0], edits=tuple(edits.values()), resets=(), sites=())
+    return replace(plans[0], edits=tuple(edits.values()), norms=(), sites=())
 
 
 def _check_commutes(plans: list[tuple[str, Plan]], wanted: list[str]) -> None:

@@ -3,12 +3,15 @@
 import copy
 import threading
 import tracemalloc
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers import logits, random_ids, relative_error, tiny
 
 import fastrot
+from fastrot import Rotation
+from fastrot.edits import Rotate, Scale
 from fastrot.fuse import Fusion
 from fastrot.journal import Journal
 from fastrot.rotation import KINDS
@@ -21,8 +24,6 @@ def dense(rotation, inverse):
 
 def once_rounded(model, plan, edit):
     """The edit by dense float64 matrices, rounded to the storage dtype at the end."""
-    from fastrot.edits import Scale
-
     stored = model.get_parameter(edit.parameter)
     weight = stored.detach().double()
     for step in edit.steps:
@@ -135,3 +136,33 @@ def test_grad_flags_and_modes_stay():
     assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
     assert all(module.training for module in model.modules())
     assert all(p.is_leaf and p.grad_fn is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["random-hadamard", "random-matrix"])
+def test_steps_act_in_their_order(kind):
+    """Diagonals before, between and behind rotations, on both sides: the dense product of all."""
+    model = tiny("llama", dtype=torch.float64, intermediate=96)
+    name, norms = "model.layers.0.mlp.down_proj.weight", "model.layers.{}.input_layernorm.weight"
+    first, second = Rotation(kind, 96, seed=1), Rotation("random-hadamard", 96, 12, seed=2)
+    steps = (
+        Scale(1, norms.format(0), 0.0),
+        Rotate(1, first, False, "R4"),
+        Scale(0, norms.format(1), 0.5, inverse=True),
+        Scale(1, norms.format(1), 1.0),
+        Scale(1, norms.format(0), 0.0, inverse=True),
+        Rotate(0, second, True, "R4"),
+        Rotate(1, second, True, "R4"),
+        Scale(1, norms.format(1), 0.0),
+        Scale(0, norms.format(0), 2.0),
+    )
+    plan = fastrot.plan(model, "R4")
+    edits = [replace(e, steps=steps) if e.parameter == name else e for e in plan.edits]
+    before = model.get_parameter(name).detach().clone()
+    gamma, delta = (model.get_parameter(norms.format(i)).detach().clone() for i in (0, 1))
+    fastrot.apply(model, replace(plan, edits=tuple(edits)))
+    right = gamma.diag() @ first.matrix() @ (delta + 1).diag() @ gamma.reciprocal().diag()
+    right = right @ second.matrix().T @ delta.diag()
+    left = (delta + 0.5).reciprocal().diag() @ second.matrix().T @ (gamma + 2).diag()
+    torch.testing.assert_close(
+        model.get_parameter(name).detach(), left.T @ before @ right, rtol=1e-13, atol=1e-13
+    )

@@ -86,7 +86,7 @@ def test_only_what_is_asked_for():
     model = tiny("llama", tied=True)
     assert not fastrot.plan(model, "R3").edits
     plan = fastrot.plan(model, ("R2", "R4"))
-    assert not plan.resets
+    assert not plan.norms
     assert {s.group for e in plan.edits for s in e.steps if isinstance(s, Rotate)} == {"R2", "R4"}
     assert not any(isinstance(s, Scale) for e in plan.edits for s in e.steps)
     fastrot.apply(model, ("R2", "R3", "R4"))

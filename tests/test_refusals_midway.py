@@ -8,7 +8,7 @@ import gc
 import sys
 import tempfile
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from linecache import getline
 from pathlib import Path
 
@@ -70,8 +70,11 @@ def small(model_type: str = "llama"):
     return copy.deepcopy(_original(model_type))
 
 
+SETTINGS = {"rotations": ROTATIONS, "transform_type": "random-hadamard"}
+
+
 def rotate(model, undo: str) -> None:
-    fastrot.apply(model, ROTATIONS, transform_type="random-hadamard", undo=undo)
+    fastrot.apply(model, **SETTINGS, undo=undo)
 
 
 @pytest.fixture
@@ -225,11 +228,11 @@ class Interrupt:
                 self.active = False
                 raise KeyboardInterrupt("injected")
 
-    def run(self, action: Callable[..., object], *args: object) -> None:
+    def run(self, action: Callable[..., object], *args: object, **kwargs: object) -> None:
         previous = sys.gettrace()
         sys.settrace(self)
         try:
-            action(*args)
+            action(*args, **kwargs)
         finally:
             sys.settrace(previous)
 
@@ -242,11 +245,10 @@ last time that they run."""
 @pytest.mark.parametrize("undo", [*UNDO, "none"])
 def test_interrupt_at_every_line(undo, monkeypatch, temporary):
     model = small()
-    made = fastrot.plan(model, ROTATIONS, transform_type="random-hadamard")
-    monkeypatch.setattr(fastrot.api, "plan", lambda *_, **__: made)  # it never writes
-    rotate(small(), undo)  # what is imported or computed only once
+    rotate = partial(fastrot.apply, rotations=fastrot.plan(model, **SETTINGS))  # it never writes
+    rotate(small(), undo=undo)  # what is imported or computed only once
     watch = Interrupt()
-    watch.run(rotate, small(), undo)
+    watch.run(rotate, small(), undo=undo)
     assert len(watch.counts) > 80
     before = fingerprint(model)
     failures = []
@@ -254,7 +256,7 @@ def test_interrupt_at_every_line(undo, monkeypatch, temporary):
         for n in range(1, count + 1) if file.endswith(KEEPERS) else sorted({1, count}):
             interrupted = False
             try:
-                Interrupt((file, number), n).run(rotate, model, undo)
+                Interrupt((file, number), n).run(rotate, model, undo=undo)
             except BaseException as error:
                 interrupted = type(error) is KeyboardInterrupt
             changed = difference(before, fingerprint(model))

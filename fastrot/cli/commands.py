@@ -3,7 +3,7 @@
 import json
 import sys
 from argparse import Namespace
-from typing import Any
+from dataclasses import fields
 
 import fastrot
 from fastrot.cli.checkpoint import load, outline, save, size
@@ -13,7 +13,7 @@ from fastrot.cli.staging import check_target, copy_companions, staged
 
 def plan(args: Namespace) -> int:
     """Print what a rotation would do to a checkpoint, as far as shapes decide it."""
-    made = fastrot.plan(outline(args.source), **_rotation(args))
+    made = fastrot.plan(outline(args.source), _recipe(args))
     if not args.json:
         print(made)
         return 0
@@ -35,7 +35,7 @@ def rotate(args: Namespace) -> int:
         copy_companions(source, folder)
         model = load(source, args.dtype)
         # After an error this model is thrown away: nothing needs to be taken back.
-        handle = fastrot.apply(model, **_rotation(args), undo="none", progress=sys.stderr.isatty())
+        handle = fastrot.apply(model, _recipe(args), undo="none", progress=sys.stderr.isatty())
         save(model, folder)
     announce(f"{str(handle).splitlines()[0]}\nwritten to {args.target}")
     return 0
@@ -75,6 +75,7 @@ def demo(args: Namespace) -> int:
     return 0
 
 
-def _rotation(args: Namespace) -> dict[str, Any]:
-    names = ("rotations", "transform_type", "randomize", "block_size", "seed", "precision")
-    return {name: getattr(args, name) for name in names}
+def _recipe(args: Namespace) -> fastrot.Recipe:
+    """The options of the command line that are those of a recipe."""
+    names = {field.name for field in fields(fastrot.Recipe)}
+    return fastrot.Recipe(**{name: value for name, value in vars(args).items() if name in names})

@@ -21,6 +21,10 @@ if TYPE_CHECKING:  # it imports numba, and whoever only plans has no use for tha
     from fastrot.kernels.cpu_weight import MatrixRotation
 
 
+_Step = Rotate | Tensor
+"""A rotation, or a diagonal as long as the dimension."""
+
+
 class _Write(NamedTuple):
     """A matrix, or a part of one, and what will be done to it."""
 
@@ -51,7 +55,7 @@ class Fusion:
         self.parameters = plan.parameters
         self._untied: dict[str, nn.Parameter] = {}
         self._moved: dict[str, Tensor] = {}
-        self._resets = [(self._target(r.parameter), r.value) for r in plan.resets]
+        self._resets = [(self._target(n.parameter), n.value) for n in plan.written_norms]
         self._writes: list[tuple[Tensor, list[_Write]]] = []
         # Untied heads come first: they read the embedding as it was.
         with _as_written():
@@ -164,29 +168,24 @@ def _writes(model: nn.Module, source: Tensor, target: Tensor, edit: WeightEdit) 
     dims = max(source.dim(), 2)
     # A vector is a matrix of one row, and its only dimension the last.
     x, out = (t.detach().view((1,) * (dims - t.dim()) + t.shape) for t in (source, target))
-    gammas = {dim: _gamma(model, edit, dim - dims + source.dim(), x) for dim in range(dims)}
-    rotates: dict[int, list[Rotate]] = {dim: [] for dim in range(dims)}
+    steps: dict[int, list[_Step]] = {dims - 2: [], dims - 1: []}
     for step in edit.steps:
+        of_dim = steps[step.dim + dims - source.dim()]
         if isinstance(step, Rotate):
-            rotates[step.dim + dims - source.dim()].append(step)
-    sides = [_pieces(x.shape[dim], rotates[dim], gammas[dim]) for dim in (dims - 2, dims - 1)]
+            of_dim.append(step)
+        else:
+            of_dim.append(scale_of(model, step, edit.dtype).to(x.device))
+    sides = [_pieces(x.shape[dim], steps[dim]) for dim in (dims - 2, dims - 1)]
     pairs = list(zip(*(t.view(-1, *t.shape[-2:]) for t in (x, out)), strict=True))
     writes: list[_Write] = []
-    for rows, left, row_gamma in sides[0]:
-        for cols, right, gamma in sides[1]:
+    for rows, left in sides[0]:
+        for cols, right in sides[1]:
             parts = [(matrix[rows, cols], result[rows, cols]) for matrix, result in pairs]
             # Experts lie in memory alike: what is prepared for one serves all.
             for like, like_out in parts[:1]:
-                rotation = _rotation(like, like_out, left, right, row_gamma, gamma, edit.dtype)
+                rotation = _rotation(like, like_out, left, right, edit.dtype)
                 writes += [_Write(rotation, *part) for part in parts]
     return writes
-
-
-def _gamma(model: nn.Module, edit: WeightEdit, dim: int, x: Tensor) -> Tensor | None:
-    for step in edit.steps:
-        if isinstance(step, Scale) and step.dim == dim:
-            return scale_of(model, step, edit.dtype).to(x.device)
-    return None
 
 
 def scale_of(model: nn.Module, step: Scale, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -196,56 +195,58 @@ def scale_of(model: nn.Module, step: Scale, dtype: torch.dtype = torch.float64) 
     return torch.where(gamma == 0, 0.0, 1 / gamma) if step.inverse else gamma
 
 
-def _pieces(
-    length: int, steps: list[Rotate], gamma: Tensor | None
-) -> list[tuple[slice, list[Rotate], Tensor | None]]:
-    """The parts of a dimension in which the same steps act, each with its steps and scales."""
-    part = next((step.part for step in steps if step.part is not None), None)
-    if part is None:
-        return [(slice(0, length), steps, gamma)]
-    whole = [step for step in steps if step.part is None]
-    return [
-        (piece, steps if within else whole, None if gamma is None else gamma[piece])
-        for piece, within in part.pieces(length)
-    ]
+def _pieces(length: int, steps: list[_Step]) -> list[tuple[slice, list[_Step]]]:
+    """The parts of a dimension in which the same steps act, each with its steps."""
+    parts = [step.part for step in steps if isinstance(step, Rotate) and step.part is not None]
+    if not parts:
+        return [(slice(0, length), steps)]
+
+    def those(piece: slice, within: bool) -> list[_Step]:
+        return [
+            step if isinstance(step, Rotate) else step[piece]
+            for step in steps
+            if within or not isinstance(step, Rotate) or step.part is None
+        ]
+
+    return [(piece, those(piece, within)) for piece, within in parts[0].pieces(length)]
 
 
 def _rotation(
-    x: Tensor,
-    out: Tensor,
-    left: list[Rotate],
-    right: list[Rotate],
-    row_gamma: Tensor | None,
-    gamma: Tensor | None,
-    dtype: torch.dtype,
+    x: Tensor, out: Tensor, left: list[_Step], right: list[_Step], dtype: torch.dtype
 ) -> "MatrixRotation | TritonRotation | TorchRotation":
     """What does it by a kernel where there is one for this memory, else by torch."""
-    dense = any(step.rotation.kind == "random-matrix" for step in (*left, *right))
+    dense = any(
+        isinstance(step, Rotate) and step.rotation.kind == "random-matrix"
+        for step in (*left, *right)
+    )
     if x.stride(-1) == 1 and out.stride(-1) == 1 and not dense:
-        nothing = None, None
-        sides = list(zip_longest(_sides(left), _sides(right), fillvalue=nothing))
-        (first_left, _), (first_right, _) = sides[0] if sides else (nothing, nothing)
-        first = Stage(first_left, first_right, gamma, row_gamma)
-        rest = [Stage(on_left, on_right, g, h) for (on_left, h), (on_right, g) in sides[1:]]
+        sides = zip_longest(_sides(left), _sides(right), fillvalue=(None, None))
+        stages = [Stage(on_left, on_right, g, h) for (on_left, h), (on_right, g) in sides]
+        stages = stages or [Stage()]
         if x.device.type == "cpu":
             from fastrot.kernels.cpu_weight import MatrixRotation
 
-            return MatrixRotation(x, out, [first, *rest], dtype)
-        if gpu_weight.takes(x, *(side for stage in (first, *rest) for side in stage[:2])):
-            return TritonRotation(x, out, [first, *rest], dtype)
-    return TorchRotation(x, left, right, gamma, row_gamma, dtype)
+            return MatrixRotation(x, out, stages, dtype)
+        if gpu_weight.takes(x, *(side for stage in stages for side in stage[:2])):
+            return TritonRotation(x, out, stages, dtype)
+    return TorchRotation(x, left, right, dtype)
 
 
-def _sides(steps: list[Rotate]) -> list[tuple[Side, Tensor | None]]:
-    """The transforms that make up the rotations in their order, and the diagonal before each."""
-    sides: list[tuple[Side, Tensor | None]] = []
+def _sides(steps: list[_Step]) -> list[tuple[Side | None, Tensor | None]]:
+    """The transforms that make up the steps in their order, and the diagonal before each."""
+    sides: list[tuple[Side | None, Tensor | None]] = []
+    diagonal: Tensor | None = None
     for step in steps:
+        if not isinstance(step, Rotate):
+            diagonal = step if diagonal is None else diagonal * step
+            continue
         rotation = step.rotation
         if rotation.fixes_ones:
             assert rotation.operand is not None
             middle = rotation.operand.repeat(rotation.size // rotation.block)
-            sides.append((Side(rotation.block, rotation.column_signs, False), None))
+            sides.append((Side(rotation.block, rotation.column_signs, False), diagonal))
             sides.append((Side(rotation.block, rotation.column_signs, True), middle))
         else:
-            sides.append((Side(rotation.block, rotation.operand, step.inverse), None))
-    return sides
+            sides.append((Side(rotation.block, rotation.operand, step.inverse), diagonal))
+        diagonal = None
+    return sides if diagonal is None else [*sides, (None, diagonal)]

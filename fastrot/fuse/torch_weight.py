@@ -8,7 +8,6 @@ from torch import Tensor
 
 from fastrot.edits import Rotate
 from fastrot.kernels.weight import Workspace
-from fastrot.rotation import Rotation
 
 CHUNK_BYTES = 1 << 26
 """What a rotation takes at a time: its temporaries are a few times as large."""
@@ -19,10 +18,8 @@ class TorchRotation:
 
     Args:
         like: ``(rows, cols)``, floating point.
-        left: in their order.
-        right: likewise.
-        gamma: ``(cols,)`` that multiplies before, or None.
-        row_gamma: ``(rows,)``, likewise.
+        left: rotations, and diagonals ``(rows,)`` in ``dtype``, in their order.
+        right: likewise, ``(cols,)``.
         dtype: float64 or float32, of every intermediate.
 
     Attributes:
@@ -36,48 +33,47 @@ class TorchRotation:
     def __init__(
         self,
         like: Tensor,
-        left: Sequence[Rotate],
-        right: Sequence[Rotate],
-        gamma: Tensor | None,
-        row_gamma: Tensor | None,
+        left: Sequence[Rotate | Tensor],
+        right: Sequence[Rotate | Tensor],
         dtype: torch.dtype,
     ):
         self.shape, self.dtype = like.shape, dtype
-        self._gamma, self._row_gamma = gamma, row_gamma
         self._steps = [
-            (dim, step.rotation, step.inverse, _operand(step.rotation, like.device))
+            (dim, step, _operand(step, like.device))
             for dim, step in chain(((1, s) for s in right), ((0, s) for s in left))
         ]
         self.scratch = like.numel() * dtype.itemsize
-        self.kind = (
-            (like.shape, like.device, dtype),
-            tuple((dim, str(rotation), inverse) for dim, rotation, inverse, _ in self._steps),
+        described = (
+            (dim, str(step) if isinstance(step, Rotate) else "diagonal")
+            for dim, step, _ in self._steps
         )
+        self.kind = (like.shape, like.device, dtype), tuple(described)
 
     def run(self, source: Tensor, target: Tensor, workspace: Workspace) -> None:
         """Write the rotated ``source`` into ``target``, which may be the same."""
         work = workspace.matrix(self.shape, self.dtype)
         work.copy_(source)
-        if self._gamma is not None:
-            work *= self._gamma
-        if self._row_gamma is not None:
-            work *= self._row_gamma[:, None]
-        for dim, rotation, inverse, operand in self._steps:
+        for dim, step, operand in self._steps:
+            if not isinstance(step, Rotate):
+                work *= step if dim else step[:, None]
+                continue
             for chunk in self._chunks(work, dim):
-                chunk.copy_(rotation.apply(chunk, dim, inverse=inverse, operand=operand))
+                chunk.copy_(step.rotation.apply(chunk, dim, inverse=step.inverse, operand=operand))
         target.copy_(work)
 
     def rehearse(self, source: Tensor, target: Tensor, workspace: Workspace) -> None:
         """Compile kernels and touch the memory of temporaries, on a first chunk of nothing."""
         work = workspace.matrix(self.shape, self.dtype).zero_()
-        for dim, rotation, inverse, operand in self._steps:
-            chunk = self._chunks(work, dim)[0]
-            rotation.apply(chunk, dim, inverse=inverse, operand=operand)
+        for dim, step, operand in self._steps:
+            if isinstance(step, Rotate):
+                chunk = self._chunks(work, dim)[0]
+                step.rotation.apply(chunk, dim, inverse=step.inverse, operand=operand)
 
     def _chunks(self, work: Tensor, dim: int) -> tuple[Tensor, ...]:
         width = max(1, CHUNK_BYTES // (work.shape[dim] * work.element_size()))
         return work.split(width, dim=1 - dim)
 
 
-def _operand(rotation: Rotation, device: torch.device) -> Tensor | None:
-    return None if rotation.operand is None else rotation.operand.to(device)
+def _operand(step: Rotate | Tensor, device: torch.device) -> Tensor | None:
+    operand = step.rotation.operand if isinstance(step, Rotate) else None
+    return None if operand is None else operand.to(device)

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import takewhile
 
-from fastrot.checks import check_norm
+from fastrot.checks import check_norm_form
 from fastrot.coverage import some
-from fastrot.edits import NormReset, Rotate, Scale
+from fastrot.edits import FoldedNorm, Rotate, Scale
 from fastrot.errors import RotationError
 from fastrot.index import Index, find_modules
 from fastrot.mapping import NormMapping
@@ -21,7 +21,6 @@ def fold_norms(
     norms: Sequence[NormMapping],
     online: set[str],
     steps: Steps,
-    loaded: bool,
 ) -> None:
     """Fold every norm of which at least one reader's input is rotated by a fused transform."""
     rotated = {name for name in steps.inputs if name not in online}
@@ -43,9 +42,11 @@ def fold_norms(
                 raise RotationError(f"norm {norm} feeds none of {', '.join(mapping.linears)}")
             if not rotated.intersection(own):
                 continue
-            if loaded:
-                check_norm(norm, module, mapping.offset, mapping.kind, _width(readers[own[0]]))
-            if getattr(module, "weight", None) is None:
+            weighted = getattr(module, "weight", None) is not None
+            width = _width(readers[own[0]])
+            check_norm_form(norm, module, mapping.kind, width)
+            steps.norms.append(FoldedNorm(norm, mapping.offset, mapping.kind, width, weighted))
+            if not weighted:
                 continue
             for reader in own:
                 site = readers[reader]
@@ -62,7 +63,6 @@ def fold_norms(
                 steps.scales[site.weight] = (scale,)
             if getattr(module, "bias", None) is not None:
                 _fold_bias(norm, mapping.offset, own, steps)
-            steps.resets.append(NormReset(f"{norm}.weight", 1.0 - mapping.offset))
 
 
 def _width(reader: Site) -> int:

@@ -6,12 +6,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from fastrot.checks import check_overlaps, check_parameter
 from fastrot.coverage import check_coverage, check_one_stream
 from fastrot.edits import Plan, WeightEdit
-from fastrot.index import Index
+from fastrot.index import Index, outline
 from fastrot.mapping import Mapping, NormMapping
-from fastrot.memory import check_memory
 from fastrot.resolve.norms import fold_norms
 from fastrot.resolve.online import resolve_online
 from fastrot.resolve.places import places
@@ -31,11 +29,9 @@ def resolve(
     seed: int,
     mapping: Mapping | None = None,
     dtype: torch.dtype = torch.float64,
+    by_table: bool = True,
 ) -> Plan:
-    """The plan of a configuration.
-
-    A model that lies on the meta device as a whole is planned by its shapes; nothing is known of
-    its values then.
+    """The plan of a configuration, from names and shapes alone.
 
     Args:
         model: any decoder.
@@ -44,11 +40,11 @@ def resolve(
         seed: of random rotations.
         mapping: if given and ``config`` has a group R1, every parameter must have a role in it.
         dtype: of the arithmetic on weights.
+        by_table: see :class:`~fastrot.edits.Plan`.
 
     Raises:
         ValueError: anything that can't be done, naming the thing, its value and the way out.
     """
-    loaded = not on_meta(model)
     index = Index(model)
     sites = resolve_online(index, config, seed)
     steps = Steps()
@@ -59,7 +55,7 @@ def resolve(
         if args.location == "input"
         for name in find_sites(index, args.targets, args.ignore)
     }
-    fold_norms(index, norms, online, steps, loaded)
+    fold_norms(index, norms, online, steps)
     edits = [
         WeightEdit(
             parameter=name,
@@ -74,20 +70,20 @@ def resolve(
         check_coverage(index, mapping, norms)
     edits = untie(index, mapping, edits)
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    names = (*(e.parameter for e in edits), *(r.parameter for r in steps.resets))
-    if loaded:
-        for name in names:
-            check_parameter(name, parameters[name])
-        check_overlaps(model, names)
-        check_memory((name, parameters[name]) for name in names)
+    written = (norm.parameter for norm in steps.norms if norm.weighted)
     return Plan(
         model_class=type(model).__name__,
         edits=tuple(edits),
-        resets=tuple(steps.resets),
+        norms=tuple(steps.norms),
         sites=tuple(sites),
         transform_config=config,
         seed=seed,
-        shapes={name: tuple(parameters[name].shape) for name in names},
+        shapes={
+            name: tuple(parameters[name].shape)
+            for name in (*(edit.parameter for edit in edits), *written)
+        },
+        outline=outline(model),
+        by_table=by_table,
     )
 
 

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 
-from fastrot.edits import NormReset, Rotate, Scale
+from fastrot.edits import FoldedNorm, Rotate, Scale
 from fastrot.errors import RotationError
 from fastrot.heads import value_part
 from fastrot.index import Index
@@ -20,13 +20,13 @@ class Steps:
         scales: parameter → norms that are folded into it.
         rotates: parameter → its rotations.
         inputs: name of a reader → the fused rotations of its input.
-        resets: norms that become scale-free.
+        norms: those that become scale-free.
     """
 
     scales: dict[str, tuple[Scale, ...]] = field(default_factory=dict)
     rotates: dict[str, tuple[Rotate, ...]] = field(default_factory=lambda: defaultdict(tuple))
     inputs: dict[str, tuple[Rotate, ...]] = field(default_factory=lambda: defaultdict(tuple))
-    resets: list[NormReset] = field(default_factory=list)
+    norms: list[FoldedNorm] = field(default_factory=list)
 
 
 def rotate_sites(index: Index, config: TransformConfig, seed: int, steps: Steps) -> None:

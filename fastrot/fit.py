@@ -1,0 +1,158 @@
+"""Whether a plan fits a model: everything that is checked before a plan is carried out."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from fastrot.checks import (
+    AlreadyRotatedError,
+    check_flag,
+    check_loaded,
+    check_model,
+    check_norm,
+    check_overlaps,
+    check_parameter,
+)
+from fastrot.edits import Plan, Rotate, Scale, WeightEdit
+from fastrot.errors import RotationError
+from fastrot.foreign import check_foreign
+from fastrot.index import outline
+from fastrot.memory import check_memory
+from fastrot.online import check_site
+from fastrot.record import applied_groups
+from fastrot.resolve import on_meta
+from fastrot.transform_config import TransformConfig
+from fastrot.values import notes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def check(model: "PreTrainedModel", plan: Plan, *, trust: bool = False) -> Plan:
+    """Refuse a plan that does not fit a model, as :func:`fastrot.apply` does before it writes.
+
+    A plan that leaves something out fits, though it may not be exact: that is decided where plans
+    are made.
+
+    Args:
+        model: the model that will be rotated.
+        plan: made for it, or for one with the same names and shapes.
+        trust: let pass forwards and hooks of others, see :func:`fastrot.apply`.
+
+    Returns:
+        The plan, with notes on what the weights predict about precision if they are in memory.
+
+    Raises:
+        RotationError: the plan is for another model, contradicts itself, or asks for what can't be
+            done with this one.
+        TypeError: something that is no model, no plan or no flag.
+    """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"expected a plan that fastrot.plan made, got {type(plan).__name__}")
+    check_model(model)
+    check_flag("trust", trust)
+    check_first_time(model, plan.transform_config)
+    if not plan.edits and not plan.sites:
+        groups = ", ".join(plan.transform_config.config_groups)
+        raise RotationError(
+            f"transform_config describes no transform: {groups} names no place in 'apply'"
+        )
+    _check_same(model, plan)
+    check_weights(model, plan)
+    if plan.sites and getattr(model, "use_kernels", False):
+        raise RotationError(
+            "the model uses kernels from the hub, which replace whole modules and pass by the "
+            "rotations inside; call model.set_use_kernels(False) first"
+        )
+    loaded = not on_meta(model)
+    for site in plan.sites:
+        module = model.get_submodule(site.module)
+        if loaded:
+            check_loaded(site.module, module)
+        check_site(site, module)
+    if not trust:
+        check_foreign(model, plan, classes=plan.by_table)
+    return replace(plan, notes=notes(model, plan)) if loaded else plan
+
+
+def check_first_time(model: "PreTrainedModel", config: TransformConfig) -> None:
+    """Refuse rotations of which one is on the model already."""
+    there = applied_groups(model.config)
+    twice = [name for name in config.config_groups if name in there]
+    if twice:
+        raise AlreadyRotatedError(
+            f"{' and '.join(twice)} is already on this {type(model).__name__}; a second time "
+            "would undo or scramble it; start from the original weights"
+        )
+
+
+def check_weights(model: nn.Module, plan: Plan) -> None:
+    """Refuse weights that the plan can't be carried out on, and steps that don't fit them."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    seen: set[str] = set()
+    for edit in plan.edits:
+        if edit.parameter in seen:
+            raise RotationError(f"the plan has two edits of {edit.parameter}; join their steps")
+        seen.add(edit.parameter)
+        for problem in _misfits(edit, parameters):
+            raise RotationError(f"the plan does not fit {edit.parameter}: {problem}")
+    if on_meta(model):
+        return
+    for norm in plan.norms:
+        check_norm(norm.name, model.get_submodule(norm.name), norm.offset, norm.kind, norm.width)
+    for name in plan.parameters:
+        check_parameter(name, parameters[name])
+    check_overlaps(model, plan.parameters)
+    check_memory((name, parameters[name]) for name in plan.parameters)
+
+
+def _check_same(model: nn.Module, plan: Plan) -> None:
+    if type(model).__name__ != plan.model_class:
+        raise RotationError(
+            f"the plan was made for a {plan.model_class}, not for a {type(model).__name__}; plan "
+            "this model"
+        )
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, shape in plan.shapes.items():
+        there = tuple(parameters[name].shape) if name in parameters else None
+        if there != shape:
+            what = "has none of that name" if there is None else f"has it as {there}"
+            raise RotationError(
+                f"the plan writes {name} of shape {shape}, but this {type(model).__name__} {what}; "
+                "plan this model"
+            )
+    for site in plan.sites:
+        try:
+            model.get_submodule(site.module)
+        except AttributeError:
+            raise RotationError(
+                f"the plan puts {site.group} on {site.module}, which this {type(model).__name__} "
+                "does not have; plan this model"
+            ) from None
+    if plan.outline != outline(model):
+        raise RotationError(
+            f"the plan was made for a {plan.model_class} with other parameters, or tied in "
+            "another way, than this one; plan this model"
+        )
+
+
+def _misfits(edit: WeightEdit, parameters: Mapping[str, Tensor]) -> Iterator[str]:
+    shape = tuple(parameters[edit.parameter].shape)
+    for step in edit.steps:
+        if not max(0, len(shape) - 2) <= step.dim < len(shape):
+            yield f"{step} acts on dimension {step.dim} of {shape}"
+        elif isinstance(step, Scale):
+            norm = parameters.get(step.norm)
+            if norm is None or tuple(norm.shape) != (shape[step.dim],):
+                there = "no parameter" if norm is None else f"of shape {tuple(norm.shape)}"
+                yield f"{step}: {step.norm} is {there}, expected ({shape[step.dim]},)"
+        elif isinstance(step, Rotate):
+            size = step.rotation.size
+            if step.part is None and size != shape[step.dim]:
+                yield f"{step} is of size {size}, its dimension {shape[step.dim]}"
+            elif step.part is not None:
+                groups, length = step.part.groups, shape[step.dim]
+                if step.part.size != size or length % groups or size > length // groups:
+                    yield f"{step} does not fit {groups} parts of {length}"

@@ -1,0 +1,167 @@
+"""Recipes and plans are values: made once, equal if they mean the same, carried out as they are."""
+
+import copy
+import inspect
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from helpers import difference, fingerprint, tiny
+from transformers import LlamaForCausalLM
+
+import fastrot
+from fastrot import Recipe, Rotation
+from fastrot.edits import Part, Rotate, Scale
+
+ROTATIONS = ("R1", "R2", "R3", "R4")
+WANTED = Recipe(ROTATIONS, transform_type="random-hadamard", randomize=True, seed=5)
+
+
+def on_meta(model):
+    with torch.device("meta"):
+        return type(model)(model.config)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_plan_of_shapes_does_what_apply_does(tied):
+    model, other = (tiny("llama", tied=tied) for _ in range(2))
+    options = {f.name: getattr(WANTED, f.name) for f in fields(WANTED)}
+    fastrot.apply(model, **options)
+    plan = fastrot.plan(on_meta(other), WANTED)
+    assert plan == fastrot.plan(other, **options)
+    fastrot.apply(other, plan)
+    states = model.state_dict(), other.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert model.config.fastrot == other.config.fastrot
+
+
+def test_recipes_that_mean_the_same_are_equal():
+    row = fastrot.mapping.find_architecture(tiny("llama").config)
+    assert Recipe("r1") == Recipe(["R1"]) != Recipe("R2")
+    assert Recipe(("R2", "R1")) == Recipe()
+    assert Recipe(precision="float32") == Recipe(precision=torch.float32)
+    config = fastrot.plan(tiny("llama"), "R4").transform_config
+    assert Recipe(transform_config=config.to_dict()) == Recipe(transform_config=config)
+    assert Recipe(norm_mappings=list(row.norms)) == Recipe(norm_mappings=row.norms)
+
+
+@pytest.mark.parametrize("function", [fastrot.plan, fastrot.apply])
+def test_signatures_show_the_options(function):
+    parameters = inspect.signature(function).parameters
+    for field in fields(Recipe):
+        assert parameters[field.name].default == field.default
+    assert not any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((), {"rotation": "R1"}, TypeError, "rotation"),
+        ((WANTED,), {"seed": 1}, TypeError, "seed beside a Recipe"),
+        ((), {"transform_type": "hadamrd"}, ValueError, "transform type 'hadamrd'"),
+        ((), {"seed": 1.0}, TypeError, "seed must be an int"),
+    ],
+)
+def test_options_are_checked_before_the_model_is_read(arguments, options, error, message):
+    model = tiny("llama")
+    before = fingerprint(model)
+    for function in (fastrot.plan, fastrot.apply):
+        with pytest.raises(error, match=message):
+            function(model, *arguments, **options)
+    assert difference(before, fingerprint(model)) == []
+
+
+def changed(plan, parameter, *steps, **fields):
+    edits = [
+        replace(e, steps=steps or e.steps, **fields) if e.parameter == parameter else e
+        for e in plan.edits
+    ]
+    return replace(plan, edits=tuple(edits))
+
+
+DOWN, EMBEDDING = "model.layers.0.mlp.down_proj.weight", "model.embed_tokens.weight"
+NORM = "model.layers.0.input_layernorm.weight"
+MISFITS = {
+    "another size": (
+        lambda p: changed(p, DOWN, Rotate(1, Rotation("hadamard", 64), True, "R4")),
+        "of size 64",
+    ),
+    "no such dimension": (
+        lambda p: changed(p, DOWN, Rotate(2, Rotation("hadamard", 112), True, "R4")),
+        "dimension 2",
+    ),
+    "a norm of another width": (
+        lambda p: changed(p, DOWN, Scale(1, NORM, 0.0)),
+        r"\(96,\), expected \(112,\)",
+    ),
+    "no such norm": (lambda p: changed(p, DOWN, Scale(1, "model.norm.gamma", 0.0)), "no parameter"),
+    "parts that do not divide": (
+        lambda p: changed(p, DOWN, Rotate(1, Rotation("hadamard", 16), True, "R2", Part(3, 16))),
+        "3 parts of 112",
+    ),
+    "two edits": (lambda p: replace(p, edits=(*p.edits, p.edits[0])), "two edits of"),
+    "no such parameter": (
+        lambda p: replace(p, shapes={**p.shapes, "model.new.weight": (3,)}),
+        "model.new.weight",
+    ),
+    "another shape": (lambda p: replace(p, shapes={**p.shapes, DOWN: (96, 113)}), "has it as"),
+    "no such module": (
+        lambda p: replace(p, sites=(replace(p.sites[0], module="model.layers.7.mlp"),)),
+        "model.layers.7.mlp",
+    ),
+    "another class": (lambda p: replace(p, model_class="QwenForCausalLM"), "was made for a Qwen"),
+    "nothing": (lambda p: replace(p, edits=(), sites=()), "describes no transform"),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_a_plan_that_does_not_fit_is_refused(name):
+    change, message = MISFITS[name]
+    model = tiny("llama")
+    plan = change(fastrot.plan(model, WANTED))
+    before = fingerprint(model)
+    for function in (fastrot.check, fastrot.apply):
+        with pytest.raises(fastrot.RotationError, match=message):
+            function(model, plan)
+    assert difference(before, fingerprint(model)) == []
+
+
+def test_a_plan_for_another_model_is_refused():
+    plan = fastrot.plan(tiny("llama", tied=True), WANTED)
+    others = {
+        "tied in another way": tiny("llama", tied=False),
+        "more layers": tiny("llama", tied=True, layers=3),
+        "other biases": LlamaForCausalLM(
+            replace_config(tiny("llama", tied=True).config, attention_bias=False)
+        ),
+    }
+    for name, model in others.items():
+        before = fingerprint(model)
+        with pytest.raises(fastrot.RotationError, match="plan this model"):
+            fastrot.apply(model, plan)
+        assert difference(before, fingerprint(model)) == [], name
+    model = tiny("llama", tied=True, seed=3)
+    fastrot.apply(model, plan)
+    with pytest.raises(fastrot.AlreadyRotatedError):
+        fastrot.apply(model, plan)
+
+
+def replace_config(config, **changes):
+    config = copy.deepcopy(config)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+def test_what_a_plan_of_shapes_can_not_know_is_checked_with_the_weights():
+    model = tiny("llama")
+    plan = fastrot.plan(on_meta(model), WANTED)
+    with pytest.raises(TypeError, match="seed beside a Plan"):
+        fastrot.apply(model, plan, seed=1)
+    with pytest.raises(TypeError, match="expected a plan"):
+        fastrot.check(model, WANTED)
+    with torch.no_grad():
+        model.model.norm.weight[3] = torch.inf
+    with pytest.raises(fastrot.RotationError, match=r"not finite|does not compute"):
+        fastrot.apply(model, plan)
