@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastrot.arguments import block_sizes
 from fastrot.checks import check_flag, check_model
 from fastrot.damage import mark_damaged
 from fastrot.edits import Plan
@@ -17,13 +16,11 @@ from fastrot.fuse import Fusion
 from fastrot.handle import Handle
 from fastrot.integrations.marks import clear_stale_mark, mark
 from fastrot.journal import Journal, Undo, exclusive
-from fastrot.mapping import Mapping, NormMapping
 from fastrot.online import attach, make
 from fastrot.recipe import Recipe, takes_recipe
 from fastrot.record import own_config, retrace, sealed, with_application
 from fastrot.resolve import on_meta, resolve
-from fastrot.rows import check_roles, known_norms, roles_of
-from fastrot.transform_config import TransformConfig, spinquant_config
+from fastrot.spinquant import configured
 from fastrot.values import PrecisionWarning, check_values
 
 if TYPE_CHECKING:
@@ -55,32 +52,11 @@ def plan(
     check_model(model)
     recipe = Recipe.of(rotations, options)
     check_flag("trust", trust)
-    config, mapping, norms = _configured(model, recipe)
+    config, mapping, norms = configured(model, recipe)
     check_first_time(model, config)
     dtype = recipe.precision or torch.float64
     made = resolve(model, config, norms, recipe.seed, mapping, dtype, recipe.by_table)
     return check(model, made, trust=trust)
-
-
-def _configured(
-    model: "PreTrainedModel", recipe: Recipe
-) -> tuple[TransformConfig, Mapping | None, tuple[NormMapping, ...]]:
-    """The rotations of a recipe at the places of a model, the roles of its modules, its norms."""
-    if recipe.transform_config is not None:
-        norms = recipe.norm_mappings
-        return recipe.transform_config, None, known_norms(model) if norms is None else norms
-    mapping, norms = roles_of(model, recipe.mappings, recipe.norm_mappings, recipe.rotations)
-    check_roles(model, mapping, recipe.rotations)
-    config = spinquant_config(
-        mapping,
-        norms,
-        recipe.rotations,
-        transform_type=recipe.transform_type,
-        randomize=recipe.randomize,
-        block_sizes=block_sizes(model, mapping, recipe.rotations, recipe.block_size),
-        precision=recipe.precision or torch.float32,
-    )
-    return config, mapping, norms
 
 
 @takes_recipe

@@ -3,15 +3,10 @@
 from collections.abc import Iterable, Sequence
 from collections.abc import Mapping as MappingABC
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fastrot.errors import RotationError
-from fastrot.heads import head_dim_of, key_dim_of
-from fastrot.mapping import Mapping, NormMapping, as_norm_mapping
-from fastrot.transform_config import ROTATIONS
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from fastrot.mapping import ROTATIONS, NormMapping, as_norm_mapping
 
 
 def parse_rotations(rotations: str | Sequence[str]) -> tuple[str, ...]:
@@ -48,42 +43,3 @@ def parse_norms(value: Sequence[Any] | None) -> tuple[NormMapping, ...] | None:
     if isinstance(value, (str, MappingABC)) or not isinstance(value, Iterable):
         raise TypeError(f"norm_mappings must be a list of NormMapping, got {value!r}")
     return tuple(map(as_norm_mapping, value))
-
-
-def block_sizes(
-    model: "PreTrainedModel",
-    mapping: Mapping,
-    wanted: Sequence[str],
-    block_size: int | MappingABC[str, int] | None,
-) -> dict[str, int | None]:
-    """The block of every rotation; None spans the whole dimension."""
-    sizes: dict[str, int | None] = dict.fromkeys(ROTATIONS)
-    if "R2" in wanted:
-        sizes["R2"] = head_dim_of(model, mapping)
-    if "R3" in wanted:
-        sizes["R3"] = key_dim_of(model, mapping)
-    if isinstance(block_size, MappingABC):
-        given = {str(name).upper(): size for name, size in block_size.items()}
-        if len(given) < len(block_size):
-            raise RotationError(f"block_size names a rotation twice: {', '.join(block_size)}")
-    else:
-        given = {name: block_size for name in ("R1", "R4") if block_size is not None}
-        if given and not set(given).intersection(wanted):
-            raise RotationError(
-                f"block_size={block_size} is that of R1 and R4, which are not among "
-                f"{', '.join(wanted)}; give R2 or R3 their own with a dict"
-            )
-        given = {name: size for name, size in given.items() if name in wanted}
-    for name, size in given.items():
-        if name not in wanted:
-            known = ROTATIONS if name not in ROTATIONS else wanted
-            raise RotationError(f"block_size names {name!r}, not one of {', '.join(known)}")
-        if not isinstance(size, int) or isinstance(size, bool):
-            raise TypeError(f"block_size of {name} must be an int, got {size!r}")
-        if size < 1:
-            raise RotationError(f"block_size of {name} must be positive, got {size}")
-        head_dim = sizes[name]
-        if head_dim is not None and head_dim % size:
-            raise RotationError(f"block_size={size} of {name} does not divide head_dim {head_dim}")
-        sizes[name] = size
-    return sizes

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from fastrot.edits import OnlineSite, Rotate, WeightEdit
 from fastrot.errors import RotationError
 from fastrot.index import Index, find_modules
-from fastrot.mapping import Mapping, NormMapping
+from fastrot.mapping import STREAM, Mapping, NormMapping
 from fastrot.patterns import NoMatchError, matches, no_match_message
 from fastrot.sites import find_sites
 
@@ -91,10 +91,10 @@ def check_one_stream(edits: Iterable[WeightEdit], sites: Iterable[OnlineSite]) -
     sizes: dict[int, str] = {}
     for edit in edits:
         for step in edit.steps:
-            if isinstance(step, Rotate) and step.group == "R1":
+            if isinstance(step, Rotate) and step.group == STREAM:
                 sizes.setdefault(step.rotation.size, edit.parameter)
     for site in sites:
-        if site.group == "R1":
+        if site.group == STREAM:
             sizes.setdefault(site.rotation.size, site.module)
     if len(sizes) > 1:
         (a, first), (b, second), *_ = sizes.items()

@@ -15,6 +15,7 @@ from torch.nn.modules import module as torch_module
 
 from fastrot.edits import Plan, Rotate
 from fastrot.errors import RotationError
+from fastrot.mapping import STREAM
 
 KNOWN = ("torch", "transformers", "accelerate", "fastrot")
 """Packages whose forwards and hooks are those of the tables, or only move data."""
@@ -100,8 +101,8 @@ def _touched(model: nn.Module, plan: Plan) -> list[str]:
     names: dict[str, None] = {}
     for edit in plan.edits:
         groups = {step.group for step in edit.steps if isinstance(step, Rotate)}
-        within = stream if "R1" in groups else names
-        within |= dict.fromkeys(_around(edit.parameter.rpartition(".")[0], "R1" in groups))
+        within = stream if STREAM in groups else names
+        within |= dict.fromkeys(_around(edit.parameter.rpartition(".")[0], STREAM in groups))
     for norm in plan.written_norms:
         stream |= dict.fromkeys(_around(norm.name, True))
     for name in list(stream):
@@ -110,7 +111,7 @@ def _touched(model: nn.Module, plan: Plan) -> list[str]:
     for site in plan.sites:
         # Attention and experts are blocks themselves.
         inside = site.location not in ("input", "output")
-        whole = site.group == "R1"
+        whole = site.group == STREAM
         names |= dict.fromkeys((site.module,) if inside else _around(site.module, whole))
     return list(names)
 

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from fastrot.edits import Plan
+from fastrot.mapping import STREAM
 from fastrot.removal import remove
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class Handle:
 
     def remove(self) -> None:
         """Take the online rotations of this application off, see :func:`fastrot.remove`."""
-        groups = dict.fromkeys(site.group for site in self.plan.sites if site.group != "R1")
+        groups = dict.fromkeys(site.group for site in self.plan.sites if site.group != STREAM)
         remove(self.model, list(groups))
 
     def __str__(self) -> str:

@@ -14,6 +14,7 @@ from fastrot.fit import check_weights
 from fastrot.fuse import Fusion
 from fastrot.integrations.marks import unmark
 from fastrot.journal import Journal, Undo, exclusive
+from fastrot.mapping import STREAM
 from fastrot.online import installed, uninstall
 from fastrot.record import applications, own_config, retrace, sealed, without_groups
 from fastrot.resolve import resolve
@@ -58,9 +59,9 @@ def _remove(model: "PreTrainedModel", groups: str | Iterable[str] | None, undo: 
     online = [name for name, plan in plans if plan.sites]
     given = (groups,) if isinstance(groups, str) else groups
     by_case = {name.upper(): name for name in online}
-    removable = [name for name in online if name != "R1"]
+    removable = [name for name in online if name != STREAM]
     wanted = removable if given is None else [by_case.get(name.upper(), name) for name in given]
-    if "R1" in online and "R1" in wanted:
+    if STREAM in online and STREAM in wanted:
         raise RotationError(
             "R1 is fused into the weights and folded with the norms; its online part can't leave "
             "alone. Start from the original weights"

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fastrot.errors import RotationError
-from fastrot.heads import check_heads, head_dim_of
 from fastrot.index import Index, find_holders
 from fastrot.mapping import (
     Architecture,
@@ -19,8 +18,7 @@ from fastrot.mapping import (
     find_architecture,
     with_head,
 )
-from fastrot.patterns import NoMatchError, matches
-from fastrot.sites import find_sites
+from fastrot.patterns import matches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,37 +54,6 @@ def roles_of(
             )
     row = present(model, row)
     return row.mapping, row.norms if norms is None else norms
-
-
-def check_roles(model: "PreTrainedModel", mapping: Mapping, wanted: Sequence[str]) -> None:
-    """What only makes sense for R1 to R4: places to act, a head, value heads that fit together."""
-    places = {
-        "R1": ("embedding", mapping.embedding),
-        "R2": ("attn_o", mapping.attn_o),
-        "R3": ("attn", mapping.attn),
-        "R4": ("mlp_out", mapping.mlp_out),
-    }
-    for name in wanted:
-        role, patterns = places[name]
-        if not patterns:
-            raise UnsupportedRotationError(
-                f"{name} has no place in {type(model).__name__}: no module has the role {role}"
-            )
-    if "R1" in wanted and not find_sites(model, mapping.lm_head, missing_ok=True):
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-        whole = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model.config.model_type, "the causal model")
-        raise NoMatchError(
-            f"R1 rotates the residual stream from the embedding to the head, but no module of "
-            f"{type(model).__name__} has the role lm_head; pass {whole}, or name its head in "
-            "mappings= and norm_mappings="
-        )
-    if "R3" in wanted and mapping.attn_v_rows == "latent":
-        raise UnsupportedRotationError(
-            f"R3: {type(model).__name__} caches latents, not keys; leave it out"
-        )
-    if "R2" in wanted:
-        check_heads(model, mapping, head_dim_of(model, mapping))
 
 
 def known_norms(model: "PreTrainedModel") -> tuple[NormMapping, ...]:

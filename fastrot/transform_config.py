@@ -1,7 +1,7 @@
 """The transform configuration, in the schema of compressed-tensors' ``TransformConfig``.
 
-R1 to R4 are such a configuration, written from a :class:`~fastrot.mapping.Mapping`; a user's own
-takes the same way through the plan.
+R1 to R4 are such a configuration, see :mod:`fastrot.spinquant`; a user's own takes the same way
+through the plan.
 
 With row vectors and ``T`` the matrix of the scheme (its transpose if ``inverse``):
 
@@ -20,7 +20,7 @@ Beyond that schema, and written only where needed, are ``rows`` of a place and `
 scheme.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from collections.abc import Mapping as MappingABC
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any, Literal, get_args
@@ -29,13 +29,12 @@ import torch
 
 from fastrot.checks import check_flag
 from fastrot.errors import RotationError
-from fastrot.mapping import Mapping, NormMapping, as_patterns
+from fastrot.mapping import as_patterns
 from fastrot.rotation import KINDS
 
 FUSED_LOCATIONS = ("weight_input", "weight_output")
 ATTENTION_LOCATIONS = ("q_attn", "k_cache")
 LOCATIONS = ("input", "output", *FUSED_LOCATIONS, *ATTENTION_LOCATIONS)
-ROTATIONS = ("R1", "R2", "R3", "R4")
 PRECISIONS = (torch.float64, torch.float32)
 Rows = Literal["all", "transposed", "qkv", "grouped", "latent"]
 
@@ -168,84 +167,6 @@ def parse_transform_config(value: Any) -> TransformConfig:
         )
     return TransformConfig(
         {str(name): _parse(TransformScheme, scheme, str(name)) for name, scheme in groups.items()}
-    )
-
-
-def spinquant_config(
-    mapping: Mapping,
-    norms: Sequence[NormMapping],
-    rotations: Sequence[str],
-    *,
-    transform_type: str,
-    randomize: bool,
-    block_sizes: MappingABC[str, int | None],
-    precision: torch.dtype,
-) -> TransformConfig:
-    """R1 to R4 of SpinQuant (arXiv 2405.16406, figure 1) as a configuration.
-
-    Args:
-        mapping: the roles.
-        norms: if one of them centres, R1 fixes the ones vector.
-        rotations: some of :data:`ROTATIONS`.
-        transform_type: kind of every rotation.
-        randomize: one rotation per layer for R2, R3 and R4; R1 acts on the one residual stream.
-        block_sizes: block of each rotation; None is the whole dimension.
-        precision: of online arithmetic.
-    """
-    places = {
-        "R1": _stream_places(mapping),
-        "R2": _value_places(mapping),
-        "R3": (TransformArgs(mapping.attn, "q_attn"), TransformArgs(mapping.attn, "k_cache")),
-        "R4": _before(mapping.mlp_out),
-    }
-    centred = any(norm.kind == "layer" for norm in norms)
-    return TransformConfig(
-        {
-            name: TransformScheme(
-                type=transform_type,
-                apply=places[name],
-                randomize=randomize and name != "R1",
-                head_dim=block_sizes[name],
-                precision=precision,
-                fixes_ones=centred and name == "R1",
-            )
-            for name in rotations
-        }
-    )
-
-
-def _stream_places(mapping: Mapping) -> tuple[TransformArgs, ...]:
-    bare = mapping.transposed
-    elsewhere = (*mapping.post_norm_in, *bare)
-    places = [
-        TransformArgs(mapping.stream_writers, "weight_output", ignore=elsewhere),
-        TransformArgs(mapping.stream_readers, "weight_input", inverse=True, ignore=bare),
-    ]
-    if bare:
-        writers = tuple(p for p in bare if p in mapping.stream_writers)
-        readers = tuple(p for p in bare if p in mapping.stream_readers)
-        places += [TransformArgs(writers, "weight_output", rows="transposed")] if writers else []
-        if readers:
-            places.append(TransformArgs(readers, "weight_input", inverse=True, rows="transposed"))
-    if mapping.post_norm:
-        places.append(TransformArgs(mapping.post_norm, "output"))
-    return tuple(places)
-
-
-def _value_places(mapping: Mapping) -> tuple[TransformArgs, ...]:
-    if mapping.attn_gated:
-        return _before(mapping.attn_o)
-    return (
-        TransformArgs(mapping.attn_v, "weight_output", rows=mapping.attn_v_rows),
-        TransformArgs(mapping.attn_o, "weight_input", inverse=True),
-    )
-
-
-def _before(targets: tuple[str, ...]) -> tuple[TransformArgs, ...]:
-    """Online on the input, and taken back in the weight."""
-    return (
-        TransformArgs(targets, "input"),
-        TransformArgs(targets, "weight_input", inverse=True),
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastrot.edits import Plan, Rotate, Scale, WeightEdit
 from fastrot.errors import RotationError
 from fastrot.fuse import rotated, scale_of
+from fastrot.mapping import STREAM
 
 SAMPLE = 4096
 """Vectors whose channels are looked at for the dynamic range."""
@@ -62,7 +63,7 @@ def dynamic_range(model: nn.Module, plan: Plan) -> float:
     every weight that writes into the stream. After R1 all channels are rounded as coarsely as the
     root mean square: this is about the factor by which a 16-bit model's error may grow.
     """
-    if not any(isinstance(s, Rotate) and s.group == "R1" for e in plan.edits for s in e.steps):
+    if not any(isinstance(s, Rotate) and s.group == STREAM for e in plan.edits for s in e.steps):
         return 1.0
     found = [1.0]
     for channels in _writers(model, plan):
@@ -138,7 +139,9 @@ def _writers(model: nn.Module, plan: Plan) -> Iterator[Tensor]:
         weight = model.get_parameter(edit.parameter).detach()
         if weight.dim() != 2:
             continue
-        written = any(isinstance(s, Rotate) and s.group == "R1" and s.dim == 0 for s in edit.steps)
+        written = any(
+            isinstance(s, Rotate) and s.group == STREAM and s.dim == 0 for s in edit.steps
+        )
         if weight.data_ptr() == embedding:
             vectors = weight[:: max(1, len(weight) // SAMPLE)]
             yield torch.linalg.vector_norm(vectors.float(), dim=0) / len(vectors) ** 0.5

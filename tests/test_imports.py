@@ -27,6 +27,7 @@ ROOMS = (
     ("heads", "coverage"),
     ("arguments", "rows"),
     ("recipe",),
+    ("spinquant",),
     ("resolve",),
     ("foreign", "fuse", "online"),
     ("record", "values"),

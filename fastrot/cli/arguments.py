@@ -6,8 +6,8 @@ from typing import Any, NoReturn
 
 from fastrot.cli import commands
 from fastrot.cli.verify import EXACT, verify
+from fastrot.mapping import ROTATIONS
 from fastrot.rotation import KINDS
-from fastrot.transform_config import ROTATIONS
 from fastrot.version import __version__
 
 

@@ -1,6 +1,9 @@
 """The tables: which modules read and write the residual stream, one row a shape."""
 
 from fastrot.mapping.roles import (
+    PLACES,
+    ROTATIONS,
+    STREAM,
     Architecture,
     Mapping,
     NormKind,
@@ -22,7 +25,10 @@ from fastrot.mapping.tables import (
 
 __all__ = [
     "ARCHITECTURES",
+    "PLACES",
+    "ROTATIONS",
     "SHELLS",
+    "STREAM",
     "Architecture",
     "Mapping",
     "NormKind",

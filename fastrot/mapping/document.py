@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator
 
-from fastrot.mapping.roles import Architecture
+from fastrot.mapping.roles import PLACES, ROTATIONS, STREAM, Architecture
 from fastrot.mapping.tables import ARCHITECTURES, SHELLS
 
-ROTATIONS = ("R1", "R2", "R3", "R4")
 OTHERWISE = " (otherwise)"
 
 HEAD = """\
@@ -87,15 +86,9 @@ def _groups() -> Iterator[tuple[list[str], Architecture]]:
 
 def _mark(row: Architecture, rotation: str) -> str:
     mapping = row.mapping
-    places = {
-        "R1": mapping.embedding,
-        "R2": mapping.attn_o,
-        "R3": mapping.attn,
-        "R4": mapping.mlp_out,
-    }
-    if rotation in row.refuses or not places[rotation]:
+    if rotation in row.refuses or not getattr(mapping, PLACES[rotation]):
         return "–"
-    unusual = {"R1": bool(mapping.post_norm), "R2": mapping.attn_gated}
+    unusual = {STREAM: bool(mapping.post_norm), "R2": mapping.attn_gated}
     return "✓ₒ" if unusual.get(rotation) else "✓"
 
 

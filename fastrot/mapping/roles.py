@@ -15,6 +15,12 @@ Patterns = tuple[str, ...]
 ValueRows = Literal["all", "qkv", "grouped", "latent"]
 NormKind = Literal["rms", "layer"]
 
+PLACES = {"R1": "embedding", "R2": "attn_o", "R3": "attn", "R4": "mlp_out"}
+"""The rotations, each with the role without which it has no place."""
+ROTATIONS = tuple(PLACES)
+STREAM = "R1"
+"""The rotation of the residual stream: all readers and writers take part in it, or none."""
+
 
 def as_patterns(field: str, value: str | Sequence[str]) -> Patterns:
     """One pattern or several as a tuple.

@@ -9,7 +9,7 @@ from torch import nn
 from fastrot.coverage import check_coverage, check_one_stream
 from fastrot.edits import Plan, WeightEdit
 from fastrot.index import Index, outline
-from fastrot.mapping import Mapping, NormMapping
+from fastrot.mapping import STREAM, Mapping, NormMapping
 from fastrot.resolve.norms import fold_norms
 from fastrot.resolve.online import resolve_online
 from fastrot.resolve.places import places
@@ -65,7 +65,7 @@ def resolve(
         for name, _ in model.named_parameters(remove_duplicate=False)
         if name in steps.rotates or name in steps.scales
     ]
-    if mapping is not None and "R1" in config.config_groups:
+    if mapping is not None and STREAM in config.config_groups:
         check_one_stream(edits, sites)
         check_coverage(index, mapping, norms)
     edits = untie(index, mapping, edits)

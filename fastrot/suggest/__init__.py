@@ -17,12 +17,11 @@ from fastrot.api import apply, plan
 from fastrot.checks import AlreadyRotatedError, check_model
 from fastrot.errors import RotationError
 from fastrot.hadamard import HadamardSizeError
-from fastrot.mapping import Architecture, Mapping, NormMapping, Untouched
+from fastrot.mapping import ROTATIONS, Architecture, Mapping, NormMapping, Untouched
 from fastrot.record import applied_groups
 from fastrot.suggest.probe import measure
 from fastrot.suggest.propose import propose
 from fastrot.suggest.tiny import cached_logits, logits, random_ids, tiny_copy
-from fastrot.transform_config import ROTATIONS
 
 LIMIT = 1e-6
 

@@ -1,0 +1,203 @@
+"""R1 to R4 (Liu et al., "SpinQuant", arXiv 2405.16406, figure 1): all that they differ in.
+
+:data:`SPINQUANT` has a row for each; :func:`configured` makes a transform configuration of a recipe
+that names some of them.
+"""
+
+from collections.abc import Callable, Sequence
+from collections.abc import Mapping as MappingABC
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from fastrot.errors import RotationError
+from fastrot.heads import check_heads, head_dim_of, key_dim_of
+from fastrot.mapping import PLACES, ROTATIONS, Mapping, NormMapping
+from fastrot.patterns import NoMatchError
+from fastrot.recipe import Recipe
+from fastrot.rows import UnsupportedRotationError, known_norms, roles_of
+from fastrot.sites import find_sites
+from fastrot.transform_config import TransformArgs, TransformConfig, TransformScheme
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One of R1 to R4.
+
+    Attributes:
+        places: where it acts, from the roles.
+        check: refuses what is a matter of this rotation alone.
+        head: the size of the head that it spans; None where it spans the whole dimension, so that
+            a ``block_size`` for all is meant for it.
+        per_layer: whether every layer may have its own.
+        through_norms: whether it passes the norms, and must fix the ones vector where one centres.
+    """
+
+    places: Callable[[Mapping], tuple[TransformArgs, ...]]
+    check: Callable[["PreTrainedModel", Mapping], None]
+    head: Callable[["PreTrainedModel", Mapping], int | None] | None = None
+    per_layer: bool = True
+    through_norms: bool = False
+
+
+def configured(
+    model: "PreTrainedModel", recipe: Recipe
+) -> tuple[TransformConfig, Mapping | None, tuple[NormMapping, ...]]:
+    """What a recipe means for a model: rotations and their places, the roles of modules, norms.
+
+    Raises:
+        UnsupportedRotationError: the model does not allow a rotation.
+        RotationError: a block size that does not fit; a model that no row describes.
+    """
+    if recipe.transform_config is not None:
+        given = recipe.norm_mappings
+        return recipe.transform_config, None, known_norms(model) if given is None else given
+    wanted = recipe.rotations
+    mapping, norms = roles_of(model, recipe.mappings, recipe.norm_mappings, wanted)
+    for name in wanted:
+        if not getattr(mapping, PLACES[name]):
+            raise UnsupportedRotationError(
+                f"{name} has no place in {type(model).__name__}: no module has the role "
+                f"{PLACES[name]}"
+            )
+        SPINQUANT[name].check(model, mapping)
+    sizes = _block_sizes(model, mapping, wanted, recipe.block_size)
+    centred = any(norm.kind == "layer" for norm in norms)
+    schemes = {
+        name: TransformScheme(
+            type=recipe.transform_type,
+            apply=SPINQUANT[name].places(mapping),
+            randomize=recipe.randomize and SPINQUANT[name].per_layer,
+            head_dim=sizes[name],
+            precision=recipe.precision or torch.float32,
+            fixes_ones=centred and SPINQUANT[name].through_norms,
+        )
+        for name in wanted
+    }
+    return TransformConfig(schemes), mapping, norms
+
+
+def _block_sizes(
+    model: "PreTrainedModel",
+    mapping: Mapping,
+    wanted: Sequence[str],
+    block_size: int | MappingABC[str, int] | None,
+) -> dict[str, int | None]:
+    """The block of every rotation; None spans the whole dimension."""
+    heads = {name: kind.head for name, kind in SPINQUANT.items() if kind.head and name in wanted}
+    sizes: dict[str, int | None] = dict.fromkeys(ROTATIONS)
+    sizes |= {name: head(model, mapping) for name, head in heads.items()}
+    for name, size in _given_sizes(wanted, block_size).items():
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise TypeError(f"block_size of {name} must be an int, got {size!r}")
+        if size < 1:
+            raise RotationError(f"block_size of {name} must be positive, got {size}")
+        head_dim = sizes[name]
+        if head_dim is not None and head_dim % size:
+            raise RotationError(f"block_size={size} of {name} does not divide head_dim {head_dim}")
+        sizes[name] = size
+    return sizes
+
+
+def _given_sizes(
+    wanted: Sequence[str], block_size: int | MappingABC[str, int] | None
+) -> dict[str, int]:
+    """The block sizes that a caller names, by the rotations that are wanted."""
+    if block_size is None:
+        return {}
+    if not isinstance(block_size, MappingABC):
+        whole = [name for name, kind in SPINQUANT.items() if kind.head is None]
+        given = {name: block_size for name in whole if name in wanted}
+        if not given:
+            raise RotationError(
+                f"block_size={block_size} is that of {' and '.join(whole)}, which are not among "
+                f"{', '.join(wanted)}; give the others their own with a dict"
+            )
+        return given
+    given = {str(name).upper(): size for name, size in block_size.items()}
+    if len(given) < len(block_size):
+        raise RotationError(f"block_size names a rotation twice: {', '.join(block_size)}")
+    for name in given:
+        if name not in wanted:
+            known = ROTATIONS if name not in ROTATIONS else wanted
+            raise RotationError(f"block_size names {name!r}, not one of {', '.join(known)}")
+    return given
+
+
+def _stream_places(mapping: Mapping) -> tuple[TransformArgs, ...]:
+    bare = mapping.transposed
+    elsewhere = (*mapping.post_norm_in, *bare)
+    places = [
+        TransformArgs(mapping.stream_writers, "weight_output", ignore=elsewhere),
+        TransformArgs(mapping.stream_readers, "weight_input", inverse=True, ignore=bare),
+    ]
+    if bare:
+        writers = tuple(p for p in bare if p in mapping.stream_writers)
+        readers = tuple(p for p in bare if p in mapping.stream_readers)
+        places += [TransformArgs(writers, "weight_output", rows="transposed")] if writers else []
+        if readers:
+            places.append(TransformArgs(readers, "weight_input", inverse=True, rows="transposed"))
+    if mapping.post_norm:
+        places.append(TransformArgs(mapping.post_norm, "output"))
+    return tuple(places)
+
+
+def _check_head(model: "PreTrainedModel", mapping: Mapping) -> None:
+    if find_sites(model, mapping.lm_head, missing_ok=True):
+        return
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    whole = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model.config.model_type, "the causal model")
+    raise NoMatchError(
+        f"R1 rotates the residual stream from the embedding to the head, but no module of "
+        f"{type(model).__name__} has the role lm_head; pass {whole}, or name its head in "
+        "mappings= and norm_mappings="
+    )
+
+
+def _value_places(mapping: Mapping) -> tuple[TransformArgs, ...]:
+    if mapping.attn_gated:
+        return _before(mapping.attn_o)
+    return (
+        TransformArgs(mapping.attn_v, "weight_output", rows=mapping.attn_v_rows),
+        TransformArgs(mapping.attn_o, "weight_input", inverse=True),
+    )
+
+
+def _check_values(model: "PreTrainedModel", mapping: Mapping) -> None:
+    check_heads(model, mapping, head_dim_of(model, mapping))
+
+
+def _key_places(mapping: Mapping) -> tuple[TransformArgs, ...]:
+    return TransformArgs(mapping.attn, "q_attn"), TransformArgs(mapping.attn, "k_cache")
+
+
+def _check_keys(model: "PreTrainedModel", mapping: Mapping) -> None:
+    if mapping.attn_v_rows == "latent":
+        raise UnsupportedRotationError(
+            f"R3: {type(model).__name__} caches latents, not keys; leave it out"
+        )
+
+
+def _down_places(mapping: Mapping) -> tuple[TransformArgs, ...]:
+    return _before(mapping.mlp_out)
+
+
+def _before(targets: tuple[str, ...]) -> tuple[TransformArgs, ...]:
+    """Online on the input, and taken back in the weight."""
+    return (
+        TransformArgs(targets, "input"),
+        TransformArgs(targets, "weight_input", inverse=True),
+    )
+
+
+SPINQUANT = {
+    "R1": Kind(_stream_places, _check_head, per_layer=False, through_norms=True),
+    "R2": Kind(_value_places, _check_values, head_dim_of),
+    "R3": Kind(_key_places, _check_keys, key_dim_of),
+    "R4": Kind(_down_places, lambda model, mapping: None),
+}
