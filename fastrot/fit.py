@@ -68,10 +68,9 @@ def check(model: "PreTrainedModel", plan: Plan, *, trust: bool = False) -> Plan:
         )
     loaded = not on_meta(model)
     for site in plan.sites:
-        module = model.get_submodule(site.module)
         if loaded:
-            check_loaded(site.module, module)
-        check_site(site, module)
+            check_loaded(site.module, model.get_submodule(site.module))
+        check_site(model, site)
     if not trust:
         check_foreign(model, plan, classes=plan.by_table)
     return replace(plan, notes=notes(model, plan)) if loaded else plan

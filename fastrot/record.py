@@ -20,7 +20,7 @@ from torch import nn
 from fastrot.edits import OnlineSite, Plan
 from fastrot.errors import HalfRotatedError, RecordError
 from fastrot.journal import Journal
-from fastrot.online import OnlineRotation
+from fastrot.online import OnlineRotation, acts_on, installed
 from fastrot.resolve import resolve_online
 from fastrot.transform_config import TransformConfig, parse_transform_config
 
@@ -92,14 +92,14 @@ def sealed(record: dict[str, Any], model: nn.Module) -> dict[str, Any]:
 def _online_digest(model: nn.Module) -> str:
     """Of all online rotations, by places that do not depend on the model around the layers."""
     entries = []
-    for name, module in model.named_modules():
-        if isinstance(module, OnlineRotation):
-            parts = name.split(".")
-            start = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
-            operand = module.operand.detach().cpu().contiguous().numpy().tobytes()
-            described = [module.group, module.inverse, str(module.dtype), str(module.rotation)]
-            digest = hashlib.sha256(operand).hexdigest()
-            entries.append([".".join(parts[max(start - 1, 0) :]), *described, digest])
+    for holder, _, rotation in installed(model):
+        # As in version 0.1.0, where every rotation lay on the module that it acts on.
+        parts = f"{acts_on(holder, rotation)}.fastrot_{rotation.location}".split(".")
+        start = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
+        operand = rotation.operand.detach().cpu().contiguous().numpy().tobytes()
+        described = [rotation.group, rotation.inverse, str(rotation.dtype), str(rotation.rotation)]
+        digest = hashlib.sha256(operand).hexdigest()
+        entries.append([".".join(parts[max(start - 1, 0) :]), *described, digest])
     return _sha256(sorted(entries))
 
 

@@ -15,7 +15,7 @@ from fastrot.fuse import Fusion
 from fastrot.integrations.marks import unmark
 from fastrot.journal import Journal, Undo, exclusive
 from fastrot.mapping import STREAM
-from fastrot.online import installed, uninstall
+from fastrot.online import installed, rotation_at, uninstall
 from fastrot.record import applications, own_config, retrace, sealed, without_groups
 from fastrot.resolve import resolve
 from fastrot.transform_config import TransformConfig
@@ -91,14 +91,17 @@ def _remove(model: "PreTrainedModel", groups: str | Iterable[str] | None, undo: 
 def _check_installed(model: "PreTrainedModel", plan: Plan) -> None:
     """What is on the model must be what the record says: its inverse goes into the weights."""
     for site in plan.sites:
-        module = getattr(model.get_submodule(site.module), f"fastrot_{site.location}", None)
+        module = rotation_at(model, site)
         expected = site.rotation.operand
         if module is None or module.rotation != site.rotation:
             raise RotationError(
                 f"the record names {site.group} on the {site.location} of {site.module}, but it is "
                 "not installed there; load the checkpoint with from_pretrained"
             )
-        if expected is not None and not torch.equal(module.value.to(expected.device), expected):
+        value = module.value
+        if expected is not None and (
+            value is None or not torch.equal(value.to(expected.device), expected)
+        ):
             raise RotationError(
                 f"{site.group} of {site.module} is another rotation than its recorded seed makes; "
                 "it can't be taken out of the weights"

@@ -17,6 +17,7 @@ from fastrot.integrations.transformers import cache_argument
 
 SUBMODULE_IMPORTS = {
     "cache_utils": {"Cache", "DynamicLayer", "EncoderDecoderCache"},
+    "core_model_loading": {"WeightRenaming"},
     "integrations.moe": {"ALL_EXPERTS_FUNCTIONS"},
     "models.auto.configuration_auto": {"CONFIG_MAPPING"},
     "models.auto.modeling_auto": {
@@ -92,7 +93,7 @@ ATTRIBUTES = {
     "a quantizer": (
         lambda: transformers.quantizers.HfQuantizer,
         "_process_model_before_weight_loading postprocess_model remove_quantization_config "
-        "is_serializable is_trainable",
+        "get_weight_conversions is_serializable is_trainable",
     ),
 }
 """Things of transformers', and the attributes of theirs that fastrot uses."""
@@ -107,7 +108,7 @@ BY_NAME = ("getattr", "hasattr", "setattr")
 
 TORCH = {
     *("_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks"),
-    *("_forward_pre_hooks_with_kwargs", "_orig_mod"),
+    *("_forward_pre_hooks_with_kwargs", "_load_state_dict_pre_hooks", "_orig_mod"),
     *("_global_forward_hooks", "_global_forward_pre_hooks", "_replace"),
     *("_C", "_are_functorch_transforms_active", "_parser", "_cache"),
     *("_disable_dynamo", "_dynamo_marked_constant", "_exit"),

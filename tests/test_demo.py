@@ -148,7 +148,7 @@ def test_r4_comes_before_the_rounding():
     ids = random_ids(model, 2, 12, seed=0)
     for index in range(2):
         x = inputs_of_linears(quantized, ids)[f"model.layers.{index}.mlp.down_proj"]
-        rotation = quantized.model.layers[index].mlp.down_proj.fastrot_input.rotation
+        rotation = quantized.model.layers[index].mlp.fastrot_down_proj_input.rotation
         assert levels(x) <= 15
         assert levels(rotation.apply(x, inverse=True)) > 50
 

@@ -25,7 +25,7 @@ def pair(request):
 def test_visible_before_the_first_forward(pair):
     _, rotated = pair
     names = [name for name, module in rotated.named_modules() if isinstance(module, OnlineRotation)]
-    assert "model.layers.0.mlp.down_proj.fastrot_input" in names
+    assert "model.layers.0.mlp.fastrot_down_proj_input" in names
     assert "model.layers.1.self_attn.fastrot_q_attn" in names
     assert len(names) == 3 * len(rotated.model.layers)
     assert "R4, " in repr(rotated)

@@ -22,8 +22,8 @@ import fastrot.api
 from fastrot.fuse import Fusion
 from fastrot.journal import Journal
 from fastrot.kernels.cpu_weight import MatrixRotation
+from fastrot.online import OnlineRotation
 
-INSTALL = sys.modules["fastrot.online.install"]
 PACKAGE = str(Path(fastrot.__file__).parent)
 
 ROTATIONS = ("R1", "R2", "R3", "R4")
@@ -40,7 +40,7 @@ POINTS = {
     "set": (Journal, "set"),
     "on_error": (Journal, "on_error"),
     "attach": (fastrot.api, "attach"),
-    "OnlineRotation": (INSTALL, "OnlineRotation"),
+    "OnlineRotation": (OnlineRotation, "_stored"),
     "pre-hook": (nn.Module, "register_forward_pre_hook"),
     "own config": (fastrot.api, "own_config"),
     "ties": (fastrot.api, "_forget_ties"),
@@ -378,6 +378,6 @@ def test_these_tests_notice_a_journal_that_forgets(undo, monkeypatch, temporary)
         restored(model, before, undo, RuntimeError, temporary)
     changed = difference(before, fingerprint(model))
     assert "model.layers.0.mlp.down_proj.weight: bytes" in changed
-    assert "model.layers.0.mlp.down_proj: _forward_pre_hooks" in changed
+    assert "model.layers.0.mlp: _forward_pre_hooks" in changed
     assert "lm_head.weight: object" in changed
     assert ".config: to_dict" in changed

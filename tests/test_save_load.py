@@ -212,10 +212,10 @@ def test_a_state_without_its_rotations_is_refused(kind, tmp_path):
     model = tiny("llama")
     plain = copy.deepcopy(model)
     fastrot.apply(model, "R4", transform_type=kind)
-    with pytest.raises(RuntimeError, match=r"Unexpected key.*fastrot_input\.operand"):
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*fastrot_down_proj_input\.operand"):
         plain.load_state_dict(model.state_dict())
     bare = AutoModelForCausalLM.from_config(model.config)
-    with pytest.raises(RuntimeError, match=r"fastrot_input\.operand"):
+    with pytest.raises(RuntimeError, match=r"fastrot_down_proj_input\.operand"):
         bare.load_state_dict(model.state_dict())
     with pytest.raises(ValueError, match="not installed there; load the checkpoint"):
         fastrot.remove(bare)
@@ -223,7 +223,7 @@ def test_a_state_without_its_rotations_is_refused(kind, tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     kept = {name: value for name, value in tensors.items() if "fastrot" not in name}
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks weights, model\..*fastrot_input"):
+    with pytest.raises(ValueError, match=r"lacks weights, model\..*fastrot_down_proj_input"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
@@ -281,7 +281,7 @@ def test_a_lost_record_is_refused(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-R4 = "model.layers.0.mlp.down_proj.fastrot_input.operand"
+R4 = "model.layers.0.mlp.fastrot_down_proj_input.operand"
 
 
 def flip_a_sign(tensors):
@@ -304,9 +304,9 @@ def one_weight_less(tensors):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (flip_a_sign, r"operand of R4, model\.layers\.0\.mlp\.down_proj\.fastrot_input"),
+        (flip_a_sign, r"operand of R4, model\.layers\.0\.mlp\.fastrot_down_proj_input"),
         (exchange_two, "recorded seed|are not those"),
-        (one_more, r"up_proj\.fastrot_input\.operand"),
+        (one_more, r"fastrot_up_proj_input\.operand"),
         (one_weight_less, r"lacks weights, model\.layers\.0\.mlp\.up_proj\.weight"),
     ],
 )

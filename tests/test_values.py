@@ -156,7 +156,7 @@ def test_online_in_float16_is_finite_where_the_input_is(rotation):
     fastrot.apply(model, rotation)
     layer = model.model.layers[0]
     module = (
-        layer.mlp.down_proj.fastrot_input if rotation == "R4" else layer.self_attn.fastrot_q_attn
+        layer.mlp.fastrot_down_proj_input if rotation == "R4" else layer.self_attn.fastrot_q_attn
     )
     size = module.rotation.size
     x = torch.full((2, size), 60000.0, dtype=torch.float16)

@@ -9,6 +9,7 @@ a transformers without fastrot refuses that, for dense models too, instead of co
 import inspect
 from typing import TYPE_CHECKING, Any
 
+from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -47,11 +48,20 @@ class FastrotQuantizer(HfQuantizer):
                 "its record ('fastrot') names none; take the checkpoint as it was written"
             )
         for site in sites:
-            check_site(site, model.get_submodule(site.module))
+            check_site(model, site)
         with Journal() as journal:
-            attach(model, sites, make(model, sites), journal)
+            rotations = make(model, sites)
+            attach(model, sites, rotations, journal)
+        self._moved = {(r.child, r.location): r.name for r in rotations if r.child}
         _watch_keys(model)
         return model
+
+    def get_weight_conversions(self) -> list[Any]:
+        """Names in checkpoints of version 0.1.0, where a linear module held its rotation."""
+        return [
+            WeightRenaming(rf"\.{child}\.fastrot_{end}\.", f".{name}.")
+            for (child, end), name in self._moved.items()
+        ]
 
     def postprocess_model(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         """Leave the model as :func:`fastrot.apply` would: rotated, but not "quantized"."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from fastrot.errors import RotationError
+from fastrot.online.view import viewed
 
 if TYPE_CHECKING:
     from transformers import Cache, EncoderDecoderCache
@@ -93,6 +94,7 @@ def attention_forward(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
     def forward(
         module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
+        module = viewed(module)
         keys: Keys | None = kwargs.pop(KEYS, None)
         if keys is None and hasattr(module, "fastrot_k_cache"):
             raise RuntimeError(

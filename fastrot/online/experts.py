@@ -5,6 +5,7 @@ for it; its eager loop does not, so a module with R4 runs ``grouped_mm`` instead
 float64).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,28 +13,20 @@ from torch import Tensor, nn
 
 from fastrot.errors import RotationError
 from fastrot.online.rotation import OnlineRotation
+from fastrot.online.view import view
 
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
 """The experts implementations around which R4 can be put."""
 
 
-class RotatedExperts:
-    """Stands before an experts module, for one call; everything but the gate is the module's."""
+def _rotated(module: Any, name: str) -> Callable[[Tensor], Tensor]:
+    """The gate or the activation of experts, with the rotation behind it."""
 
-    def __init__(self, module: Any):
-        self.module = module
+    def function(up: Tensor) -> Tensor:
+        result: Tensor = module.fastrot_down_input(getattr(module, name)(up))
+        return result
 
-    def _apply_gate(self, gate_up: Tensor) -> Tensor:
-        rotated: Tensor = self.module.fastrot_down_input(self.module._apply_gate(gate_up))
-        return rotated
-
-    def act_fn(self, up: Tensor) -> Tensor:
-        """The activation of experts without a gate."""
-        rotated: Tensor = self.module.fastrot_down_input(self.module.act_fn(up))
-        return rotated
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.module, name)
+    return function
 
 
 def on_interface(module: nn.Module) -> bool:
@@ -83,7 +76,9 @@ def experts_forward(module: Any, *args: Any, **kwargs: Any) -> Tensor:
             f"R4 rotates inside this {type(module).__name__}, which experts implementation "
             f"{name!r} would skip; call model.set_experts_implementation({IMPLEMENTATIONS[0]!r})"
         )
-    result: Tensor = ALL_EXPERTS_FUNCTIONS[name](RotatedExperts(module), *args, **kwargs)
+    # Experts without a gate have an activation alone.
+    names = {method: _rotated(module, method) for method in ("_apply_gate", "act_fn")}
+    result: Tensor = ALL_EXPERTS_FUNCTIONS[name](view(module, names), *args, **kwargs)
     return result
 
 

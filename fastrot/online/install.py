@@ -9,12 +9,10 @@ from torch import Tensor, nn
 
 from fastrot.edits import OnlineSite
 from fastrot.online.attention import PREFIX, check_attention, rotate_keys
+from fastrot.online.blocks import FORWARDS, Place, check_block, places_of, set_places
 from fastrot.online.experts import check_experts, experts_forward
 from fastrot.online.rotation import OnlineRotation
 from fastrot.transform_config import ATTENTION_LOCATIONS
-
-FORWARDS = ("forward", "_old_forward")
-"""Where a module may have a forward of its own; the second is accelerate's."""
 
 
 class Undo(Protocol):
@@ -27,12 +25,29 @@ class Undo(Protocol):
         """Remember what takes a change back."""
 
 
-def check_site(site: OnlineSite, module: nn.Module) -> None:
+def check_site(model: nn.Module, site: OnlineSite) -> None:
     """Refuse a module in which the rotation of a site can't act, or not as the model is set."""
+    module = model.get_submodule(site.module)
     if site.location in ATTENTION_LOCATIONS:
         check_attention(site.module, module)
     elif site.location == "down_input":
         check_experts(site.module, module)
+    elif _holder(model, site)[1] is not None:
+        check_block(site.module, site, model)
+
+
+def _holder(model: nn.Module, site: OnlineSite) -> tuple[nn.Module, str | None]:
+    """The module that holds the rotation of a site, and the name in it of the one it acts on.
+
+    A linear module may be replaced by another, so the block around it holds what acts there.
+    """
+    module = model.get_submodule(site.module)
+    weight = getattr(module, "weight", None)
+    is_norm = isinstance(weight, Tensor) and weight.dim() == 1
+    if site.location not in ("input", "output") or is_norm:
+        return module, None
+    owner, _, child = site.module.rpartition(".")
+    return model.get_submodule(owner), child
 
 
 def make(model: nn.Module, sites: Sequence[OnlineSite]) -> list[OnlineRotation]:
@@ -42,7 +57,8 @@ def make(model: nn.Module, sites: Sequence[OnlineSite]) -> list[OnlineRotation]:
         module = model.get_submodule(site.module)
         weight = next(module.parameters(), None)
         device = torch.device("cpu") if weight is None else weight.device
-        made.append(OnlineRotation(site, device).train(module.training))
+        rotation = OnlineRotation(site, device, _holder(model, site)[1])
+        made.append(rotation.train(module.training))
     return made
 
 
@@ -52,7 +68,7 @@ def attach(
     rotations: Sequence[OnlineRotation],
     journal: Undo,
 ) -> None:
-    """Put the rotation of every site into the model as ``fastrot_<location>``, with its hook.
+    """Put the rotation of every site into the module that holds it, with what makes it act.
 
     Args:
         model: the model the sites were resolved for.
@@ -61,17 +77,22 @@ def attach(
         journal: is told how each step is taken back.
     """
     for site, rotation in zip(sites, rotations, strict=True):
-        module = model.get_submodule(site.module)
-        journal.on_error(_snapshot(module))
-        setattr(module, f"fastrot_{site.location}", rotation)
-        _hook(module, site.location, journal)
+        holder, _ = _holder(model, site)
+        journal.on_error(_snapshot(holder))
+        setattr(holder, rotation.name, rotation)
+        _hook(holder, rotation, journal)
 
 
-def _hook(module: nn.Module, location: str, journal: Undo) -> None:
-    if location == "output":
+def _place(rotation: OnlineRotation) -> tuple[Place, ...]:
+    return () if rotation.child is None else ((rotation.child, rotation.location),)
+
+
+def _hook(module: nn.Module, rotation: OnlineRotation, journal: Undo) -> None:
+    location = rotation.location
+    if rotation.child is not None:
+        set_places(module, (*places_of(module), *_place(rotation)))
+    elif location == "output":
         module.register_forward_hook(_rotate_output)
-    elif location == "input":
-        module.register_forward_pre_hook(_rotate_input, with_kwargs=True)
     elif location == "k_cache":
         module.register_forward_pre_hook(rotate_keys, with_kwargs=True)
     elif location == "down_input":
@@ -86,22 +107,35 @@ def _hook(module: nn.Module, location: str, journal: Undo) -> None:
             journal.set(config, "_attn_implementation", PREFIX + name)
 
 
-def installed(model: nn.Module) -> Iterator[tuple[nn.Module, str, OnlineRotation]]:
-    """All online rotations of a model: the module, the location, the rotation."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
+def installed(model: nn.Module) -> Iterator[tuple[str, nn.Module, OnlineRotation]]:
+    """All online rotations of a model: name and module of the holder, the rotation."""
+    for name, module in list(model.named_modules()):
+        for child in list(module.children()):
             if isinstance(child, OnlineRotation):
-                yield module, name.removeprefix("fastrot_"), child
+                yield name, module, child
+
+
+def acts_on(holder: str, rotation: OnlineRotation) -> str:
+    """Name of the module on which a rotation acts: that which holds it, or a child of that."""
+    return ".".join(part for part in (holder, rotation.child) if part)
+
+
+def rotation_at(model: nn.Module, site: OnlineSite) -> OnlineRotation | None:
+    """What is installed for a site."""
+    holder, child = _holder(model, site)
+    name = f"fastrot_{child}_{site.location}" if child else f"fastrot_{site.location}"
+    found = getattr(holder, name, None)
+    return found if isinstance(found, OnlineRotation) else None
 
 
 def uninstall(model: nn.Module, groups: Collection[str], journal: Undo) -> None:
     """Take the online rotations of these groups off, hooks and submodules, and nothing else."""
-    for module, location, rotation in installed(model):
+    for _, module, rotation in installed(model):
         if rotation.group in groups:
             journal.on_error(_snapshot(module))
-            delattr(module, f"fastrot_{location}")
-            _drop_hook(module, location)
-    if not any(location in ATTENTION_LOCATIONS for _, location, _ in installed(model)):
+            delattr(module, rotation.name)
+            _unhook(module, rotation)
+    if not any(r.location in ATTENTION_LOCATIONS for _, _, r in installed(model)):
         for module in model.modules():
             config: Any = getattr(module, "config", None)
             name = getattr(config, "_attn_implementation", None)
@@ -116,6 +150,7 @@ def _snapshot(module: nn.Module) -> Callable[[], None]:
         module._forward_hooks,
         module._forward_pre_hooks,
         module._forward_pre_hooks_with_kwargs,
+        module._load_state_dict_pre_hooks,
     )
     copies = [dict(place) for place in places]
     forwards = {name: module.__dict__[name] for name in FORWARDS if name in module.__dict__}
@@ -131,14 +166,16 @@ def _snapshot(module: nn.Module) -> Callable[[], None]:
     return restore
 
 
-def _drop_hook(module: nn.Module, location: str) -> None:
-    if location == "down_input":
+def _unhook(module: nn.Module, rotation: OnlineRotation) -> None:
+    if rotation.child is not None:
+        set_places(module, tuple(p for p in places_of(module) if p not in _place(rotation)))
+    elif rotation.location == "down_input":
         _own_forward(module)
     # Handles do not survive deepcopy and pickle; the functions do.
-    function = {"input": _rotate_input, "output": _rotate_output, "k_cache": rotate_keys}
+    function = {"output": _rotate_output, "k_cache": rotate_keys}.get(rotation.location)
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key, hook in list(hooks.items()):
-            if hook is function.get(location):
+            if hook is function:
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
 
@@ -149,15 +186,6 @@ def _own_forward(module: nn.Module) -> None:
             delattr(module, name)
             if name == "_old_forward":
                 setattr(module, name, type(module).forward.__get__(module))
-
-
-def _rotate_input(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    rotation: Any = module.fastrot_input
-    if args:
-        return (rotation(args[0]), *args[1:]), kwargs
-    return args, {**kwargs, "input": rotation(kwargs["input"])}
 
 
 def _rotate_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ class OnlineRotation(nn.Module):
     Args:
         site: the rotation, its direction and the precision.
         device: where the operand lies; ``meta`` while a checkpoint is being loaded.
+        child: of the module that holds it, where it acts; None for that module itself.
 
     The operand is a buffer of integers: the signs, the bits of a float64 matrix, or a single 1 for
     ``hadamard``, which needs none. It is saved with the model, no ``model.to(dtype)`` rounds it,
@@ -23,11 +24,13 @@ class OnlineRotation(nn.Module):
 
     operand: Tensor
 
-    def __init__(self, site: OnlineSite, device: torch.device):
+    def __init__(self, site: OnlineSite, device: torch.device, child: str | None = None):
         super().__init__()
         self.rotation: Rotation = site.rotation
         self.inverse = site.inverse
         self.group = site.group
+        self.location = site.location
+        self.child = child
         self.dtype = site.dtype
         self.register_buffer("operand", self._stored(device))
 
@@ -54,6 +57,11 @@ class OnlineRotation(nn.Module):
     @property
     def _has_operand(self) -> bool:
         return self.rotation.kind != "hadamard" or self.rotation.fixes_ones
+
+    @property
+    def name(self) -> str:
+        """Its name in the module that holds it."""
+        return f"fastrot_{self.child}_{self.location}" if self.child else f"fastrot_{self.location}"
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate ``x``, ``(..., size)`` of any floating dtype; the result has the same."""

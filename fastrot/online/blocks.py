@@ -1,0 +1,213 @@
+"""Rotations of what goes into a linear module and comes out of it, held by the block around it.
+
+The block's forward runs on a view of the block, in which the linear's name stands for "rotate, then
+call whatever module has that name now". So nothing that replaces the linear module, or wraps it,
+can lose the rotation, and an adapter put around it later sees the rotated input.
+"""
+
+import functools
+import inspect
+from collections.abc import Iterator
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastrot.edits import OnlineSite
+from fastrot.errors import RotationError
+from fastrot.online.view import view, write_back
+
+Place = tuple[str, str]
+"""Name of a linear module in its block, and ``input`` or ``output``."""
+
+FORWARDS = ("forward", "_old_forward")
+"""Where a module may have a forward of its own; the second is accelerate's."""
+
+DESCRIPTION = ("dtype", "device", "shape", "ndim", "is_meta", "requires_grad", "size", "dim")
+PLAIN = (int, float, str, torch.dtype, torch.device, type(None))
+
+
+class Weight:
+    """What a forward may know of a weight that it does not call through its module: no values."""
+
+    def __init__(self, tensor: Tensor, label: str):
+        self._tensor = tensor
+        self._label = label
+
+    def __getattr__(self, name: str) -> Any:
+        if name in DESCRIPTION:
+            return getattr(self._tensor, name)
+        raise _past(self._label)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Refuse to compute with it."""
+        values = (*args, *(kwargs or {}).values())
+        raise _past(next((v._label for v in values if type(v) is cls), "an online rotation"))
+
+
+def _past(label: str) -> RuntimeError:
+    return RuntimeError(f"{label} is used past its module, where nothing rotates; call the module")
+
+
+class StandIn:
+    """Stands for a child of a block, for one call of the block."""
+
+    def __init__(self, block: nn.Module, child: str, rotations: dict[str, nn.Module]):
+        self.fastrot_block = block
+        self.fastrot_child = child
+        self.fastrot_rotations = rotations
+        self.fastrot_called = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the child, with its input and output rotated where they are to be."""
+        self.fastrot_called = True
+        module = self.fastrot_block._modules.get(self.fastrot_child)
+        if module is None:
+            raise RuntimeError(f"{_label(self)}: the module is gone; put one in its place")
+        rotations = self.fastrot_rotations
+        if "input" in rotations and args:
+            args = (rotations["input"](args[0]), *args[1:])
+        elif "input" in rotations:
+            kwargs["input"] = rotations["input"](kwargs["input"])
+        result = module(*args, **kwargs)
+        return rotations["output"](result) if "output" in rotations else result
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(getattr(self.fastrot_block, self.fastrot_child), name)
+        if isinstance(value, PLAIN):
+            return value
+        if isinstance(value, Tensor):
+            return Weight(value, f"{_label(self)}.{name}")
+        raise _past(f"{_label(self)}.{name}")
+
+
+def _label(stand_in: StandIn) -> str:
+    groups = (str(rotation.group) for rotation in stand_in.fastrot_rotations.values())
+    block = type(stand_in.fastrot_block).__name__
+    return f"{' and '.join(groups)} in {block}: {stand_in.fastrot_child}"
+
+
+def block_forward(block: Any, places: tuple[Place, ...], *args: Any, **kwargs: Any) -> Any:
+    """The forward of a block with rotations at ``places``; arguments are those of its own."""
+    stand_ins: dict[str, StandIn] = {}
+    for child, end in places:
+        rotation = block._modules.get(f"fastrot_{child}_{end}")
+        if rotation is None:
+            raise RuntimeError(
+                f"the rotation of the {end} of {child} in this {type(block).__name__} is gone "
+                f"(fastrot_{child}_{end}); load the model anew"
+            )
+        if child not in stand_ins:
+            stand_ins[child] = StandIn(block, child, {})
+        stand_ins[child].fastrot_rotations[end] = rotation
+    twin = view(block, stand_ins)
+    result = type(block).forward(twin, *args, **kwargs)
+    write_back(twin, stand_ins)
+    for stand_in in stand_ins.values():
+        if not stand_in.fastrot_called:
+            raise RuntimeError(
+                f"{_label(stand_in)} was not called by the block's forward, so nothing was rotated"
+            )
+    return result
+
+
+def check_block(name: str, site: OnlineSite, model: nn.Module) -> None:
+    """Refuse a linear module that no forward of the module around it calls by its name."""
+    owner, _, child = name.rpartition(".")
+    block = model.get_submodule(owner)
+    if child not in _mentioned(type(block)):
+        raise RotationError(
+            f"{site.group}: nothing in the code of {owner or 'the model'} "
+            f"({type(block).__name__}) calls {child!r} by its name, so its {site.location} can't "
+            "be rotated online"
+        )
+
+
+def _mentioned(kind: type) -> frozenset[str]:
+    """All attributes that the methods of a class read, but those of torch's own."""
+    functions = (
+        inspect.unwrap(value) if callable(value) else value
+        for owner in kind.__mro__
+        if owner.__module__.partition(".")[0] != "torch"
+        for name, value in vars(owner).items()
+        if name != "__init__"
+    )
+    codes = (getattr(function, "__code__", None) for function in functions)
+    return frozenset(name for code in codes if code for name in _names(code))
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
+
+
+def places_of(block: nn.Module) -> tuple[Place, ...]:
+    """Where the forward of a block rotates now."""
+    own: list[Any] = [block.__dict__.get(name) for name in FORWARDS]
+    return next((f.args[1] for f in own if _is_ours(f)), ())
+
+
+def set_places(block: nn.Module, places: tuple[Place, ...]) -> None:
+    """Let the forward of a block rotate there and nowhere else, or be that of its class again."""
+    held = next((n for n in FORWARDS if _is_ours(block.__dict__.get(n))), None)
+    # Hooks of accelerate stand around the forward that they keep. A partial survives deepcopy and
+    # pickle, unlike the handle of a hook.
+    name = held or FORWARDS["_old_forward" in block.__dict__]
+    if places:
+        setattr(block, name, functools.partial(block_forward, block, places))
+    elif name == "_old_forward":
+        setattr(block, name, type(block).forward.__get__(block))
+    else:
+        block.__dict__.pop(name, None)
+    _drop(block._forward_pre_hooks, check_forward)
+    _drop(block._load_state_dict_pre_hooks, rename_old)
+    if places:
+        block.register_forward_pre_hook(check_forward)
+        block.register_load_state_dict_pre_hook(rename_old)
+
+
+def _drop(hooks: dict[int, Any], function: Any) -> None:
+    # Handles do not survive deepcopy and pickle; the functions do.
+    for key, hook in list(hooks.items()):
+        if getattr(hook, "hook", hook) is function:
+            del hooks[key]
+
+
+def _is_ours(function: Any) -> bool:
+    return getattr(function, "func", None) is block_forward
+
+
+def check_forward(block: nn.Module, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook of a block: refuse a forward that was put in the place of ours."""
+    own = block.__dict__.get("forward")
+    if not _is_ours(own) and not _reaches(own) and not _is_ours(block.__dict__.get("_old_forward")):
+        places = (n[8:] for n, _ in block.named_children() if n.startswith("fastrot_"))
+        raise RuntimeError(
+            f"the forward of this {type(block).__name__} was replaced after a rotation was put on "
+            f"it ({', '.join(places)}), and would not rotate; replace it before fastrot.apply"
+        )
+
+
+def _reaches(function: Any, depth: int = 8) -> bool:
+    """Whether a callable holds our forward: as a partial, a wrapper, a method or a closure."""
+    if function is None or depth == 0:
+        return False
+    if _is_ours(function):
+        return True
+    cells = [c.cell_contents for c in getattr(function, "__closure__", None) or ()]
+    inner = [getattr(function, name, None) for name in ("__wrapped__", "func", "__func__")]
+    return any(_reaches(f, depth - 1) for f in (*inner, *cells) if callable(f))
+
+
+def rename_old(block: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Load hook of a block: fastrot 0.1.0 kept the rotations on the linear modules."""
+    for child, end in places_of(block):
+        old, new = f"{prefix}{child}.fastrot_{end}.", f"{prefix}fastrot_{child}_{end}."
+        for name in [name for name in state if name.startswith(old)]:
+            state[new + name.removeprefix(old)] = state.pop(name)
