@@ -9,6 +9,7 @@ from typing import TypeVar
 from torch import nn
 
 from fastrot.patterns import NoMatchError, matches, no_match_message
+from fastrot.rotation import Rotation
 
 T = TypeVar("T")
 
@@ -24,6 +25,7 @@ class Index:
         modules: every module once, in the model's order; the model itself is ``""``.
         things: modules, each followed by its own parameters.
         owners: parameter → its module.
+        units: the blocks of all rotations that were asked for, each once.
     """
 
     def __init__(self, model: nn.Module):
@@ -36,6 +38,7 @@ class Index:
             for leaf, parameter in module.named_parameters(recurse=False):
                 name = f"{owner}.{leaf}" if owner else leaf
                 self.things[name], self.owners[name] = parameter, owner
+        self.units: dict[Rotation, Rotation] = {}
         self._named: dict[str, set[str]] = {}
 
     @staticmethod

@@ -1,7 +1,7 @@
 """``Rotation``: an orthogonal matrix, described instead of materialised."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal, get_args
 
@@ -38,6 +38,7 @@ class Rotation:
         seed: the source of all randomness, together with ``label``.
         label: distinguishes rotations of one seed, for example ``"R2.model.layers.3"``.
         fixes_ones: map the all-ones vector to itself.
+        unit: a rotation with the same block, whose operand this one shares instead of its own.
 
     Raises:
         RotationError: an unknown kind, a block size that does not divide, or an order for which no
@@ -50,6 +51,7 @@ class Rotation:
     seed: int = 0
     label: str = ""
     fixes_ones: bool = False
+    unit: "Rotation | None" = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -62,6 +64,10 @@ class Rotation:
             raise RotationError(f"block_size={self.block_size} does not divide {self.size}{way}")
         if self.kind != "random-matrix":
             factors(self.block)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without operands: whoever needs them elsewhere makes them, or has saved them."""
+        return {f.name: getattr(self, f.name) for f in fields(self)} | {"unit": None}
 
     @property
     def block(self) -> int:
@@ -78,6 +84,8 @@ class Rotation:
         them; the random matrix comes from a QR decomposition, whose last digits depend on the
         machine.
         """
+        if self.unit is not None:
+            return self.unit.operand
         if self.kind == "hadamard":
             return self._signs("fixes-ones") if self.fixes_ones else None
         name = f"{self.seed}:{self.label}"

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import sys
 
 import pytest
@@ -185,3 +186,28 @@ def test_mappings_make_an_unlisted_model_work():
             norm_mappings=[asdict(n) for n in row.norms] if as_dicts else row.norms,
         )
         assert relative_error(logits(model, ids), before) < 1e-6
+
+
+@pytest.mark.parametrize(("randomize", "distinct"), [(False, 4), (True, 1 + 3 * 4)])
+def test_one_decomposition_for_each_distinct_rotation(randomize, distinct, monkeypatch):
+    """Sites with the same rotation share its operand; a pickle holds what the sites hold."""
+    model = tiny("llama", layers=4)
+    done = []
+    qr = torch.linalg.qr
+    monkeypatch.setattr(torch.linalg, "qr", lambda x: done.append(x.shape) or qr(x))
+    handle = fastrot.apply(model, ROTATIONS, transform_type="random-matrix", randomize=randomize)
+    assert len(done) == distinct
+    places = [s.rotation for s in handle.plan.sites]
+    assert len(places) > len({id(rotation.operand) for rotation in places})
+    tensors = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    assert len(pickle.dumps(model)) < tensors + 2**20
+    assert len(pickle.dumps(handle.plan)) < 2**18
+
+
+def test_a_pickled_rotation_makes_its_operand_anew():
+    rotation = fastrot.Rotation("random-matrix", 12, seed=3, label="R1")
+    operand = rotation.operand
+    again = pickle.loads(pickle.dumps(rotation))
+    assert again == rotation
+    assert "operand" not in vars(again)
+    assert torch.equal(again.operand, operand)

@@ -26,7 +26,7 @@ def resolve_online(
         OnlineSite(
             module=module,
             location=location,
-            rotation=rotation_of(group, scheme, module, size, seed),
+            rotation=rotation_of(index, group, scheme, module, size, seed),
             inverse=args.inverse,
             group=group,
             dtype=scheme.precision,

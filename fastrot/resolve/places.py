@@ -1,7 +1,9 @@
 """The places of a configuration, and the rotation that acts at each."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
+from fastrot.index import Index
 from fastrot.rotation import Rotation
 from fastrot.transform_config import (
     FUSED_LOCATIONS,
@@ -21,8 +23,12 @@ def places(
                 yield group, scheme, args
 
 
-def rotation_of(group: str, scheme: TransformScheme, name: str, size: int, seed: int) -> Rotation:
+def rotation_of(
+    index: Index, group: str, scheme: TransformScheme, name: str, size: int, seed: int
+) -> Rotation:
     """The rotation of a scheme at the module or parameter ``name``.
+
+    Places whose blocks are the same share their operand, which is made but once.
 
     Raises:
         ValueError: the size does not allow it.
@@ -33,7 +39,7 @@ def rotation_of(group: str, scheme: TransformScheme, name: str, size: int, seed:
         kind = "random-hadamard" if kind == "hadamard" else kind
         label = f"{group}.{layer_of(name)}"
     try:
-        return Rotation(
+        rotation = Rotation(
             kind,  # type: ignore[arg-type]
             size,
             scheme.head_dim,
@@ -43,6 +49,8 @@ def rotation_of(group: str, scheme: TransformScheme, name: str, size: int, seed:
         )
     except ValueError as error:
         raise type(error)(f"{group} of {name}: {error}") from None
+    unit = replace(rotation, size=rotation.block, block_size=None)
+    return replace(rotation, unit=index.units.setdefault(unit, unit))
 
 
 def layer_of(name: str) -> str:

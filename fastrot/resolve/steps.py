@@ -43,7 +43,7 @@ def rotate_sites(index: Index, config: TransformConfig, seed: int, steps: Steps)
             if outwards and args.rows not in ("all", "transposed"):
                 part = value_part(index.model, site, args.rows)
             size = site.shape[dim] if part is None else part.size
-            rotation = rotation_of(group, scheme, name, size, seed)
+            rotation = rotation_of(index, group, scheme, name, size, seed)
             inverse = args.inverse if outwards else not args.inverse
             step = Rotate(dim, rotation, inverse, group, part)
             _add(steps, site.weight, step)
