@@ -2,12 +2,14 @@
 
 import copy
 import inspect
+import json
 from dataclasses import fields, replace
 
 import pytest
 import torch
 from helpers import difference, fingerprint, tiny
 from transformers import LlamaForCausalLM
+from zoo import FAMILIES, build
 
 import fastrot
 from fastrot import Recipe, Rotation
@@ -165,3 +167,50 @@ def test_what_a_plan_of_shapes_can_not_know_is_checked_with_the_weights():
         model.model.norm.weight[3] = torch.inf
     with pytest.raises(fastrot.RotationError, match=r"not finite|does not compute"):
         fastrot.apply(model, plan)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3", "mixtral", "glm4", "deepseek_v3"])
+def test_a_plan_is_json(name):
+    model = build(FAMILIES[name], torch.float32)
+    wanted = [
+        r for r in ROTATIONS if r not in fastrot.mapping.find_architecture(model.config).refuses
+    ]
+    kinds = ("hadamard", "random-hadamard", "random-matrix")
+    wanted = [r for r in wanted if (name, r) != ("deepseek_v3", "R3")]
+    for kind, randomize in zip(kinds, (False, True, True), strict=True):
+        plan = fastrot.plan(model, wanted, transform_type=kind, randomize=randomize, seed=7)
+        text = json.dumps(plan.to_dict())
+        again = fastrot.Plan.from_dict(json.loads(text))
+        assert again == plan
+        assert str(again) == str(plan)
+        assert len(again.to_dict()["rotations"]) < len(plan.edits)
+        assert fastrot.check(model, again) == plan
+
+
+def test_damaged_json_is_refused_by_name():
+    data = fastrot.plan(tiny("llama"), WANTED).to_dict()
+    cases = {
+        "plan: expected a dict": [],
+        "plan: missing seed": without(data, "seed"),
+        "plan: unknown surplus": {**data, "surplus": 1},
+        "plan: format 2": {**data, "format": 2},
+        "plan: seed is True": {**data, "seed": True},
+        r"weights\[0\]: parameter is 3": first(data, "weights", parameter=3),
+        r"weights\[0\], shape: \[-1\]": first(data, "weights", shape=[-1]),
+        r"weights\[0\], steps\[0\]": first(data, "weights", steps=[{"norm": "x"}]),
+        r"online\[0\]: there is no rotation 99": first(data, "online", rotation=99),
+        "precision=torch.int8": first(data, "online", dtype="torch.int8"),
+        "rotation kind": first(data, "rotations", kind="identity"),
+        r"norms\[0\]: unknown more": first(data, "norms", more=1),
+    }
+    for message, damaged in cases.items():
+        with pytest.raises(fastrot.RotationError, match=message):
+            fastrot.Plan.from_dict(damaged)
+
+
+def without(data, name):
+    return {key: value for key, value in data.items() if key != name}
+
+
+def first(data, field, **changes):
+    return {**data, field: [{**data[field][0], **changes}, *data[field][1:]]}

@@ -1,14 +1,12 @@
-"""``Plan``: what happens to each parameter and module of a model, as data."""
+"""What happens to one parameter, norm or module."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from fastrot.mapping import NormKind
 from fastrot.rotation import Rotation
-from fastrot.transform_config import TransformConfig
 
 
 @dataclass(frozen=True)
@@ -136,79 +134,3 @@ class OnlineSite:
         # transformers' eager loop over experts leaves no place to act, so it is not run.
         note = ", experts grouped or batched" if self.location == "down_input" else ""
         return f"{self.group}{'ᵀ' if self.inverse else ''} {self.location} ({self.rotation}){note}"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What :func:`fastrot.apply` does to a model; ``str(plan)`` is a table.
-
-    Attributes:
-        model_class: class of the model it was made for.
-        edits: one per parameter.
-        norms: those that become scale-free, or already are.
-        sites: the online rotations.
-        transform_config: the same rotations in compressed-tensors' schema.
-        seed: the source of all randomness.
-        shapes: shape of every parameter that is written.
-        outline: digest of the names, shapes and ties of all parameters of that model.
-        by_table: whether fastrot's table described its modules, and so knows their classes.
-        notes: what the weights predict about precision, if they were in memory.
-    """
-
-    model_class: str
-    edits: tuple[WeightEdit, ...]
-    norms: tuple[FoldedNorm, ...]
-    sites: tuple[OnlineSite, ...]
-    transform_config: TransformConfig
-    seed: int
-    shapes: dict[str, tuple[int, ...]]
-    outline: str
-    by_table: bool = True
-    notes: tuple[str, ...] = ()
-
-    @property
-    def parameters(self) -> tuple[str, ...]:
-        """Names of all parameters that are written."""
-        return (*(e.parameter for e in self.edits), *(n.parameter for n in self.written_norms))
-
-    @property
-    def written_norms(self) -> tuple[FoldedNorm, ...]:
-        """The norms that have a weight."""
-        return tuple(norm for norm in self.norms if norm.weighted)
-
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """One dict per parameter or module: name, shape, operations."""
-        for edit in self.edits:
-            operations = [str(step) for step in edit.steps]
-            if edit.source is not None:
-                operations.insert(0, f"untied from {edit.source}")
-            yield {
-                "name": edit.parameter,
-                "shape": self.shapes[edit.parameter],
-                "operations": operations,
-            }
-        for norm in self.written_norms:
-            yield {
-                "name": norm.parameter,
-                "shape": self.shapes[norm.parameter],
-                "operations": [f"set to {norm.value:g}"],
-            }
-        for site in self.sites:
-            yield {"name": site.module, "shape": "online", "operations": [str(site)]}
-
-    def __str__(self) -> str:
-        cells = [
-            (row["name"], _size(row["shape"]), "; ".join(row["operations"])) for row in self.rows()
-        ]
-        widths = [max(len(cell[i]) for cell in [*cells, ("", "", "")]) for i in range(2)]
-        groups = ", ".join(self.transform_config.config_groups)
-        head = (
-            f"{self.model_class}: {groups}, seed {self.seed}; {len(self.edits)} weights rotated, "
-            f"{len(self.written_norms)} norms folded, {len(self.sites)} online"
-        )
-        lines = [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in cells]
-        return "\n".join([head, *lines, *(f"  note: {note}" for note in self.notes)])
-
-
-def _size(shape: tuple[int, ...] | str) -> str:
-    return shape if isinstance(shape, str) else "x".join(map(str, shape))
