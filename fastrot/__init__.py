@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fastrot.patterns import NoMatchError
     from fastrot.recipe import Recipe
     from fastrot.removal import remove
+    from fastrot.restoration import restore
     from fastrot.rotation import Rotation
     from fastrot.rows import UnsupportedRotationError
     from fastrot.suggest import Suggestion, suggest_mapping
@@ -70,6 +71,7 @@ __all__ = [
     "hadamard_transform",
     "plan",
     "remove",
+    "restore",
     "suggest_mapping",
 ]
 
@@ -104,6 +106,7 @@ _HOMES = {
     "hadamard_matrix": "hadamard",
     "plan": "api",
     "remove": "removal",
+    "restore": "restoration",
     "suggest_mapping": "suggest",
 }
 """The module of every name that is imported when it is first used."""

@@ -14,6 +14,7 @@ from fastrot.fit import check, check_first_time
 from fastrot.foreign import check_whole
 from fastrot.fuse import Fusion
 from fastrot.handle import Handle
+from fastrot.integrations.guard import check_complete
 from fastrot.integrations.marks import clear_stale_mark, mark
 from fastrot.journal import Journal, Undo, exclusive
 from fastrot.online import attach, make
@@ -50,6 +51,7 @@ def plan(
         TypeError: an argument of the wrong type, or options beside a recipe.
     """
     check_model(model)
+    check_complete(model)
     recipe = Recipe.of(rotations, options)
     check_flag("trust", trust)
     config, mapping, norms = configured(model, recipe)
@@ -111,6 +113,7 @@ def apply(
         elif options:
             raise TypeError(f"{', '.join(options)} beside a Plan, which has decided it; plan anew")
         else:
+            check_complete(model)
             made = check(model, rotations, trust=trust)
         if on_meta(model):
             raise RotationError(

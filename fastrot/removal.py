@@ -96,7 +96,8 @@ def _check_installed(model: "PreTrainedModel", plan: Plan) -> None:
         if module is None or module.rotation != site.rotation:
             raise RotationError(
                 f"the record names {site.group} on the {site.location} of {site.module}, but it is "
-                "not installed there; load the checkpoint with from_pretrained"
+                "not installed there; load the checkpoint with from_pretrained, or call "
+                "fastrot.restore(model)"
             )
         value = module.value
         if expected is not None and (

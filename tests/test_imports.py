@@ -34,7 +34,7 @@ ROOMS = (
     ("fit",),
     ("integrations",),
     ("damage",),
-    ("removal",),
+    ("removal", "restoration"),
     ("handle",),
     ("api",),
     ("suggest",),

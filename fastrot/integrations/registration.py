@@ -9,6 +9,7 @@ A function here touches nothing but the module it is given, so it is all the sam
 transformers imports its modules. The finder stays: what is reloaded gets its names again.
 """
 
+import functools
 import importlib
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +17,24 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
+
+
+def _models(module: Any) -> None:
+    _attention(module)
+    init = module.PreTrainedModel.__init__
+    if hasattr(init, "fastrot"):
+        return
+
+    @functools.wraps(init)
+    def guarded(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, config, *args, **kwargs)
+        if getattr(config, "fastrot", None) is not None:
+            from fastrot.integrations.guard import guard
+
+            guard(self)
+
+    guarded.fastrot = True  # type: ignore[attr-defined]
+    module.PreTrainedModel.__init__ = guarded
 
 
 def _attention(module: Any) -> None:
@@ -51,12 +70,16 @@ def _quantizer(module: Any) -> None:
 
 
 REGISTRIES: dict[str, Callable[[Any], None]] = {
-    "transformers.modeling_utils": _attention,
+    "transformers.modeling_utils": _models,
     "transformers.masking_utils": _masks,
     "transformers.integrations.moe": _experts,
     "transformers.quantizers.auto": _quantizer,
 }
-"""Modules of transformers that hold a registry, and what registers there."""
+"""Modules of transformers that hold a registry, and what registers there.
+
+The class of all models is none, but there is no other place that every model passes while it is
+built; one without a record pays for a look at its configuration.
+"""
 
 
 class _Registering(Loader):

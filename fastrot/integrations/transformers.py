@@ -15,6 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fastrot.errors import RecordError
+from fastrot.integrations.guard import lift
 from fastrot.integrations.marks import mark
 from fastrot.journal import Journal
 from fastrot.online import attach, check_site, make
@@ -68,6 +69,7 @@ class FastrotQuantizer(HfQuantizer):
         self.remove_quantization_config(model)
         mark(model.config)
         check_online(model)
+        lift(model)
         return model
 
     def is_serializable(self, **kwargs: Any) -> bool:

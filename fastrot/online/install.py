@@ -55,11 +55,21 @@ def make(model: nn.Module, sites: Sequence[OnlineSite]) -> list[OnlineRotation]:
     made = []
     for site in sites:
         module = model.get_submodule(site.module)
-        weight = next(module.parameters(), None)
-        device = torch.device("cpu") if weight is None else weight.device
-        rotation = OnlineRotation(site, device, _holder(model, site)[1])
+        rotation = OnlineRotation(site, _device(module), _holder(model, site)[1])
         made.append(rotation.train(module.training))
     return made
+
+
+def _device(module: nn.Module) -> torch.device:
+    """Where a module computes."""
+    weight = next(module.parameters(), None)
+    if weight is None:
+        return torch.device("cpu")
+    # accelerate may keep weights elsewhere, and bring them while a module is called.
+    hooks = (vars(child).get("_hf_hook") for child in module.modules())
+    places = (getattr(hook, "execution_device", None) for hook in hooks)
+    place = next((place for place in places if place is not None), None)
+    return weight.device if place is None or not weight.is_meta else torch.device(place)
 
 
 def attach(

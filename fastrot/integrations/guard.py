@@ -1,0 +1,64 @@
+"""A model whose configuration records online rotations refuses to run without them.
+
+``from_pretrained`` puts them on; a model that was built from the configuration in another way, or
+loaded without the mark of the checkpoint, would compute nonsense from rotated weights.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from fastrot.edits import OnlineSite
+from fastrot.errors import RecordError
+from fastrot.online import rotation_at
+from fastrot.record import applications, online_sites
+from fastrot.resolve.places import places
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def guard(model: "PreTrainedModel") -> None:
+    """Let a model that is being built refuse to run, if its record names online rotations."""
+    try:
+        needed = any(
+            True for _, item in applications(model.config) for _ in places(item, online=True)
+        )
+    except RecordError:
+        needed = True  # The first forward says what is wrong with it.
+    if needed:
+        model.register_forward_pre_hook(refuse)
+
+
+def lift(model: "PreTrainedModel") -> None:
+    """Let a model run whose rotations are on; the models inside it have guards of their own."""
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook is refuse:
+                del module._forward_pre_hooks[key]
+
+
+def missing(model: "PreTrainedModel") -> list[OnlineSite]:
+    """The online rotations that the record names and the model does not have."""
+    return [site for site in online_sites(model) if rotation_at(model, site) is None]
+
+
+def check_complete(model: "PreTrainedModel") -> None:
+    """Refuse a model without its recorded online rotations.
+
+    Raises:
+        RecordError: names the first that is missing, and the way out.
+    """
+    sites = missing(model)
+    if sites:
+        first = sites[0]
+        raise RecordError(
+            f"the weights of this {type(model).__name__} are rotated, but {len(sites)} of the "
+            f"online rotations that its configuration records are not on it, {first.group} on the "
+            f"{first.location} of {first.module} first; call fastrot.restore(model), or load it "
+            "with from_pretrained"
+        )
+
+
+def refuse(model: Any, args: tuple[Any, ...]) -> None:
+    """Forward pre-hook of a model that was built without its online rotations."""
+    check_complete(model)
+    lift(model)
