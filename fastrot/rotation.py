@@ -145,29 +145,32 @@ class Rotation:
             )
         if operand is None and self.operand is not None:
             operand = self.operand.to(x.device)
-        if self.kind != "random-matrix":
-
-            def transform(x: Tensor, signs: Tensor | None, transpose: bool) -> Tensor:
-                return hadamard_transform(
-                    x,
-                    self.block**-0.5,
-                    dim=dim,
-                    block_size=self.block,
-                    signs=signs,
-                    transpose=transpose,
-                    impl=impl,
-                )
-
-            if not self.fixes_ones:
-                return transform(x, operand, inverse)
-            assert operand is not None
-            column = self.column_signs.to(x.device)
-            # The product is symmetric: its inverse is itself.
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            middle = transform(wide, column, False).movedim(dim, -1).unflatten(-1, (-1, self.block))
-            middle = (middle * operand.to(wide.dtype)).flatten(-2).movedim(-1, dim)
-            return transform(middle, column, True).to(x.dtype)
+        if self.kind != "random-matrix" and not self.fixes_ones:
+            block = self.block
+            return hadamard_transform(
+                x,
+                block**-0.5,
+                dim=dim,
+                block_size=block,
+                signs=operand,
+                transpose=inverse,
+                impl=impl,
+            )
         assert operand is not None
+        if self.kind != "random-matrix":
+            # The product is symmetric: its inverse is itself.
+            options: dict[str, Any] = {
+                "scale": self.block**-0.5,
+                "dim": dim,
+                "block_size": self.block,
+                "signs": self.column_signs.to(x.device),
+                "impl": impl,
+            }
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            middle = hadamard_transform(wide, **options)
+            middle = middle.movedim(dim, -1).unflatten(-1, (-1, self.block))
+            middle = (middle * operand.to(wide.dtype)).flatten(-2).movedim(-1, dim)
+            return hadamard_transform(middle, transpose=True, **options).to(x.dtype)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         matrix = operand.to(dtype)
         vectors = x.to(dtype).movedim(dim, -1).unflatten(-1, (-1, self.block))

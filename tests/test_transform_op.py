@@ -139,3 +139,101 @@ def test_refusals(kwargs, message):
 def test_wrong_dtypes_are_refused(x):
     with pytest.raises(TypeError, match="takes float64, float32, bfloat16 or float16"):
         fastrot.hadamard_transform(x)
+
+
+LIKE = {"itself": lambda x: x, "fresh": torch.empty_like, "strided": lambda x: x.mT.clone().mT}
+
+
+@pytest.mark.parametrize("impl", CPU_IMPLS)
+@pytest.mark.parametrize("name", LIKE)
+@pytest.mark.parametrize("dim", [-1, 0])
+def test_out(impl, name, dim):
+    for x in (torch.randn(12, 24), torch.randn(24, 12).mT, torch.randn(24, 48)[::2, ::4].T):
+        options = dict(dim=dim, block_size=12, impl=impl)
+        expected = fastrot.hadamard_transform(x, **options)
+        out = LIKE[name](x)
+        version = out._version
+        assert fastrot.hadamard_transform(x, **options, out=out) is out
+        assert torch.equal(out, expected)
+        assert out._version > version
+
+
+@pytest.mark.parametrize("itself", [True, False])
+def test_out_compiles(itself):
+    def function(x, out):
+        y = x + 1
+        out = y if itself else out
+        fastrot.hadamard_transform(y, 0.5, out=out)
+        return out * 2
+
+    x, out = torch.randn(2, 3, 12), torch.zeros(3, 12)
+    expected = 2 * fastrot.hadamard_transform(x[0] + 1, 0.5)
+    compiled = torch.compile(function, fullgraph=True)
+    torch.testing.assert_close(compiled(x[0], out), expected)
+    assert itself or torch.equal(2 * out, expected)
+
+
+@pytest.mark.parametrize("step", [1, 12, 48])
+def test_out_that_shares_memory(step):
+    memory = torch.randn(24 * 12, dtype=torch.float64)
+    x, out = memory[: 20 * 12].view(20, 12), memory[step:][: 20 * 12].view(20, 12)
+    expected = fastrot.hadamard_transform(x)
+    fastrot.hadamard_transform(x, out=out)
+    assert torch.equal(out, expected)
+
+
+def test_opcheck_of_out():
+    x, signs = torch.randn(3, 24), torch.ones(12)
+    for out in (torch.empty_like(x), torch.empty(24, 3).mT):
+        torch.library.opcheck(
+            torch.ops.fastrot.hadamard_transform_into.default,
+            (x, signs, 0.5, 12, 1, False, "cpu", out),
+        )
+
+
+X = torch.zeros(4, 12)
+WRONG_OUTS = [
+    (X[:2], r"out has shape \(2, 12\) and x \(4, 12\)"),
+    (X.double(), r"out has dtype torch.float64 and x torch.float32"),
+    (X.to("meta"), r"out has device meta and x cpu"),
+    (X[0].expand(4, 12), r"out has more than one element in one place"),
+    (torch.zeros(4, 12, requires_grad=True), r"out= can't be differentiated"),
+]
+
+
+@pytest.mark.parametrize(("out", "message"), WRONG_OUTS)
+def test_a_wrong_out_is_refused(out, message):
+    with pytest.raises(fastrot.RotationError, match=message):
+        fastrot.hadamard_transform(X.clone() if out.requires_grad else X, out=out)
+
+
+def test_out_while_something_differentiates_is_refused():
+    x = torch.randn(4, 12, requires_grad=True)
+    out = torch.zeros(4, 12)
+    with pytest.raises(fastrot.RotationError, match=r"call under torch.no_grad\(\)"):
+        fastrot.hadamard_transform(x, out=out)
+    with pytest.raises(fastrot.RotationError, match="leave it out"):
+        torch.func.vmap(lambda v: fastrot.hadamard_transform(v, out=v))(x.detach())
+    assert not out.any()
+    with torch.no_grad():
+        fastrot.hadamard_transform(x, out=out)
+        fastrot.hadamard_transform(x, out=x)
+    assert torch.equal(x, out)
+    with torch.inference_mode():
+        y = torch.ones(4, 12)
+        fastrot.hadamard_transform(y, out=y)
+    assert torch.equal(y, fastrot.hadamard_transform(torch.ones(4, 12)))
+
+
+def test_an_operator_called_directly_is_differentiable():
+    x = torch.randn(2, 12, requires_grad=True)
+    y = torch.ops.fastrot.hadamard_transform(x, None, 1.0, 12, 1, False, "auto")
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(grad.double(), dense(torch.ones(2, 12), 12, transpose=True))
+
+
+def test_a_negated_view_is_no_plain_tensor():
+    """Its memory holds the opposite."""
+    x = torch.randn(2, 12, dtype=torch.float64)
+    got = fastrot.hadamard_transform(torch._neg_view(x))
+    torch.testing.assert_close(got, dense(-x, 12))

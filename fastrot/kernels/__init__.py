@@ -1,8 +1,9 @@
 """Fast Walsh-Hadamard transforms: the specification and its implementations."""
 
+from fastrot.kernels.arguments import IMPLEMENTATIONS
 from fastrot.kernels.formats import Quantization, Quantized
 from fastrot.kernels.fused import glu_hadamard, hadamard_quantize, rmsnorm_hadamard
-from fastrot.kernels.op import IMPLEMENTATIONS, hadamard_transform
+from fastrot.kernels.op import hadamard_transform
 from fastrot.kernels.rope import RotatedHeads, rope_hadamard
 
 __all__ = [

@@ -45,6 +45,8 @@ LEVEL1_BYTES = 1 << 14
 TURN = 64
 """Elements of a row that are turned into columns at a time."""
 LINE_BYTES = 64
+PLAN_WORDS = 18
+"""Of a plan, before the bases of both sides."""
 AHEAD = 16
 """Rows by which prefetching precedes the access to a narrow tile."""
 
@@ -215,15 +217,30 @@ def _turn(panel, ld, per_row, size, item, first, count, turned, pitch, back, one
 def _rows(panel, height, ld, width, side, turned, work, one):
     """Transform every block of the rows of a panel, in place.
 
-    If the power of two that ends the factors of the size is smaller than a vector, the blocks are
-    turned: ``COLUMNS`` vectors of them lie side by side in the panel ``turned``.
+    If the power of two that ends the factors of the size is smaller than a vector, the factors that
+    end it, of order ``tail`` together, act on blocks that are turned: ``COLUMNS`` vectors of them
+    lie side by side in the panel ``turned``. Between the elements that those before meet lie whole
+    vectors.
     """
-    size, power, bases, tables = side
-    codes = address_of(tables)
+    size, power, tail, bases, codes = side
     lanes = lanes_of(one)
     item = VECTOR_BYTES // lanes
     per_row = width // size
     if power < lanes:
+        heads, outer = 0, 1
+        while outer * tail < size:
+            outer *= bases[heads]
+            heads += 1
+        if heads:
+            for row in range(height):
+                for block in range(per_row):
+                    at = panel + row * ld + block * size * item
+                    head = bases[:heads]
+                    _columns(at, outer, tail * item, tail // lanes, head, codes, work, one)
+            for m in bases[:heads]:
+                codes += m * m // 4
+            size, per_row = tail, per_row * outer
+            bases = bases[heads:]
         group = COLUMNS * lanes
         pitch = group * item
         for first in range(0, height * per_row, group):
@@ -231,7 +248,8 @@ def _rows(panel, height, ld, width, side, turned, work, one):
             for back in range(2):
                 _turn(panel, ld, per_row, size, item, first, count, turned, pitch, back, one)
                 if not back:
-                    _columns(turned, size, pitch, group // lanes, bases, codes, work, one)
+                    vectors = (count + lanes - 1) // lanes
+                    _columns(turned, size, pitch, vectors, bases, codes, work, one)
         return
     radix = min(power // lanes, 1 << LOG_RADIX)
     span = radix * VECTOR_BYTES
@@ -275,23 +293,48 @@ def _save(src, dst, kind, dst_item, count, factor, weights, moving, one):
 
 
 @_kernel
-def sweep(first, last, src, dst, plan, before, after, memory, constants, scale):
+def sweep(
+    first,
+    last,
+    src_at,
+    src_kind,
+    src_item,
+    src_ld,
+    dst_at,
+    dst_kind,
+    dst_item,
+    dst_ld,
+    plan,
+    before_rows,
+    before_cols,
+    after_rows,
+    after_cols,
+    memory,
+    constants,
+    scale,
+):
     """Tiles ``first`` to ``last - 1`` of ``dst = scale · A' Lᵀ (A src B) R B'``.
 
+    Nothing here is a tuple: Numba takes longer to unpack some than to transform a short row.
+
     Args:
-        src, dst: ``(address, kind, item, ld)`` of a matrix.
-        plan: ``(shape, tile, strip, left, right, panel)`` as made by ``cpu._plan``: the matrix's
-            (rows, cols) and a tile's, the columns that the left side does at once, the two sides
-            as (size, power, bases, codes), and the panel's (ld, bytes, bytes of ``turned``).
-        before, after: ``(rows, cols)``, the diagonals A and B, A' and B': arrays that recur with
-            their length, empty for the identity.
+        src_at, src_kind, src_item, src_ld: a matrix, as a ``cpu.Matrix``; so is dst.
+        plan: int64 words: the matrix's rows and columns and a tile's, the columns that the left
+            side does at once, the panel's ld and bytes and those of ``turned``; of each side size,
+            power, tail, number of bases and address of codes; the bases of both.
+        before_rows, before_cols, after_rows, after_cols: the diagonals A, B, A' and B': arrays that
+            recur with their length, empty for the identity.
         memory: bytes for the panel, ``turned`` and ``work``.
         constants: ``COLUMNS`` vectors of zeros, one of ones; its dtype is the compute type.
+        scale: float64.
     """
-    src_at, src_kind, src_item, src_ld = src
-    dst_at, dst_kind, dst_item, dst_ld = dst
-    (rows, cols), (tile_rows, tile_cols), strip, left, right, (ld, panel_bytes, turned_bytes) = plan
+    rows, cols, tile_rows, tile_cols = plan[0], plan[1], plan[2], plan[3]
+    strip, ld, panel_bytes, turned_bytes = plan[4], plan[5], plan[6], plan[7]
+    split = PLAN_WORDS + plan[11]
+    left_size, left_codes, left_bases = plan[8], plan[12], plan[PLAN_WORDS:split]
+    right = plan[13], plan[14], plan[15], plan[split:], plan[17]
     one = constants[-1]
+    scale = type(one)(scale)
     lanes = lanes_of(one)
     item = VECTOR_BYTES // lanes
     zeros = address_of(constants)
@@ -301,18 +344,18 @@ def sweep(first, last, src, dst, plan, before, after, memory, constants, scale):
     work = (turned + turned_bytes, zeros)
     across = (cols + tile_cols - 1) // tile_cols
     batch = 1 if right[1] >= lanes else tile_rows
-    reading = AHEAD * src_ld if left[0] > 1 and tile_cols < cols else 0
+    reading = AHEAD * src_ld if left_size > 1 and tile_cols < cols else 0
     writing = AHEAD * dst_ld if reading else 0
     for tile in range(first, last):
         top, edge = tile // across * tile_rows, tile % across * tile_cols
         height, width = min(tile_rows, rows - top), min(tile_cols, cols - edge)
         factor, weights, moving = one, ones, 0
-        if before[1].size:
-            weights, moving = address_of(before[1]) + edge % before[1].size * item, 1
+        if before_cols.size:
+            weights, moving = address_of(before_cols) + edge % before_cols.size * item, 1
         for start in range(0, height, batch):
             for row in range(start, min(start + batch, height)):
-                if before[0].size:
-                    factor = before[0][(top + row) % before[0].size]
+                if before_rows.size:
+                    factor = before_rows[(top + row) % before_rows.size]
                 at, here = src_at + (top + row) * src_ld + edge * src_item, panel + row * ld
                 for line in range(0, reading and width * src_item, LINE_BYTES):
                     prefetch(at + reading + line, 0)
@@ -321,17 +364,17 @@ def sweep(first, last, src, dst, plan, before, after, memory, constants, scale):
                 here, rest = panel + start * ld, height - start
                 _rows(here, min(batch, rest), ld, width, right, turned, work, one)
         factor, weights, moving = scale, ones, 0
-        if after[1].size:
-            weights, moving = address_of(after[1]) + edge % after[1].size * item, 1
+        if after_cols.size:
+            weights, moving = address_of(after_cols) + edge % after_cols.size * item, 1
         for start in range(0, width, strip):
             count = min(strip, width - start)
             here = panel + start * item
-            if left[0] > 1:
+            if left_size > 1:
                 vectors = (count + lanes - 1) // lanes
-                _columns(here, left[0], ld, vectors, left[2], address_of(left[3]), work, one)
+                _columns(here, left_size, ld, vectors, left_bases, left_codes, work, one)
             for row in range(height):
-                if after[0].size:
-                    factor = scale * after[0][(top + row) % after[0].size]
+                if after_rows.size:
+                    factor = scale * after_rows[(top + row) % after_rows.size]
                 at = dst_at + (top + row) * dst_ld + (edge + start) * dst_item
                 for line in range(0, writing and count * dst_item, LINE_BYTES):
                     prefetch(at + writing + line, 1)

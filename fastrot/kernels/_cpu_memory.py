@@ -29,15 +29,32 @@ def _madvise() -> Any:
 
 
 def prepare_output(x: Tensor, out: Tensor) -> None:
-    """Ask for huge pages behind a large fresh result; refuse memory that cannot be written.
+    """:func:`ask_for_huge_pages` and :func:`require_writable`."""
+    ask_for_huge_pages(x, out)
+    require_writable(out)
+
+
+def ask_for_huge_pages(x: Tensor, out: Tensor) -> None:
+    """Of the memory behind a large fresh result (madvise(2), ``MADV_HUGEPAGE``).
 
     The first touch of fresh memory costs more than a transform, page by page; pages that exist
-    already are left alone (madvise(2), ``MADV_HUGEPAGE``). A kernel could only crash in memory
-    mapped for reading; the first and the last page are asked, from Linux 5.14 on.
+    already are left alone.
 
     Args:
         x: the tensor to be read.
         out: a matrix or contiguous; ``x`` itself if in place.
+    """
+    madvise = _madvise()
+    first, last = out.data_ptr(), _last(out)
+    if madvise is not None and first != x.data_ptr() and last - first >= HUGE_BYTES:
+        madvise(_page(first), last - _page(first), _HUGEPAGE)
+
+
+def require_writable(out: Tensor) -> None:
+    """Refuse memory that cannot be written, in which a kernel could only crash.
+
+    The first and the last page are asked, from Linux 5.14 on; at once if they are neighbours, since
+    a question takes as long as a short row.
 
     Raises:
         RotationError: ``out`` lies in memory that may be read but not written.
@@ -45,11 +62,10 @@ def prepare_output(x: Tensor, out: Tensor) -> None:
     madvise = _madvise()
     if madvise is None:
         return
-    first, last = out.data_ptr(), _last(out)
-    if first != x.data_ptr() and last - first >= HUGE_BYTES:
-        madvise(_page(first), last - _page(first), _HUGEPAGE)
-    for page in (_page(first), _page(last)):
-        if madvise(page, 1, _POPULATE_WRITE) and not madvise(page, 1, _POPULATE_READ):
+    first, last = _page(out.data_ptr()), _page(_last(out))
+    near = last - first <= mmap.PAGESIZE
+    for page, length in ((first, last + 1 - first),) if near else ((first, 1), (last, 1)):
+        if madvise(page, length, _POPULATE_WRITE) and not madvise(page, length, _POPULATE_READ):
             raise RotationError(
                 f"cannot write into a tensor of shape {tuple(out.shape)}: it lies in read-only "
                 "memory, such as a file mapped for reading; rotate a copy, or map the file "
@@ -63,5 +79,7 @@ def _page(address: int) -> int:
 
 def _last(out: Tensor) -> int:
     """The address of the last element."""
+    if out.is_contiguous():
+        return out.data_ptr() + out.nbytes - out.element_size()
     steps = zip(out.shape, out.stride(), strict=True)
     return int(out.data_ptr() + sum((size - 1) * step for size, step in steps) * out.element_size())

@@ -12,7 +12,7 @@ from fastrot.hadamard import base_matrix, factors
 from fastrot.kernels import _cpu_blocks as blocks
 from fastrot.kernels import _cpu_kernels as kernels
 from fastrot.kernels import _cpu_vectors as vectors
-from fastrot.kernels._cpu_memory import prepare_output
+from fastrot.kernels._cpu_memory import HUGE_BYTES, ask_for_huge_pages, require_writable
 from fastrot.kernels._cpu_threads import on_threads
 
 ROW_BYTES = 1 << 14
@@ -34,9 +34,24 @@ Matrix = tuple[int, int, int, int]
 
 
 class SweepPlan(NamedTuple):
-    """How a matrix is cut; the arguments of ``kernels.sweep`` are those of ``arguments``."""
+    """How a matrix is cut.
 
-    arguments: tuple[Any, ...]
+    Attributes:
+        words: what ``kernels.sweep`` takes as its plan.
+        codes: whose addresses are among the words.
+        constants: of the compute type, see :func:`constants_of`.
+        nothing: the identity as a pair of diagonals.
+        width: columns of a tile.
+        memory: bytes that a thread needs.
+        tasks: number of tiles.
+        step: tiles that a thread takes at a time.
+    """
+
+    words: NDArray[np.int64]
+    codes: tuple[NDArray[np.uint8], ...]
+    constants: NDArray[Any]
+    nothing: tuple[NDArray[Any], NDArray[Any]]
+    width: int
     memory: int
     tasks: int
     step: int
@@ -53,32 +68,64 @@ def transform(x: Tensor, out: Tensor, signs: Tensor | None, scale: float, transp
         scale: factor of the result.
         transpose: apply the transpose.
     """
-    outer, n, inner = x.shape
-    if x.numel() == 0:
-        return
-    prepare_output(x, out)
-    kind, item = KINDS[x.dtype]
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if x.numel():
+        require_writable(out)
+        outer, n, inner = x.shape
+        write(x, out, outer, n, inner, signs, scale, transpose)
+
+
+def write(
+    x: Tensor,
+    out: Tensor,
+    outer: int,
+    n: int,
+    inner: int,
+    signs: Tensor | None,
+    scale: float,
+    transpose: bool,
+) -> None:
+    """:func:`transform` of contiguous tensors of any shape, as ``(outer, n, inner)``.
+
+    ``out`` must be writable and not empty.
+    """
+    plan, large, kind, item, ld = _plan(outer, n, inner, transpose, x.dtype)
+    if large:
+        ask_for_huge_pages(x, out)
+    before = after = plan.nothing
+    if signs is not None:
+        weights = as_array(signs, torch.float64 if x.dtype == torch.float64 else torch.float32)
+        if inner > 1:
+            diagonals = weights, after[1]
+        else:
+            recurring = weights if plan.width == n else np.tile(weights, plan.width // n)
+            diagonals = before[0], recurring
+        before, after = (before, diagonals) if transpose else (diagonals, after)
+    source, target = (x.data_ptr(), kind, item, ld), (out.data_ptr(), kind, item, ld)
+    run(plan, source, target, before, after, scale)
+
+
+@lru_cache
+def _plan(
+    outer: int, n: int, inner: int, transpose: bool, dtype: torch.dtype
+) -> tuple[SweepPlan, bool, int, int, int]:
+    """A transform's plan, whether it is large; an element's kind and bytes, those of a row."""
+    kind, item = KINDS[dtype]
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    large = outer * n * inner * item >= HUGE_BYTES
     if inner == 1:
         plan = plan_sweep((1, outer * n), (1, False), (n, transpose), item, compute)
-    else:
-        plan = plan_sweep((outer * n, inner), (n, transpose), (1, False), item, compute)
-    before = after = none = no_diagonals(compute)
-    if signs is not None:
-        weights = as_array(signs, compute)
-        if inner == 1:
-            diagonals = none[0], np.tile(weights, plan.arguments[1][1] // n)
-        else:
-            diagonals = weights, none[0]
-        before, after = (none, diagonals) if transpose else (diagonals, none)
-    ld = plan.arguments[0][1] * item
-    source, target = (x.data_ptr(), kind, item, ld), (out.data_ptr(), kind, item, ld)
-    run(plan, source, target, before, after, scale, compute)
+        return plan, large, kind, item, outer * n * item
+    plan = plan_sweep((outer * n, inner), (n, transpose), (1, False), item, compute)
+    return plan, large, kind, item, inner * item
 
 
 def as_array(vector: Tensor, dtype: torch.dtype) -> NDArray[Any]:
     """A diagonal as the kernels take it."""
-    array: NDArray[Any] = vector.detach().to(dtype).contiguous().numpy()
+    array: NDArray[Any]
+    if vector.dtype == torch.int8:  # the usual signs, for which torch takes thrice the time
+        array = vector.numpy().astype(constants_of(dtype).dtype)
+        return array
+    array = vector.detach().to(dtype).contiguous().numpy()
     return array
 
 
@@ -98,12 +145,32 @@ def constants_of(dtype: torch.dtype) -> NDArray[Any]:
     return constants
 
 
+class _Side(NamedTuple):
+    """A Hadamard matrix for the kernels: its factors, and the codes of their signed sums.
+
+    ``tail`` is the order of those that act on turned blocks, see ``_cpu_kernels._rows``.
+    """
+
+    size: int
+    power: int
+    tail: int
+    bases: tuple[int, ...]
+    codes: NDArray[np.uint8]
+
+    def words(self) -> tuple[int, ...]:
+        return self.size, self.power, self.tail, len(self.bases), self.codes.ctypes.data
+
+
 @lru_cache
-def _side(size: int, transpose: bool) -> tuple[int, int, NDArray[np.int64], NDArray[np.uint8]]:
-    """A Hadamard matrix for the kernels: size, power, bases, codes of their signed sums."""
+def _side(size: int, transpose: bool, lanes: int) -> _Side:
     bases, power = factors(size)
     codes = [np.empty(0, np.uint8), *(_codes(m, transpose) for m in bases)]
-    return size, power, np.array(bases, np.int64), np.concatenate(codes)
+    tail = size
+    for m in bases:
+        if tail // m % lanes:
+            break
+        tail //= m
+    return _Side(size, power, tail, bases, np.concatenate(codes))
 
 
 def _codes(m: int, transpose: bool) -> NDArray[np.uint8]:
@@ -127,8 +194,9 @@ def plan_sweep(
     rows, cols = shape
     item, vector = dtype.itemsize, vectors.VECTOR_BYTES
     lanes = vector // item
-    size, power = right[0], _side(*right)[1]
-    narrow = size > 1 and power < lanes
+    sides = _side(*left, lanes), _side(*right, lanes)
+    size = sides[1].size
+    narrow = size > 1 and sides[1].power < lanes
     if left[0] > 1:
         line = max(kernels.LINE_BYTES // storage, lanes)
         wanted = line * max(1, PANEL_BYTES // (left[0] * item * line))
@@ -143,14 +211,18 @@ def plan_sweep(
     ld = -(-tile[1] * item // vector) * vector
     if tile[0] > 1 and ld % (4 * vector) == 0:
         ld += vector  # rows a power of two apart would share few sets of the cache
-    turned = size * blocks.COLUMNS * vector if narrow else 0
-    sides = _side(*left), _side(*right)
-    largest = max([0, *sides[0][2], *sides[1][2]])
-    work = (blocks.TABLES * 16 + int(largest)) * blocks.COLUMNS * vector
+    turned = sides[1].tail * blocks.COLUMNS * vector if narrow else 0
+    bases = sides[0].bases + sides[1].bases
+    work = (blocks.TABLES * 16 + max(bases, default=0)) * blocks.COLUMNS * vector
     panel = ld, tile[0] * ld, turned
+    words = *shape, *tile, strip, *panel, *sides[0].words(), *sides[1].words(), *bases
     tasks = -(-rows // tile[0]) * -(-cols // tile[1])
     return SweepPlan(
-        arguments=(shape, tile, strip, *sides, panel),
+        words=np.array(words, np.int64),
+        codes=tuple(side.codes for side in sides),
+        constants=constants_of(dtype),
+        nothing=no_diagonals(dtype),
+        width=tile[1],
         memory=vector + panel[1] + turned + work,
         tasks=tasks,
         step=max(1, TASK_ELEMENTS // (tile[0] * tile[1])),
@@ -164,7 +236,6 @@ def run(
     before: tuple[NDArray[Any], NDArray[Any]],
     after: tuple[NDArray[Any], NDArray[Any]],
     scale: float,
-    dtype: torch.dtype,
     panels: list[NDArray[np.uint8]] | None = None,
 ) -> None:
     """Sweep all tiles, on the threads torch would use, or one for each of ``panels``.
@@ -176,29 +247,21 @@ def run(
         before: the diagonals of rows and columns before the transforms.
         after: those behind them.
         scale: factor of the result.
-        dtype: of the arithmetic.
         panels: memory of the threads, at least ``plan.memory`` bytes each; default, made here.
     """
-    constants = constants_of(dtype)
-    factor = constants.dtype.type(scale)
+    rest = *source, *target, plan.words, *before, *after
+    scale = float(scale)
+    if panels is None and plan.tasks <= plan.step:
+        memory = np.empty(plan.memory, np.uint8)
+        kernels.sweep(0, plan.tasks, *rest, memory, plan.constants, scale)
+        return
     starts = iter(range(0, plan.tasks, plan.step))
 
     def work(index: int) -> None:
         memory = np.empty(plan.memory, np.uint8) if panels is None else panels[index]
         for first in starts:
             last = min(first + plan.step, plan.tasks)
-            kernels.sweep(
-                first,
-                last,
-                source,
-                target,
-                plan.arguments,
-                before,
-                after,
-                memory,
-                constants,
-                factor,
-            )
+            kernels.sweep(first, last, *rest, memory, plan.constants, scale)
 
     threads = torch.get_num_threads() if panels is None else len(panels)
     on_threads(work, min(threads, -(-plan.tasks // plan.step)))

@@ -15,7 +15,6 @@ from fastrot.kernels.cpu import (
     Matrix,
     SweepPlan,
     as_array,
-    constants_of,
     no_diagonals,
     plan_sweep,
     run,
@@ -82,17 +81,14 @@ class MatrixRotation:
                 before,
                 after,
                 scale,
-                self.dtype,
                 workspace.panels,
             )
 
     def rehearse(self, source: Tensor, target: Tensor, workspace: Workspace) -> None:
         """Compile what a run calls, or load it from disk, by a sweep over nothing."""
-        dtype = self.dtype
-        nothing, constants = no_diagonals(dtype), constants_of(dtype)
-        plan, place = plan_sweep((1, 1), (1, False), (1, False), 4, dtype), (0, 0, 4, 4)
-        memory, one = np.empty(plan.memory, np.uint8), constants.dtype.type(1)
-        kernels.sweep(0, 0, place, place, plan.arguments, nothing, nothing, memory, constants, one)
+        plan, place = plan_sweep((1, 1), (1, False), (1, False), 4, self.dtype), (0, 0, 4, 4)
+        memory, none = np.empty(plan.memory, np.uint8), plan.nothing
+        kernels.sweep(0, 0, *place, *place, plan.words, *none, *none, memory, plan.constants, 1.0)
 
 
 def rotate_matrix(

@@ -22,9 +22,10 @@ from torch.nn import functional
 
 from fastrot.errors import RotationError
 from fastrot.hadamard import factors
+from fastrot.kernels.arguments import DTYPES, check_impl
 from fastrot.kernels.formats import Quantization, Quantized, empty_result, round_result
-from fastrot.kernels.op import DTYPES, _backend, _check_impl
 from fastrot.kernels.reference import compute_dtype
+from fastrot.kernels.run import backend
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
@@ -257,7 +258,7 @@ def _check(
             raise RotationError(f"{name} is on {value.device}, but the data on {x.device}")
     if quantize is not None:
         quantize.check(n)
-    _check_impl(impl, x.device)
+    check_impl(impl, x.device)
 
 
 @torch.library.custom_op("fastrot::fused_hadamard", mutates_args=())
@@ -305,7 +306,7 @@ def transformed(z: Tensor, signs: Tensor | None, block: int, scale: float, impl:
     y = torch.empty_like(source)
     if y.numel():
         view = source.view(-1, block, 1)
-        _backend(impl, z.device)(view, y.view(view.shape), signs, scale, False)
+        backend(impl, z.device)(view, y.view(view.shape), signs, scale, False)
     return y
 
 

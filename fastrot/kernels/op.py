@@ -1,22 +1,14 @@
-"""``hadamard_transform``: argument checks, the choice of an implementation, the torch operator."""
+"""``hadamard_transform`` and its torch operators: tracing, differentiation, dispatch."""
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 
 from fastrot.errors import RotationError
-from fastrot.hadamard import factors
-
-IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton")
-"""Values of ``impl``; ``auto`` follows the device."""
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-Transform = Callable[[Tensor, Tensor, Tensor | None, float, bool], None]
+from fastrot.kernels.arguments import check, check_out
+from fastrot.kernels.run import run, run_into
 
 
 def hadamard_transform(
@@ -28,6 +20,7 @@ def hadamard_transform(
     signs: Tensor | None = None,
     transpose: bool = False,
     impl: str = "auto",
+    out: Tensor | None = None,
 ) -> Tensor:
     """Multiply the vectors along one dimension by a Hadamard matrix: ``scale · (x D) H``.
 
@@ -45,22 +38,26 @@ def hadamard_transform(
         impl: ``"reference"`` (plain torch, any device), ``"cpu"`` (numba), ``"triton"`` (CUDA and
             ROCm tensors; CPU tensors under ``TRITON_INTERPRET=1``) or ``"auto"``: ``cpu`` for CPU
             tensors, ``triton`` for CUDA tensors, ``reference`` on any other device.
+        out: where the result goes: ``x`` itself, or another tensor of its shape, dtype and device.
+            As everywhere in torch, not while autograd records.
 
     Returns:
-        A new tensor of the shape and dtype of ``x``. Differentiable in ``x``, forwards and
-        backwards and under the transforms of ``torch.func``; traced by ``torch.compile`` and
-        ``torch.export`` as one operator.
+        ``out``, or a new tensor of the shape and dtype of ``x``, which is differentiable in ``x``,
+        forwards and backwards and under the transforms of ``torch.func``. ``torch.compile`` and
+        ``torch.export`` trace one operator.
 
     Raises:
         RotationError: no Hadamard matrix of that size, a block size that does not divide, an
             unknown or impossible ``impl``; signs that are not ±1, lie elsewhere or require
-            gradients; a scale that is no number.
+            gradients; a scale that is no number; an ``out`` that is not like ``x``, lies in
+            read-only memory, or is given where something differentiates.
         TypeError: ``x`` is not a tensor of one of the four dtypes.
 
     H is ordered naturally (Sylvester's) for powers of two; for ``m · 2^k`` see
     :func:`fastrot.hadamard.factors`.
     """
-    if not isinstance(x, Tensor) or not -x.dim() <= dim < x.dim():
+    dims = x.dim() if isinstance(x, Tensor) else 0
+    if not -dims <= dim < dims:
         what = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise RotationError(f"hadamard_transform needs a tensor with dimension {dim}, got {what}")
     if isinstance(scale, Tensor):
@@ -68,9 +65,14 @@ def hadamard_transform(
             "scale is a tensor, expected a number; pass float(scale), or multiply the result by it "
             "if it is learned"
         )
-    dim %= x.dim()
+    dim %= dims
     size = x.shape[dim] if block_size is None else block_size
-    return _call(x, signs, scale, size, dim, transpose, impl)
+    if out is None:
+        return _call(x, signs, scale, size, dim, transpose, impl)
+    if _is_transformed(x, signs) or _is_transformed(out, None):
+        raise RotationError(UNRECORDED)
+    _operator_into(x, signs, scale, size, dim, transpose, impl, out)
+    return out
 
 
 def _call(
@@ -94,108 +96,24 @@ def _is_transformed(x: Tensor, signs: Tensor | None) -> bool:
     """
     if torch._C._are_functorch_transforms_active():
         return True
-    tangent = unpack_dual(x).tangent
-    return tangent is not None or (signs is not None and unpack_dual(signs).tangent is not None)
-
-
-def _check(x: Tensor, signs: Tensor | None, size: int, dim: int, impl: str) -> None:
-    """Runs inside the operator, where no tracer follows it."""
-    if x.dtype not in DTYPES:
-        raise TypeError(
-            f"hadamard_transform takes float64, float32, bfloat16 or float16, got {x.dtype}"
-        )
-    if isinstance(size, int):  # a tracer's symbol is asked when it has a value
-        factors(size)
-    if x.shape[dim] % size:
-        raise RotationError(
-            f"block_size={size} does not divide dimension {dim} of {tuple(x.shape)}"
-        )
-    if signs is not None and signs.shape != (size,):
-        raise RotationError(f"signs has shape {tuple(signs.shape)}, expected ({size},)")
-    if signs is not None and signs.device != x.device:
-        raise RotationError(
-            f"signs lies on {signs.device} and x on {x.device}; pass signs.to(x.device)"
-        )
-    _check_impl(impl, x.device)
-
-
-def _check_signs(signs: Tensor) -> None:
-    wrong = (signs.abs() != 1).nonzero()
-    if len(wrong):
-        first = int(wrong[0])
-        raise RotationError(
-            f"signs[{first}] is {signs[first].item()}, not ±1; multiply x by that diagonal yourself"
-        )
-
-
-def _check_impl(impl: str, device: torch.device) -> None:
-    possible = {
-        "auto": True,
-        "reference": True,
-        "cpu": device.type in ("cpu", "meta"),
-        "triton": device.type in ("cuda", "cpu", "meta"),
-    }
-    if impl not in possible:
-        raise RotationError(f"impl={impl!r} is not one of {', '.join(IMPLEMENTATIONS)}")
-    if not possible[impl]:
-        usable = ", ".join(name for name in possible if possible[name])
-        raise RotationError(f"impl={impl!r} cannot run on a {device.type} tensor; use {usable}")
-
-
-def _backend(impl: str, device: torch.device) -> Transform:
-    if impl == "auto":
-        impl = {"cpu": "cpu", "cuda": "triton"}.get(device.type, "reference")
-    if impl == "cpu":
-        from fastrot.kernels.cpu import transform
-    elif impl == "triton":
-        from fastrot.kernels.gpu import transform
-    else:
-        from fastrot.kernels.reference import transform
-    return transform
+    if forward_ad._current_level < 0:  # no tangents anywhere
+        return False
+    given = x, x if signs is None else signs
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in given)
 
 
 NAME = "fastrot::hadamard_transform"
+_ARGUMENTS = "Tensor x, Tensor? signs, float scale, SymInt size, int dim, bool transpose, str impl"
 
-torch.library.define(
-    NAME,
-    "(Tensor x, Tensor? signs, float scale, SymInt size, int dim, bool transpose, str impl)"
-    " -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+_tags = (torch.Tag.pt2_compliant_tag,)
+torch.library.define(NAME, f"({_ARGUMENTS}) -> Tensor", tags=_tags)
+torch.library.define(f"{NAME}_into", f"({_ARGUMENTS}, Tensor(a!) out) -> ()", tags=_tags)
 _operator = torch.ops.fastrot.hadamard_transform.default
+_operator_into = torch.ops.fastrot.hadamard_transform_into.default
 
 
-def _run(
-    x: Tensor,
-    signs: Tensor | None,
-    scale: float,
-    size: int,
-    dim: int,
-    transpose: bool,
-    impl: str,
-) -> Tensor:
-    _check(x, signs, size, dim, impl)
-    if signs is not None and signs.device.type == "cpu":
-        _check_signs(signs)
-    out = torch.empty_like(x)
-    if x.numel() == 0:
-        return out
-    source, target = x, out
-    if dim == x.dim() - 1 and out.stride(-1) == 1 and not x.is_contiguous():
-        # The leading dimensions only enumerate vectors: take them in memory order.
-        order = sorted(range(dim), key=out.stride, reverse=True)
-        source, target = x.permute(*order, dim), out.permute(*order, dim)
-    source = source.contiguous()
-    result = target if target.is_contiguous() else torch.empty_like(source)
-    shape = (-1, size, math.prod(source.shape[dim + 1 :]))
-    transform = _backend(impl, x.device)
-    transform(source.view(shape), result.view(shape), signs, scale, transpose)
-    if result is not target:
-        target.copy_(result)
-    return out
-
-
-torch.library.impl(NAME, "default", _run)
+torch.library.impl(NAME, "default", run)
+torch.library.impl(f"{NAME}_into", "default", run_into)
 
 
 @torch.library.register_fake(NAME)
@@ -208,8 +126,23 @@ def _(
     transpose: bool,
     impl: str,
 ) -> Tensor:
-    _check(x, signs, size, dim, impl)
+    check(x, signs, size, dim, impl)
     return torch.empty_like(x)
+
+
+@torch.library.register_fake(f"{NAME}_into")
+def _(
+    x: Tensor,
+    signs: Tensor | None,
+    scale: float,
+    size: int,
+    dim: int,
+    transpose: bool,
+    impl: str,
+    out: Tensor,
+) -> None:
+    check(x, signs, size, dim, impl)
+    check_out(x, out)
 
 
 class _Transform(torch.autograd.Function):
@@ -276,10 +209,68 @@ def _transformed(*arguments: Any) -> Tensor:
     return _Transform.apply(*arguments)
 
 
+UNRECORDED = (
+    "out= can't be differentiated or transformed by torch.func; leave it out, detach the tensors, "
+    "or call under torch.no_grad()"
+)
+
 LEARNED_SIGNS = (
     "signs can't be differentiated, they are constants of ±1; detach them, or multiply x by a "
     "learned diagonal yourself"
 )
 
-torch.library.register_autograd(NAME, _Transform.backward, setup_context=_Transform.setup_context)
 torch.library.register_vmap(NAME, _Transform.vmap)
+
+_library = torch.library.Library("fastrot", "FRAGMENT")
+_keys = torch._C.DispatchKey
+# What reaches the kernels below for tensors on the CPU that no mode and no subclass looks at.
+_PLAIN = (
+    torch._C.DispatchKeySet(_keys.CPU) | torch._C.DispatchKeySet(_keys.AutogradCPU)
+).raw_repr()
+
+
+def _recorded(
+    keys: torch._C.DispatchKeySet,
+    x: Tensor,
+    signs: Tensor | None,
+    scale: float,
+    size: int,
+    dim: int,
+    transpose: bool,
+    impl: str,
+) -> Tensor:
+    """What ``register_autograd`` would make, without a second dispatch where none is needed."""
+    if torch.is_grad_enabled() and (x.requires_grad or (signs is not None and signs.requires_grad)):
+        return _Transform.apply(x, signs, scale, size, dim, transpose, impl)  # type: ignore[no-any-return]
+    if keys.raw_repr() == _PLAIN:
+        return run(x, signs, scale, size, dim, transpose, impl)
+    with torch._C._AutoDispatchBelowAutograd():
+        keys = keys & torch._C._after_autograd_keyset
+        return _operator.redispatch(keys, x, signs, scale, size, dim, transpose, impl)
+
+
+def _recorded_into(
+    keys: torch._C.DispatchKeySet,
+    x: Tensor,
+    signs: Tensor | None,
+    scale: float,
+    size: int,
+    dim: int,
+    transpose: bool,
+    impl: str,
+    out: Tensor,
+) -> None:
+    given = x, out, signs
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given):
+        raise RotationError(UNRECORDED)
+    if not out.is_inference():  # an operator's write is unknown to autograd until it is told
+        torch.autograd.graph.increment_version(out)
+    if keys.raw_repr() == _PLAIN:
+        return run_into(x, signs, scale, size, dim, transpose, impl, out)
+    with torch._C._AutoDispatchBelowAutograd():
+        keys = keys & torch._C._after_autograd_keyset
+        _operator_into.redispatch(keys, x, signs, scale, size, dim, transpose, impl, out)
+
+
+_library.impl("hadamard_transform", _recorded, "Autograd", with_keyset=True)
+_library.impl("hadamard_transform_into", _recorded_into, "Autograd", with_keyset=True)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fastrot.errors import RotationError
 from fastrot.hadamard import factors
+from fastrot.kernels.arguments import DTYPES, check_impl
 from fastrot.kernels.formats import Quantization, Quantized, empty_result, round_result
 from fastrot.kernels.fused import on_triton, quantization, transformed
-from fastrot.kernels.op import DTYPES, _check_impl
 from fastrot.kernels.reference import compute_dtype
 
 
@@ -161,7 +161,7 @@ def _check(
         for x in (k, v):
             if x is not None:
                 quantize.check(x.shape[-1])
-    _check_impl(impl, q.device)
+    check_impl(impl, q.device)
 
 
 def _embed(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

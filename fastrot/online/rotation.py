@@ -50,9 +50,8 @@ class OnlineRotation(nn.Module):
         """The operand as :meth:`fastrot.Rotation.apply` takes it."""
         if not self._has_operand:
             return None
-        return (
-            self.operand if self.operand.dtype == torch.int8 else self.operand.view(torch.float64)
-        )
+        operand = self.operand
+        return operand if operand.dtype == torch.int8 else operand.view(torch.float64)
 
     @property
     def _has_operand(self) -> bool:
@@ -66,7 +65,9 @@ class OnlineRotation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Rotate ``x``, ``(..., size)`` of any floating dtype; the result has the same."""
         wide = x.to(torch.float64) if self.dtype == torch.float64 else x
-        y = self.rotation.apply(wide, inverse=self.inverse, operand=self.value).to(x.dtype)
+        y = self.rotation.apply(wide, inverse=self.inverse, operand=self.value)
+        if y.dtype != x.dtype:  # asked, since a decode step pays for a conversion that does nothing
+            y = y.to(x.dtype)
         if x.dtype == torch.float16:
             # A sum may be larger than float16 holds where no term is: finite in, finite out.
             return y.clamp(-FLOAT16_MAX, FLOAT16_MAX)

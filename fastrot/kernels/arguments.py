@@ -1,0 +1,81 @@
+"""What every transform asks of its arguments."""
+
+import torch
+from torch import Tensor
+
+from fastrot.errors import RotationError
+from fastrot.hadamard import factors
+
+IMPLEMENTATIONS = ("auto", "reference", "cpu", "triton")
+"""Values of ``impl``; ``auto`` follows the device."""
+
+SIGN_BYTES = b"\x01\xff"
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check(x: Tensor, signs: Tensor | None, size: int, dim: int, impl: str) -> None:
+    """Runs inside the operator, where no tracer follows it."""
+    if x.dtype not in DTYPES:
+        raise TypeError(
+            f"hadamard_transform takes float64, float32, bfloat16 or float16, got {x.dtype}"
+        )
+    if isinstance(size, int):  # a tracer's symbol is asked when it has a value
+        factors(size)
+    if x.shape[dim] % size:
+        raise RotationError(
+            f"block_size={size} does not divide dimension {dim} of {tuple(x.shape)}"
+        )
+    if signs is not None and signs.shape != (size,):
+        raise RotationError(f"signs has shape {tuple(signs.shape)}, expected ({size},)")
+    if signs is not None and signs.device != x.device:
+        raise RotationError(
+            f"signs lies on {signs.device} and x on {x.device}; pass signs.to(x.device)"
+        )
+    check_impl(impl, x.device)
+
+
+def check_out(x: Tensor, out: Tensor) -> None:
+    """Refuse an ``out`` that can't take the result of transforming ``x``."""
+    for name in ("shape", "dtype", "device"):
+        mine, theirs = getattr(out, name), getattr(x, name)
+        if mine != theirs:
+            shown = (tuple(mine), tuple(theirs)) if name == "shape" else (mine, theirs)
+            raise RotationError(f"out has {name} {shown[0]} and x {shown[1]}; they must agree")
+
+    if any(step == 0 and size > 1 for size, step in zip(out.shape, out.stride(), strict=True)):
+        raise RotationError(
+            f"out has more than one element in one place (strides {out.stride()}); pass out.clone()"
+        )
+
+
+def check_signs(signs: Tensor) -> None:
+    """Refuse other values than ±1; on a GPU this waits for the device."""
+    if signs.is_cpu and signs.dtype == torch.int8:
+        # A fifth of the time of what follows, which a decode step would notice.
+        others = signs.numpy().tobytes().translate(None, SIGN_BYTES)
+        if not others:
+            return
+    wrong = (signs.abs() != 1).nonzero()
+    if len(wrong):
+        first = int(wrong[0])
+        raise RotationError(
+            f"signs[{first}] is {signs[first].item()}, not ±1; multiply x by that diagonal yourself"
+        )
+
+
+def check_impl(impl: str, device: torch.device) -> None:
+    """Refuse an unknown implementation, or one that can't run on ``device``."""
+    if impl == "auto":
+        return
+    possible = {
+        "auto": True,
+        "reference": True,
+        "cpu": device.type in ("cpu", "meta"),
+        "triton": device.type in ("cuda", "cpu", "meta"),
+    }
+    if impl not in possible:
+        raise RotationError(f"impl={impl!r} is not one of {', '.join(IMPLEMENTATIONS)}")
+    if not possible[impl]:
+        usable = ", ".join(name for name in possible if possible[name])
+        raise RotationError(f"impl={impl!r} cannot run on a {device.type} tensor; use {usable}")
