@@ -101,7 +101,13 @@ def write(
             diagonals = before[0], recurring
         before, after = (before, diagonals) if transpose else (diagonals, after)
     source, target = (x.data_ptr(), kind, item, ld), (out.data_ptr(), kind, item, ld)
-    run(plan, source, target, before, after, scale)
+    if plan.tasks > plan.step:
+        run(plan, source, target, before, after, scale)
+        return
+    words, constants = plan.words, plan.constants
+    memory = np.empty(plan.memory, np.uint8)
+    last, scale = plan.tasks, float(scale)
+    kernels.sweep(0, last, *source, *target, words, *before, *after, memory, constants, scale)
 
 
 @lru_cache
@@ -251,10 +257,6 @@ def run(
     """
     rest = *source, *target, plan.words, *before, *after
     scale = float(scale)
-    if panels is None and plan.tasks <= plan.step:
-        memory = np.empty(plan.memory, np.uint8)
-        kernels.sweep(0, plan.tasks, *rest, memory, plan.constants, scale)
-        return
     starts = iter(range(0, plan.tasks, plan.step))
 
     def work(index: int) -> None:
