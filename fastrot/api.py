@@ -54,10 +54,10 @@ def plan(
     check_complete(model)
     recipe = Recipe.of(rotations, options)
     check_flag("trust", trust)
-    config, mapping, norms = configured(model, recipe)
+    config, mapping, norms, matrices = configured(model, recipe)
     check_first_time(model, config)
     dtype = recipe.precision or torch.float64
-    made = resolve(model, config, norms, recipe.seed, mapping, dtype, recipe.by_table)
+    made = resolve(model, config, norms, recipe.seed, mapping, dtype, recipe.by_table, matrices)
     return check(model, made, trust=trust)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from fastrot.errors import RotationError
 from fastrot.mapping import ROTATIONS, NormMapping, as_norm_mapping
+from fastrot.rotation import MATRIX, Rotation
 
 
 def parse_rotations(rotations: str | Sequence[str]) -> tuple[str, ...]:
@@ -43,3 +44,34 @@ def parse_norms(value: Sequence[Any] | None) -> tuple[NormMapping, ...] | None:
     if isinstance(value, (str, MappingABC)) or not isinstance(value, Iterable):
         raise TypeError(f"norm_mappings must be a list of NormMapping, got {value!r}")
     return tuple(map(as_norm_mapping, value))
+
+
+def parse_matrices(value: Any, rotations: Sequence[str]) -> dict[str, tuple[Rotation, ...]]:
+    """The matrices that a caller gives, checked: for each name one, or one for each layer."""
+    if value is None:
+        return {}
+    if not isinstance(value, MappingABC):
+        raise TypeError(f"matrices must be a dict such as {{'R1': q}}, got {value!r:.60}")
+    found: dict[str, tuple[Rotation, ...]] = {}
+    for name, given in value.items():
+        upper = name.upper() if isinstance(name, str) else name
+        if upper not in rotations or upper in found:
+            what = "named twice" if upper in found else f"not one of {', '.join(rotations)}"
+            raise RotationError(f"matrices: {name!r} is {what}")
+        several = isinstance(given, (list, tuple))
+        items = tuple(given) if several else (given,)
+        if not items:
+            raise RotationError(f"matrices: the list of {upper} is empty")
+        made = []
+        for number, item in enumerate(items):
+            where = f"matrices: {upper}" + (f" of layer {number}" if several else "")
+            try:
+                made.append(item if isinstance(item, Rotation) else Rotation.from_matrix(item))
+            except (RotationError, TypeError) as error:
+                raise type(error)(f"{where}: {error}") from None
+            if made[-1].kind != MATRIX or made[-1].size != made[0].size:
+                raise RotationError(
+                    f"{where}: {made[-1]} is not a given matrix of order {made[0].size}"
+                )
+        found[upper] = tuple(made)
+    return found

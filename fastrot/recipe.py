@@ -3,16 +3,16 @@
 import inspect
 from collections.abc import Callable, Sequence
 from collections.abc import Mapping as MappingABC
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, TypeVar
 
 import torch
 
-from fastrot.arguments import parse_norms, parse_rotations, parse_seed
+from fastrot.arguments import parse_matrices, parse_norms, parse_rotations, parse_seed
 from fastrot.checks import check_flag
 from fastrot.errors import RotationError
 from fastrot.mapping import Mapping, NormMapping, as_mapping
-from fastrot.rotation import KINDS
+from fastrot.rotation import KINDS, Rotation
 from fastrot.transform_config import TransformConfig, parse_precision, parse_transform_config
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -38,6 +38,8 @@ class Recipe:
         seed: of everything random.
         precision: dtype of the arithmetic, float64 or float32; online it is at least that of the
             activations. Default: float64 on weights, float32 on activations.
+        matrices: orthogonal matrices of your own, learned for example, by the name of the rotation:
+            one, or for R2, R3 and R4 a list with one for each layer. Their order is the block size.
         mappings: the roles of a model that fastrot's table does not list.
         norm_mappings: its norms and their readers.
         transform_config: compressed-tensors' ``TransformConfig`` (object or dict); replaces
@@ -56,6 +58,7 @@ class Recipe:
     block_size: int | MappingABC[str, int] | None = None
     seed: int = 0
     precision: torch.dtype | None = None
+    matrices: MappingABC[str, tuple[Rotation, ...]] = field(default_factory=dict)
     mappings: Mapping | None = None
     norm_mappings: tuple[NormMapping, ...] | None = None
     transform_config: TransformConfig | None = None
@@ -67,6 +70,9 @@ class Recipe:
         self._set("rotations", parse_rotations(self.rotations))
         if self.mappings is not None:
             self._set("mappings", as_mapping(self.mappings))
+        self._set("matrices", parse_matrices(self.matrices, self.rotations))
+        if self.matrices and self.transform_config is not None:
+            raise RotationError("matrices are for rotations, not for a transform_config")
         check_flag("randomize", self.randomize)
         if self.transform_type not in KINDS:
             raise RotationError(
@@ -108,7 +114,10 @@ def takes_recipe(function: Function) -> Function:
     own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     options = [
         inspect.Parameter(
-            f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type
+            f.name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None if f.default is MISSING else f.default,
+            annotation=f.type,
         )
         for f in fields(Recipe)
         if f.name not in signature.parameters

@@ -22,6 +22,7 @@ from fastrot.errors import HalfRotatedError, RecordError
 from fastrot.journal import Journal
 from fastrot.online import OnlineRotation, acts_on, installed
 from fastrot.resolve import resolve_online
+from fastrot.rotation import MATRIX, digest
 from fastrot.transform_config import TransformConfig, parse_transform_config
 
 if TYPE_CHECKING:
@@ -112,13 +113,8 @@ def check_online(model: "PreTrainedModel") -> None:
     for name, module in model.named_modules():
         if not isinstance(module, OnlineRotation):
             continue
-        expected = module.rotation.operand
-        seeded = expected is not None and module.rotation.kind != "random-matrix"
-        if not module.is_orthogonal():
-            problem = "is missing, or damaged"
-        elif seeded and not torch.equal(module.operand.cpu(), expected):  # type: ignore[arg-type]
-            problem = f"is not what its recorded seed {module.rotation.seed} makes"
-        else:
+        problem = _problem(module)
+        if problem is None:
             continue
         raise RecordError(
             f"the operand of {module.group}, {name} ({module.rotation}), {problem}; save the model "
@@ -131,6 +127,20 @@ def check_online(model: "PreTrainedModel") -> None:
             "with: its layers, their sizes, or a random matrix differ; save the model again, or "
             "take the rotations off (fastrot.remove) before its layers are changed"
         )
+
+
+def _problem(module: OnlineRotation) -> str | None:
+    """What is wrong with the operand of an online rotation, in words."""
+    rotation, value = module.rotation, module.value
+    if not module.is_orthogonal():
+        return "is missing, or damaged"
+    if rotation.kind == MATRIX:
+        assert value is not None
+        return None if digest(value.cpu()) == rotation.label else "is not the recorded matrix"
+    # The last digits of a random matrix depend on the machine that made it.
+    if value is None or rotation.dense or torch.equal(module.operand.cpu(), rotation.operand):  # type: ignore[arg-type]
+        return None
+    return f"is not what its recorded seed {rotation.seed} makes"
 
 
 def applied_groups(config: Any) -> list[str]:

@@ -18,6 +18,7 @@ from fastrot.mapping import STREAM
 from fastrot.online import installed, rotation_at, uninstall
 from fastrot.record import applications, own_config, retrace, sealed, without_groups
 from fastrot.resolve import resolve
+from fastrot.rotation import MATRIX, Rotation
 from fastrot.transform_config import TransformConfig
 
 if TYPE_CHECKING:
@@ -51,8 +52,13 @@ def remove(
 
 
 def _remove(model: "PreTrainedModel", groups: str | Iterable[str] | None, undo: Undo) -> None:
+    matrices = {
+        Rotation.from_matrix(online.value.cpu(), fixes_ones=online.rotation.fixes_ones)
+        for _, _, online in installed(model)
+        if online.rotation.kind == MATRIX and online.value is not None
+    }
     plans = [
-        (name, resolve(model, TransformConfig({name: scheme}), (), seed))
+        (name, resolve(model, TransformConfig({name: scheme}), (), seed, matrices=matrices))
         for seed, config in applications(getattr(model, "config", None))
         for name, scheme in config.config_groups.items()
     ]

@@ -13,8 +13,13 @@ from fastrot.errors import RotationError
 from fastrot.hadamard import block_sizes, factors, hadamard_matrix
 from fastrot.kernels import hadamard_transform
 
-RotationKind = Literal["hadamard", "random-hadamard", "random-matrix"]
-KINDS: tuple[RotationKind, ...] = get_args(RotationKind)
+RotationKind = Literal["hadamard", "random-hadamard", "random-matrix", "matrix"]
+MATRIX: RotationKind = "matrix"
+KINDS = tuple(kind for kind in get_args(RotationKind) if kind != MATRIX)
+"""The kinds that a name and a seed describe."""
+
+ORTHOGONAL = 1e-12
+"""Largest entry of ``QᵀQ - I`` in float64 of a matrix that counts as orthogonal."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,8 @@ class Rotation:
 
     ``B`` is ``H/√b`` (``hadamard``), ``D·H/√b`` with seeded signs ``D`` (``random-hadamard``), or
     distributed uniformly over the orthogonal group (``random-matrix``; Stewart, "The efficient
-    generation of random orthogonal matrices", 1980). The inverse is always the transpose.
+    generation of random orthogonal matrices", 1980), or given (``matrix``, see
+    :meth:`from_matrix`). The inverse is always the transpose.
 
     With ``fixes_ones`` each block maps the all-ones vector to itself, so that the rotation commutes
     with centring and thus with LayerNorm. It is ``S·H·D·Hᵀ·S/b`` then, where the signs ``S`` are
@@ -32,13 +38,15 @@ class Rotation:
     ``random-matrix`` is uniform among the orthogonal matrices that fix the ones.
 
     Attributes:
-        kind: one of the three above.
+        kind: one of the four above.
         size: order of ``Q``.
         block_size: order ``b`` of ``B``; None means ``size``.
         seed: the source of all randomness, together with ``label``.
-        label: distinguishes rotations of one seed, for example ``"R2.model.layers.3"``.
+        label: distinguishes rotations of one seed, for example ``"R2.model.layers.3"``; of a given
+            matrix its digest, by which two are equal.
         fixes_ones: map the all-ones vector to itself.
         unit: a rotation with the same block, whose operand this one shares instead of its own.
+        given: the block of a ``matrix``; None where it has yet to be loaded.
 
     Raises:
         RotationError: an unknown kind, a block size that does not divide, or an order for which no
@@ -52,9 +60,10 @@ class Rotation:
     label: str = ""
     fixes_ones: bool = False
     unit: "Rotation | None" = field(default=None, compare=False, repr=False)
+    given: Tensor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
+        if self.kind not in (*KINDS, MATRIX):
             raise RotationError(f"rotation kind {self.kind!r} is not one of {', '.join(KINDS)}")
         if self.size < 1:
             raise RotationError(f"rotation size {self.size} is not positive")
@@ -62,11 +71,54 @@ class Rotation:
             near = sorted(block_sizes(self.size), key=lambda size: abs(size - self.block))[:4]
             way = f"; {', '.join(map(str, sorted(near)))} would work" if near else ""
             raise RotationError(f"block_size={self.block_size} does not divide {self.size}{way}")
-        if self.kind != "random-matrix":
+        if not self.dense:
             factors(self.block)
 
+    @classmethod
+    def from_matrix(cls, matrix: Tensor, *, fixes_ones: bool = False) -> "Rotation":
+        """The rotation by a given matrix, learned for example.
+
+        Args:
+            matrix: ``(n, n)``, floating point, orthogonal in float64; it is copied.
+            fixes_ones: it maps the all-ones vector to itself, which R1 needs on models with
+                LayerNorm.
+
+        Raises:
+            RotationError: ``|QᵀQ - I|`` has an entry above 1e-12, or the ones are not fixed.
+            TypeError: no floating-point tensor.
+        """
+        if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
+            what = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
+            raise TypeError(f"a rotation needs a floating-point matrix, got {what}")
+        if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.numel():
+            raise RotationError(f"a rotation needs a square matrix, got {tuple(matrix.shape)}")
+        q = matrix.detach().to("cpu", torch.float64, copy=True).contiguous()
+        error = float((q.T @ q - torch.eye(len(q), dtype=q.dtype)).abs().max())
+        if not error <= ORTHOGONAL:
+            raise RotationError(
+                f"the matrix of order {len(q)} is not orthogonal, |QᵀQ - I| reaches {error:.1e}, "
+                f"more than {ORTHOGONAL:g}; orthogonalise it in float64, by its QR decomposition "
+                "or U Vᵀ of its singular value decomposition"
+            )
+        if fixes_ones and not float((q.sum(0) - 1).abs().max()) <= 1e-10:
+            raise RotationError(
+                f"the matrix of order {len(q)} does not map the all-ones vector to itself, as a "
+                "model with LayerNorm needs it"
+            )
+        return cls(MATRIX, len(q), None, 0, digest(q), fixes_ones, given=q)
+
+    @property
+    def dense(self) -> bool:
+        """Whether the block is a dense matrix, not a Hadamard matrix and signs."""
+        return self.kind in ("random-matrix", MATRIX)
+
+    @property
+    def known(self) -> bool:
+        """Whether there is an operand; the matrix of another process has yet to be loaded."""
+        return self.kind != MATRIX or (self.unit or self).given is not None
+
     def __getstate__(self) -> dict[str, Any]:
-        """Without operands: whoever needs them elsewhere makes them, or has saved them."""
+        """Without operands that can be made again."""
         return {f.name: getattr(self, f.name) for f in fields(self)} | {"unit": None}
 
     @property
@@ -79,13 +131,20 @@ class Rotation:
         """What defines the block besides its order, on the CPU.
 
         None for ``hadamard``, unless it fixes the ones; the signs ``D``, ``(b,)`` int8, for
-        ``random-hadamard``; the block itself, ``(b, b)`` float64, for ``random-matrix``. The signs
+        ``random-hadamard``; the block itself, ``(b, b)`` float64, where it is dense. The signs
         are bits of SHAKE-256 over seed, label and order, so that no library version can change
         them; the random matrix comes from a QR decomposition, whose last digits depend on the
         machine.
         """
         if self.unit is not None:
             return self.unit.operand
+        if self.kind == MATRIX:
+            if self.given is None:
+                raise RotationError(
+                    f"the matrix {self.label[:12]}… of order {self.block} is not here; a plan that "
+                    "was read from JSON needs its matrices, Plan.from_dict(data, matrices)"
+                )
+            return self.given
         if self.kind == "hadamard":
             return self._signs("fixes-ones") if self.fixes_ones else None
         name = f"{self.seed}:{self.label}"
@@ -131,7 +190,7 @@ class Rotation:
             dim: where the vectors lie.
             inverse: multiply by the transpose.
             operand: :attr:`operand` as it lies on the device of ``x``; default, copied there.
-            impl: as for :func:`fastrot.hadamard_transform`; without meaning for ``random-matrix``.
+            impl: as for :func:`fastrot.hadamard_transform`; without meaning for dense ones.
 
         Returns:
             A new tensor like ``x``.
@@ -145,7 +204,7 @@ class Rotation:
             )
         if operand is None and self.operand is not None:
             operand = self.operand.to(x.device)
-        if self.kind != "random-matrix" and not self.fixes_ones:
+        if not self.dense and not self.fixes_ones:
             block = self.block
             return hadamard_transform(
                 x,
@@ -157,7 +216,7 @@ class Rotation:
                 impl=impl,
             )
         assert operand is not None
-        if self.kind != "random-matrix":
+        if not self.dense:
             # The product is symmetric: its inverse is itself.
             options: dict[str, Any] = {
                 "scale": self.block**-0.5,
@@ -179,7 +238,7 @@ class Rotation:
 
     def matrix(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """The dense matrix ``Q``, ``(size, size)``, on the CPU."""
-        if self.kind == "random-matrix":
+        if self.dense:
             assert self.operand is not None
             block = self.operand
         else:
@@ -198,6 +257,11 @@ class Rotation:
         blocks = self.size // self.block
         order = f"{self.size}" if blocks == 1 else f"{blocks}x{self.block}"
         return f"{self.kind} {order}{', fixes ones' if self.fixes_ones else ''}"
+
+
+def digest(matrix: Tensor) -> str:
+    """Of a float64 matrix on the CPU, to tell whether two are one."""
+    return hashlib.sha256(matrix.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _bordered(q: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from fastrot.heads import check_heads, head_dim_of, key_dim_of
 from fastrot.mapping import PLACES, ROTATIONS, Mapping, NormMapping
 from fastrot.patterns import NoMatchError
 from fastrot.recipe import Recipe
+from fastrot.rotation import MATRIX, Rotation
 from fastrot.rows import UnsupportedRotationError, known_norms, roles_of
 from fastrot.sites import find_sites
 from fastrot.transform_config import TransformArgs, TransformConfig, TransformScheme
@@ -46,8 +47,11 @@ class Kind:
 
 def configured(
     model: "PreTrainedModel", recipe: Recipe
-) -> tuple[TransformConfig, Mapping | None, tuple[NormMapping, ...]]:
-    """What a recipe means for a model: rotations and their places, the roles of modules, norms.
+) -> tuple[TransformConfig, Mapping | None, tuple[NormMapping, ...], tuple[Rotation, ...]]:
+    """What a recipe means for a model.
+
+    Returns:
+        The rotations and their places, the roles of modules, the norms, the given matrices.
 
     Raises:
         UnsupportedRotationError: the model does not allow a rotation.
@@ -55,7 +59,7 @@ def configured(
     """
     if recipe.transform_config is not None:
         given = recipe.norm_mappings
-        return recipe.transform_config, None, known_norms(model) if given is None else given
+        return recipe.transform_config, None, known_norms(model) if given is None else given, ()
     wanted = recipe.rotations
     mapping, norms = roles_of(model, recipe.mappings, recipe.norm_mappings, wanted)
     for name in wanted:
@@ -65,33 +69,48 @@ def configured(
                 f"{PLACES[name]}"
             )
         SPINQUANT[name].check(model, mapping)
-    sizes = _block_sizes(model, mapping, wanted, recipe.block_size)
+    given_sizes = _given_sizes(wanted, recipe.block_size)
+    for name, (first, *others) in recipe.matrices.items():
+        if others and not SPINQUANT[name].per_layer:
+            raise RotationError(f"matrices: {name} acts on all layers alike; give one matrix")
+        if not isinstance(recipe.block_size, MappingABC):
+            given_sizes.pop(name, None)
+        if given_sizes.setdefault(name, first.size) != first.size:
+            raise RotationError(f"matrices: {name} has order {first.size}, its block_size another")
+    sizes = _block_sizes(model, mapping, wanted, given_sizes)
     centred = any(norm.kind == "layer" for norm in norms)
-    schemes = {
-        name: TransformScheme(
-            type=recipe.transform_type,
-            apply=SPINQUANT[name].places(mapping),
-            randomize=recipe.randomize and SPINQUANT[name].per_layer,
+    schemes: dict[str, TransformScheme] = {}
+    used: list[Rotation] = []
+    for name in wanted:
+        kind = SPINQUANT[name]
+        fixes_ones = centred and kind.through_norms
+        matrices = recipe.matrices.get(name, ())
+        if fixes_ones:
+            matrices = tuple(Rotation.from_matrix(m.matrix(), fixes_ones=True) for m in matrices)
+        used += matrices
+        schemes[name] = TransformScheme(
+            type=MATRIX if matrices else recipe.transform_type,
+            apply=kind.places(mapping),
+            randomize=recipe.randomize and kind.per_layer and not matrices,
             head_dim=sizes[name],
             precision=recipe.precision or torch.float32,
-            fixes_ones=centred and SPINQUANT[name].through_norms,
+            fixes_ones=fixes_ones,
+            matrices=tuple(matrix.label for matrix in matrices),
         )
-        for name in wanted
-    }
-    return TransformConfig(schemes), mapping, norms
+    return TransformConfig(schemes), mapping, norms, tuple(used)
 
 
 def _block_sizes(
     model: "PreTrainedModel",
     mapping: Mapping,
     wanted: Sequence[str],
-    block_size: int | MappingABC[str, int] | None,
+    given: MappingABC[str, int],
 ) -> dict[str, int | None]:
     """The block of every rotation; None spans the whole dimension."""
     heads = {name: kind.head for name, kind in SPINQUANT.items() if kind.head and name in wanted}
     sizes: dict[str, int | None] = dict.fromkeys(ROTATIONS)
     sizes |= {name: head(model, mapping) for name, head in heads.items()}
-    for name, size in _given_sizes(wanted, block_size).items():
+    for name, size in given.items():
         if not isinstance(size, int) or isinstance(size, bool):
             raise TypeError(f"block_size of {name} must be an int, got {size!r}")
         if size < 1:

@@ -30,7 +30,7 @@ import torch
 from fastrot.checks import check_flag
 from fastrot.errors import RotationError
 from fastrot.mapping import as_patterns
-from fastrot.rotation import KINDS
+from fastrot.rotation import KINDS, MATRIX
 
 FUSED_LOCATIONS = ("weight_input", "weight_output")
 ATTENTION_LOCATIONS = ("q_attn", "k_cache")
@@ -75,13 +75,15 @@ class TransformScheme:
     """One rotation and all places where it acts.
 
     Attributes:
-        type: a :data:`~fastrot.rotation.RotationKind`.
+        type: a :data:`~fastrot.rotation.RotationKind`; ``matrix`` is beyond compressed-tensors'
+            schema.
         apply: the places.
         randomize: a rotation of its own for every decoder layer.
         requires_grad: learned transforms; refused, fastrot does not train rotations.
         head_dim: block size; None takes the whole dimension.
         precision: dtype of online arithmetic, at least that of the activations; fused arithmetic
             has a dtype of its own, float64 unless :func:`fastrot.apply` is told otherwise.
+        matrices: digests of the given matrices of type ``matrix``: one, or one for each layer.
     """
 
     type: str
@@ -91,9 +93,13 @@ class TransformScheme:
     head_dim: int | None = None
     precision: torch.dtype = torch.float32
     fixes_ones: bool = False
+    matrices: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.type not in KINDS:
+        object.__setattr__(self, "matrices", as_patterns("matrices", self.matrices))
+        if bool(self.matrices) != (self.type == MATRIX):
+            raise RotationError(f"transform type {self.type!r} with {len(self.matrices)} matrices")
+        if self.type not in (*KINDS, MATRIX):
             raise RotationError(f"transform type {self.type!r} is not one of {', '.join(KINDS)}")
         check_flag("requires_grad", self.requires_grad)
         if self.requires_grad:
@@ -123,8 +129,11 @@ class TransformConfig:
         groups = {name: asdict(scheme) for name, scheme in self.config_groups.items()}
         for group in groups.values():
             group["precision"] = str(group["precision"])
-            if not group["fixes_ones"]:
-                del group["fixes_ones"]
+            for name in ("fixes_ones", "matrices"):
+                if not group[name]:
+                    del group[name]
+            if "matrices" in group:
+                group["matrices"] = list(group["matrices"])
             group["apply"] = [
                 {**args, "targets": list(args["targets"]), "ignore": list(args["ignore"])}
                 for args in group["apply"]

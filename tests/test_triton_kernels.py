@@ -155,7 +155,8 @@ def test_round_trip() -> None:
 @pytest.mark.parametrize("backend", ["ampere", "hopper", "blackwell", "cdna"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_powers_of_two_take_one_pass(dtype: torch.dtype, backend: str) -> None:
-    narrow = (dtype, backend) == (torch.float32, "ampere")
+    # On Hopper two passes over 32768 float32 are faster than one, and more accurate.
+    narrow = dtype == torch.float32 and backend in ("ampere", "hopper")
     if backend == "blackwell" and not TRITON_SHARES_ACCUMULATORS:
         narrow = True
     limit = 16384 if narrow else 32768

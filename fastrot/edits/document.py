@@ -1,13 +1,15 @@
 """Plans as plain JSON data and back, each distinct rotation once."""
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
+
+from torch import Tensor
 
 from fastrot.edits.plan import Plan
 from fastrot.edits.steps import FoldedNorm, OnlineSite, Part, Rotate, Scale, WeightEdit
 from fastrot.errors import RotationError
-from fastrot.rotation import Rotation
+from fastrot.rotation import MATRIX, Rotation
 from fastrot.transform_config import parse_precision, parse_transform_config
 
 FORMAT = 1
@@ -112,7 +114,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
     )
 
 
-def plan_from_dict(data: Any) -> Plan:
+def plan_from_dict(data: Any, matrices: Mapping[str, Tensor]) -> Plan:
     """The plan that :func:`plan_to_dict` wrote.
 
     Raises:
@@ -121,10 +123,11 @@ def plan_from_dict(data: Any) -> Plan:
     given = _read(data, _PLAN, "plan")
     if given["format"] != FORMAT:
         raise RotationError(f"plan: format {given['format']} is not {FORMAT}, which this one reads")
-    rotations = [
-        Rotation(**_read(item, _ROTATION, f"plan, rotations[{i}]"))
-        for i, item in enumerate(given["rotations"])
-    ]
+    units = {name: Rotation.from_matrix(matrix) for name, matrix in matrices.items()}
+    rotations = []
+    for i, item in enumerate(given["rotations"]):
+        read = Rotation(**_read(item, _ROTATION, f"plan, rotations[{i}]"))
+        rotations.append(replace(read, unit=units.get(read.label) if read.kind == MATRIX else None))
 
     def rotation(number: int, where: str) -> Rotation:
         if not 0 <= number < len(rotations):

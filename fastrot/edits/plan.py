@@ -1,10 +1,13 @@
 """``Plan``: what happens to each parameter and module of a model, as data."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fastrot.edits.steps import FoldedNorm, OnlineSite, WeightEdit
+from torch import Tensor
+
+from fastrot.edits.steps import FoldedNorm, OnlineSite, Rotate, WeightEdit
+from fastrot.rotation import MATRIX
 from fastrot.transform_config import TransformConfig
 
 
@@ -42,6 +45,13 @@ class Plan:
         return (*(e.parameter for e in self.edits), *(n.parameter for n in self.written_norms))
 
     @property
+    def matrices(self) -> dict[str, Tensor]:
+        """The given matrices by their digests, which JSON data does not hold."""
+        steps = (step for edit in self.edits for step in edit.steps if isinstance(step, Rotate))
+        rotations = (*(step.rotation for step in steps), *(site.rotation for site in self.sites))
+        return {r.label: r.operand for r in rotations if r.kind == MATRIX and r.operand is not None}
+
+    @property
     def written_norms(self) -> tuple[FoldedNorm, ...]:
         """The norms that have a weight."""
         return tuple(norm for norm in self.norms if norm.weighted)
@@ -53,15 +63,19 @@ class Plan:
         return plan_to_dict(self)
 
     @staticmethod
-    def from_dict(data: Any) -> "Plan":
+    def from_dict(data: Any, matrices: Mapping[str, Tensor] | None = None) -> "Plan":
         """The plan that :meth:`to_dict` wrote.
+
+        Args:
+            data: what it wrote.
+            matrices: :attr:`matrices` of that plan; without them it can be read, but not applied.
 
         Raises:
             RotationError: names the field that is wrong, unknown or missing.
         """
         from fastrot.edits.document import plan_from_dict
 
-        return plan_from_dict(data)
+        return plan_from_dict(data, matrices or {})
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """One dict per parameter or module: name, shape, operations."""

@@ -215,10 +215,7 @@ def _rotation(
     x: Tensor, out: Tensor, left: list[_Step], right: list[_Step], dtype: torch.dtype
 ) -> "MatrixRotation | TritonRotation | TorchRotation":
     """What does it by a kernel where there is one for this memory, else by torch."""
-    dense = any(
-        isinstance(step, Rotate) and step.rotation.kind == "random-matrix"
-        for step in (*left, *right)
-    )
+    dense = any(isinstance(step, Rotate) and step.rotation.dense for step in (*left, *right))
     if x.stride(-1) == 1 and out.stride(-1) == 1 and not dense:
         sides = zip_longest(_sides(left), _sides(right), fillvalue=(None, None))
         stages = [Stage(on_left, on_right, g, h) for (on_left, h), (on_right, g) in sides]

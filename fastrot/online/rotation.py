@@ -1,5 +1,7 @@
 """The module that rotates activations."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -26,18 +28,19 @@ class OnlineRotation(nn.Module):
 
     def __init__(self, site: OnlineSite, device: torch.device, child: str | None = None):
         super().__init__()
-        self.rotation: Rotation = site.rotation
+        # Whoever pickles the model has the operand in the buffer.
+        self.rotation: Rotation = replace(site.rotation, unit=None, given=None)
         self.inverse = site.inverse
         self.group = site.group
         self.location = site.location
         self.child = child
         self.dtype = site.dtype
-        self.register_buffer("operand", self._stored(device))
+        self.register_buffer("operand", self._stored(site.rotation, device))
 
-    def _stored(self, device: torch.device) -> Tensor:
-        rotation = self.rotation
-        if rotation.kind == "random-matrix" and device.type == "meta":
-            return torch.empty((rotation.block, rotation.block), dtype=torch.int64, device=device)
+    def _stored(self, rotation: Rotation, device: torch.device) -> Tensor:
+        if rotation.dense and (device.type == "meta" or not rotation.known):
+            # Loading fills it; zeros are no rotation, and refused.
+            return torch.zeros((rotation.block, rotation.block), dtype=torch.int64, device=device)
         operand = rotation.operand
         if operand is None:
             return torch.ones(1, dtype=torch.int8, device=device)

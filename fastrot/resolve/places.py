@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 
+from fastrot.errors import RotationError
 from fastrot.index import Index
 from fastrot.rotation import Rotation
 from fastrot.transform_config import (
@@ -34,7 +35,9 @@ def rotation_of(
         ValueError: the size does not allow it.
     """
     kind, label = scheme.type, group
-    if scheme.randomize:
+    if scheme.matrices:
+        seed, label = 0, _matrix_of(group, scheme, name)
+    elif scheme.randomize:
         # One fixed matrix can't differ between layers: give each its signs.
         kind = "random-hadamard" if kind == "hadamard" else kind
         label = f"{group}.{layer_of(name)}"
@@ -51,6 +54,18 @@ def rotation_of(
         raise type(error)(f"{group} of {name}: {error}") from None
     unit = replace(rotation, size=rotation.block, block_size=None)
     return replace(rotation, unit=index.units.setdefault(unit, unit))
+
+
+def _matrix_of(group: str, scheme: TransformScheme, name: str) -> str:
+    """The digest of the matrix that is meant for the layer of ``name``."""
+    if len(scheme.matrices) == 1:
+        return scheme.matrices[0]
+    number = layer_of(name).rpartition(".")[2]
+    if not number.isdigit() or int(number) >= len(scheme.matrices):
+        raise RotationError(
+            f"{group} has {len(scheme.matrices)} matrices, one for each layer, but none for {name}"
+        )
+    return scheme.matrices[int(number)]
 
 
 def layer_of(name: str) -> str:

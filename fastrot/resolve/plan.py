@@ -1,6 +1,6 @@
 """From configuration, norms and mapping to the plan."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +15,7 @@ from fastrot.resolve.online import resolve_online
 from fastrot.resolve.places import places
 from fastrot.resolve.steps import Steps, rotate_sites
 from fastrot.resolve.ties import untie
+from fastrot.rotation import Rotation
 from fastrot.sites import find_sites
 from fastrot.transform_config import TransformConfig
 
@@ -30,6 +31,7 @@ def resolve(
     mapping: Mapping | None = None,
     dtype: torch.dtype = torch.float64,
     by_table: bool = True,
+    matrices: Iterable[Rotation] = (),
 ) -> Plan:
     """The plan of a configuration, from names and shapes alone.
 
@@ -41,11 +43,13 @@ def resolve(
         mapping: if given and ``config`` has a group R1, every parameter must have a role in it.
         dtype: of the arithmetic on weights.
         by_table: see :class:`~fastrot.edits.Plan`.
+        matrices: the given matrices that the configuration names by their digests.
 
     Raises:
         ValueError: anything that can't be done, naming the thing, its value and the way out.
     """
     index = Index(model)
+    index.units.update((matrix, matrix) for matrix in matrices)
     sites = resolve_online(index, config, seed)
     steps = Steps()
     rotate_sites(index, config, seed, steps)
