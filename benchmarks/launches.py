@@ -76,7 +76,7 @@ def rows_launch(
         width=source.itemsize + target.itemsize,
         dots=dots,
         trips=trips,
-        resident=tile.resident,
+        resident=tile.resident if c["PERSISTENT"] else 0,
         aligned=c["COLUMNS"] * narrowest % 16 == 0,
         signed=bool(signs),
         gathers=bool(signs) or TABLE.value in (c["LEFT"], c["RIGHT"]),

@@ -129,18 +129,18 @@ def apply(
 
 def _execute(model: "PreTrainedModel", made: Plan, undo: Undo, progress: bool) -> None:
     fusion = Fusion(model, made)
-    modules = make(model, made.sites)
+    modules = make(model, made.online)
     record = with_application(model.config, made)
     with Journal(
         fusion.overwritten, undo, lambda: mark_damaged(model, fusion.parameters)
     ) as journal:
         config = own_config(model, journal)
         clear_stale_mark(model, config, journal)
-        attach(model, made.sites, modules, journal)
-        if any(edit.source for edit in made.edits):
+        attach(model, made.online, modules, journal)
+        if any(edit.source for edit in made.weights):
             _forget_ties(model, config, journal)
         config.fastrot = sealed(record, model)
-        if made.sites:
+        if made.online:
             mark(config)
         retrace()
         fusion.run(journal, progress)

@@ -48,8 +48,6 @@ def parse_norms(value: Sequence[Any] | None) -> tuple[NormMapping, ...] | None:
 
 def parse_matrices(value: Any, rotations: Sequence[str]) -> dict[str, tuple[Rotation, ...]]:
     """The matrices that a caller gives, checked: for each name one, or one for each layer."""
-    if value is None:
-        return {}
     if not isinstance(value, MappingABC):
         raise TypeError(f"matrices must be a dict such as {{'R1': q}}, got {value!r:.60}")
     found: dict[str, tuple[Rotation, ...]] = {}

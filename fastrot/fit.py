@@ -54,20 +54,20 @@ def check(model: "PreTrainedModel", plan: Plan, *, trust: bool = False) -> Plan:
     check_model(model)
     check_flag("trust", trust)
     check_first_time(model, plan.transform_config)
-    if not plan.edits and not plan.sites:
+    if not plan.weights and not plan.online:
         groups = ", ".join(plan.transform_config.config_groups)
         raise RotationError(
             f"transform_config describes no transform: {groups} names no place in 'apply'"
         )
     _check_same(model, plan)
     check_weights(model, plan)
-    if plan.sites and getattr(model, "use_kernels", False):
+    if plan.online and getattr(model, "use_kernels", False):
         raise RotationError(
             "the model uses kernels from the hub, which replace whole modules and pass by the "
             "rotations inside; call model.set_use_kernels(False) first"
         )
     loaded = not on_meta(model)
-    for site in plan.sites:
+    for site in plan.online:
         if loaded:
             check_loaded(site.module, model.get_submodule(site.module))
         check_site(model, site)
@@ -91,7 +91,7 @@ def check_weights(model: nn.Module, plan: Plan) -> None:
     """Refuse weights that the plan can't be carried out on, and steps that don't fit them."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     seen: set[str] = set()
-    for edit in plan.edits:
+    for edit in plan.weights:
         if edit.parameter in seen:
             raise RotationError(f"the plan has two edits of {edit.parameter}; join their steps")
         seen.add(edit.parameter)
@@ -122,7 +122,7 @@ def _check_same(model: nn.Module, plan: Plan) -> None:
                 f"the plan writes {name} of shape {shape}, but this {type(model).__name__} {what}; "
                 "plan this model"
             )
-    for site in plan.sites:
+    for site in plan.online:
         try:
             model.get_submodule(site.module)
         except AttributeError:

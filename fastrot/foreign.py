@@ -99,7 +99,7 @@ def check_whole(model: nn.Module, *, trust: bool = False) -> None:
 def _touched(model: nn.Module, plan: Plan) -> list[str]:
     stream: dict[str, None] = {}
     names: dict[str, None] = {}
-    for edit in plan.edits:
+    for edit in plan.weights:
         groups = {step.group for step in edit.steps if isinstance(step, Rotate)}
         within = stream if STREAM in groups else names
         within |= dict.fromkeys(_around(edit.parameter.rpartition(".")[0], STREAM in groups))
@@ -108,7 +108,7 @@ def _touched(model: nn.Module, plan: Plan) -> list[str]:
     for name in list(stream):
         stream |= dict.fromkeys(_passed(model, name))
     names = stream | names
-    for site in plan.sites:
+    for site in plan.online:
         # Attention and experts are blocks themselves.
         inside = site.location not in ("input", "output")
         whole = site.group == STREAM

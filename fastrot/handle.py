@@ -29,7 +29,7 @@ class Handle:
 
     def remove(self) -> None:
         """Take the online rotations of this application off, see :func:`fastrot.remove`."""
-        groups = dict.fromkeys(site.group for site in self.plan.sites if site.group != STREAM)
+        groups = dict.fromkeys(site.group for site in self.plan.online if site.group != STREAM)
         remove(self.model, list(groups))
 
     def __str__(self) -> str:

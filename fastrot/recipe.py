@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Sequence
 from collections.abc import Mapping as MappingABC
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 import torch
@@ -58,7 +58,7 @@ class Recipe:
     block_size: int | MappingABC[str, int] | None = None
     seed: int = 0
     precision: torch.dtype | None = None
-    matrices: MappingABC[str, tuple[Rotation, ...]] = field(default_factory=dict)
+    matrices: MappingABC[str, tuple[Rotation, ...]] | None = None
     mappings: Mapping | None = None
     norm_mappings: tuple[NormMapping, ...] | None = None
     transform_config: TransformConfig | None = None
@@ -70,7 +70,8 @@ class Recipe:
         self._set("rotations", parse_rotations(self.rotations))
         if self.mappings is not None:
             self._set("mappings", as_mapping(self.mappings))
-        self._set("matrices", parse_matrices(self.matrices, self.rotations))
+        if self.matrices is not None:
+            self._set("matrices", parse_matrices(self.matrices, self.rotations) or None)
         if self.matrices and self.transform_config is not None:
             raise RotationError("matrices are for rotations, not for a transform_config")
         check_flag("randomize", self.randomize)
@@ -116,7 +117,7 @@ def takes_recipe(function: Function) -> Function:
         inspect.Parameter(
             f.name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=None if f.default is MISSING else f.default,
+            default=f.default,
             annotation=f.type,
         )
         for f in fields(Recipe)

@@ -62,7 +62,7 @@ def _remove(model: "PreTrainedModel", groups: str | Iterable[str] | None, undo: 
         for seed, config in applications(getattr(model, "config", None))
         for name, scheme in config.config_groups.items()
     ]
-    online = [name for name, plan in plans if plan.sites]
+    online = [name for name, plan in plans if plan.online]
     given = (groups,) if isinstance(groups, str) else groups
     by_case = {name.upper(): name for name in online}
     removable = [name for name in online if name != STREAM]
@@ -96,7 +96,7 @@ def _remove(model: "PreTrainedModel", groups: str | Iterable[str] | None, undo: 
 
 def _check_installed(model: "PreTrainedModel", plan: Plan) -> None:
     """What is on the model must be what the record says: its inverse goes into the weights."""
-    for site in plan.sites:
+    for site in plan.online:
         module = rotation_at(model, site)
         expected = site.rotation.operand
         if module is None or module.rotation != site.rotation:
@@ -118,17 +118,17 @@ def _check_installed(model: "PreTrainedModel", plan: Plan) -> None:
 def _inverse(plans: list[Plan]) -> Plan:
     """What takes the rotations of all plans back, the last one first, with one rounding."""
     edits: dict[str, WeightEdit] = {}
-    for edit in (edit for plan in reversed(plans) for edit in plan.edits):
+    for edit in (edit for plan in reversed(plans) for edit in plan.weights):
         back = (replace(s, inverse=not s.inverse) for s in edit.steps if isinstance(s, Rotate))
         before = edits.get(edit.parameter, replace(edit, steps=()))
         edits[edit.parameter] = replace(before, steps=(*before.steps, *reversed(list(back))))
-    return replace(plans[0], edits=tuple(edits.values()), norms=(), sites=())
+    return replace(plans[0], weights=tuple(edits.values()), norms=(), online=())
 
 
 def _check_commutes(plans: list[tuple[str, Plan]], wanted: list[str]) -> None:
     sides: dict[tuple[str, int], str] = {}
     for name, plan in plans:
-        for edit in plan.edits:
+        for edit in plan.weights:
             for step in edit.steps:
                 if not isinstance(step, Rotate):
                     continue

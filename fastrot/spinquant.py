@@ -70,7 +70,8 @@ def configured(
             )
         SPINQUANT[name].check(model, mapping)
     given_sizes = _given_sizes(wanted, recipe.block_size)
-    for name, (first, *others) in recipe.matrices.items():
+    given_matrices = recipe.matrices or {}
+    for name, (first, *others) in given_matrices.items():
         if others and not SPINQUANT[name].per_layer:
             raise RotationError(f"matrices: {name} acts on all layers alike; give one matrix")
         if not isinstance(recipe.block_size, MappingABC):
@@ -84,7 +85,7 @@ def configured(
     for name in wanted:
         kind = SPINQUANT[name]
         fixes_ones = centred and kind.through_norms
-        matrices = recipe.matrices.get(name, ())
+        matrices = given_matrices.get(name, ())
         if fixes_ones:
             matrices = tuple(Rotation.from_matrix(m.matrix(), fixes_ones=True) for m in matrices)
         used += matrices

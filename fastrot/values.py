@@ -41,7 +41,7 @@ def check_values(model: nn.Module, plan: Plan) -> None:
         ValueRangeError: names the weight, the figure and the way out.
     """
     with torch.no_grad():
-        for edit in plan.edits:
+        for edit in plan.weights:
             weight = model.get_parameter(edit.parameter).detach()
             scales = [scale_of(model, s) for s in edit.steps if isinstance(s, Scale)]
             largest = 1.0
@@ -63,7 +63,7 @@ def dynamic_range(model: nn.Module, plan: Plan) -> float:
     every weight that writes into the stream. After R1 all channels are rounded as coarsely as the
     root mean square: this is about the factor by which a 16-bit model's error may grow.
     """
-    if not any(isinstance(s, Rotate) and s.group == STREAM for e in plan.edits for s in e.steps):
+    if not any(isinstance(s, Rotate) and s.group == STREAM for e in plan.weights for s in e.steps):
         return 1.0
     found = [1.0]
     for channels in _writers(model, plan):
@@ -135,7 +135,7 @@ def _writers(model: nn.Module, plan: Plan) -> Iterator[Tensor]:
     # transformers finds no embedding by itself where names or classes are the user's.
     with suppress(AttributeError, NotImplementedError):
         embedding = model.get_input_embeddings().weight.data_ptr()  # type: ignore[operator]
-    for edit in plan.edits:
+    for edit in plan.weights:
         weight = model.get_parameter(edit.parameter).detach()
         if weight.dim() != 2:
             continue

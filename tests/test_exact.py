@@ -129,7 +129,7 @@ def test_letter_case_and_single_string():
 def weight_edits(model_type):
     model, _, _ = original(model_type, True, torch.float64)
     plan = fastrot.plan(model, ROTATIONS)
-    return [(edit.parameter, i) for edit in plan.edits for i in range(len(edit.steps))] + [
+    return [(edit.parameter, i) for edit in plan.weights for i in range(len(edit.steps))] + [
         (reset.parameter, None) for reset in plan.norms
     ]
 
@@ -149,20 +149,20 @@ def test_every_single_edit_matters(model_type):
     assert error_of(whole) <= 1e-6
     from dataclasses import replace
 
-    for index, edit in enumerate(whole.edits):
+    for index, edit in enumerate(whole.weights):
         for skipped in range(len(edit.steps)):
             steps = (*edit.steps[:skipped], *edit.steps[skipped + 1 :])
-            edits = list(whole.edits)
+            edits = list(whole.weights)
             edits[index] = replace(edit, steps=steps)
-            error = error_of(replace(whole, edits=tuple(edits)))
+            error = error_of(replace(whole, weights=tuple(edits)))
             assert error > 1e-3, (edit.parameter, str(edit.steps[skipped]), error)
     for reset in whole.norms:
         left = tuple(r for r in whole.norms if r is not reset)
         assert error_of(replace(whole, norms=left)) > 1e-3, reset
-    for site in whole.sites:
-        left = tuple(s for s in whole.sites if s is not site)
+    for site in whole.online:
+        left = tuple(s for s in whole.online if s is not site)
         if site.location != "k_cache":  # without it the queries' hook has no partner to check
-            assert error_of(replace(whole, sites=left)) > 1e-3, site
+            assert error_of(replace(whole, online=left)) > 1e-3, site
 
 
 CLASSIFIERS = [

@@ -42,7 +42,7 @@ def once_rounded(model, plan, edit):
 def test_every_weight_is_rounded_once(kind, dtype, tied):
     model = tiny("qwen2", dtype=dtype, tied=tied)
     plan = fastrot.plan(model, ("R1", "R2", "R4"), transform_type=kind)
-    expected = {edit.parameter: once_rounded(model, plan, edit) for edit in plan.edits}
+    expected = {edit.parameter: once_rounded(model, plan, edit) for edit in plan.weights}
     fastrot.apply(model, ("R1", "R2", "R4"), transform_type=kind)
     for name, (exact, rounded) in expected.items():
         got = model.get_parameter(name).detach()
@@ -156,10 +156,10 @@ def test_steps_act_in_their_order(kind):
         Scale(0, norms.format(0), 2.0),
     )
     plan = fastrot.plan(model, "R4")
-    edits = [replace(e, steps=steps) if e.parameter == name else e for e in plan.edits]
+    edits = [replace(e, steps=steps) if e.parameter == name else e for e in plan.weights]
     before = model.get_parameter(name).detach().clone()
     gamma, delta = (model.get_parameter(norms.format(i)).detach().clone() for i in (0, 1))
-    fastrot.apply(model, replace(plan, edits=tuple(edits)))
+    fastrot.apply(model, replace(plan, weights=tuple(edits)))
     right = gamma.diag() @ first.matrix() @ (delta + 1).diag() @ gamma.reciprocal().diag()
     right = right @ second.matrix().T @ delta.diag()
     left = (delta + 0.5).reciprocal().diag() @ second.matrix().T @ (gamma + 2).diag()

@@ -62,7 +62,7 @@ def test_planning_is_linear_in_layers():
 
 
 def steps(plan, suffix):
-    return [s for e in plan.edits if e.parameter.endswith(suffix) for s in e.steps]
+    return [s for e in plan.weights if e.parameter.endswith(suffix) for s in e.steps]
 
 
 def test_randomize_gives_every_layer_its_own():
@@ -72,12 +72,12 @@ def test_randomize_gives_every_layer_its_own():
         found = [s.rotation for s in steps(plan, suffix) if getattr(s, "group", "") == group]
         assert len({tuple(r.operand.tolist()) for r in found}) == 3
     for location in ("q_attn", "k_cache"):
-        found = [site.rotation for site in plan.sites if site.location == location]
+        found = [site.rotation for site in plan.online if site.location == location]
         assert len({tuple(r.operand.tolist()) for r in found}) == 3
-    stream = {s.rotation for e in plan.edits for s in e.steps if getattr(s, "group", "") == "R1"}
+    stream = {s.rotation for e in plan.weights for s in e.steps if getattr(s, "group", "") == "R1"}
     assert len(stream) == 1
     by_module = {}
-    for site in plan.sites:
+    for site in plan.online:
         if site.group == "R3":
             by_module.setdefault(site.module, set()).add(site.rotation)
     assert all(len(rotations) == 1 for rotations in by_module.values())
@@ -85,11 +85,11 @@ def test_randomize_gives_every_layer_its_own():
 
 def test_only_what_is_asked_for():
     model = tiny("llama", tied=True)
-    assert not fastrot.plan(model, "R3").edits
+    assert not fastrot.plan(model, "R3").weights
     plan = fastrot.plan(model, ("R2", "R4"))
     assert not plan.norms
-    assert {s.group for e in plan.edits for s in e.steps if isinstance(s, Rotate)} == {"R2", "R4"}
-    assert not any(isinstance(s, Scale) for e in plan.edits for s in e.steps)
+    assert {s.group for e in plan.weights for s in e.steps if isinstance(s, Rotate)} == {"R2", "R4"}
+    assert not any(isinstance(s, Scale) for e in plan.weights for s in e.steps)
     fastrot.apply(model, ("R2", "R3", "R4"))
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.config.tie_word_embeddings
@@ -146,8 +146,8 @@ def test_any_transform_on_any_linear(name, kind):
     scheme = {"type": kind, "head_dim": 8, "apply": CUSTOM[name], "precision": "torch.float64"}
     handle = fastrot.apply(model, transform_config={"config_groups": {"mine": scheme}})
     assert relative_error(logits(model, ids), before) < 1e-6
-    assert handle.plan.edits or handle.plan.sites
-    if handle.plan.sites:
+    assert handle.plan.weights or handle.plan.online
+    if handle.plan.online:
         handle.remove()
         assert relative_error(logits(model, ids), before) < 1e-6
 
@@ -197,7 +197,7 @@ def test_one_decomposition_for_each_distinct_rotation(randomize, distinct, monke
     monkeypatch.setattr(torch.linalg, "qr", lambda x: done.append(x.shape) or qr(x))
     handle = fastrot.apply(model, ROTATIONS, transform_type="random-matrix", randomize=randomize)
     assert len(done) == distinct
-    places = [s.rotation for s in handle.plan.sites]
+    places = [s.rotation for s in handle.plan.online]
     assert len(places) > len({id(rotation.operand) for rotation in places})
     tensors = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     assert len(pickle.dumps(model)) < tensors + 2**20

@@ -77,9 +77,9 @@ def test_options_are_checked_before_the_model_is_read(arguments, options, error,
 def changed(plan, parameter, *steps, **fields):
     edits = [
         replace(e, steps=steps or e.steps, **fields) if e.parameter == parameter else e
-        for e in plan.edits
+        for e in plan.weights
     ]
-    return replace(plan, edits=tuple(edits))
+    return replace(plan, weights=tuple(edits))
 
 
 DOWN, EMBEDDING = "model.layers.0.mlp.down_proj.weight", "model.embed_tokens.weight"
@@ -102,18 +102,18 @@ MISFITS = {
         lambda p: changed(p, DOWN, Rotate(1, Rotation("hadamard", 16), True, "R2", Part(3, 16))),
         "3 parts of 112",
     ),
-    "two edits": (lambda p: replace(p, edits=(*p.edits, p.edits[0])), "two edits of"),
+    "two edits": (lambda p: replace(p, weights=(*p.weights, p.weights[0])), "two edits of"),
     "no such parameter": (
         lambda p: replace(p, shapes={**p.shapes, "model.new.weight": (3,)}),
         "model.new.weight",
     ),
     "another shape": (lambda p: replace(p, shapes={**p.shapes, DOWN: (96, 113)}), "has it as"),
     "no such module": (
-        lambda p: replace(p, sites=(replace(p.sites[0], module="model.layers.7.mlp"),)),
+        lambda p: replace(p, online=(replace(p.online[0], module="model.layers.7.mlp"),)),
         "model.layers.7.mlp",
     ),
     "another class": (lambda p: replace(p, model_class="QwenForCausalLM"), "was made for a Qwen"),
-    "nothing": (lambda p: replace(p, edits=(), sites=()), "describes no transform"),
+    "nothing": (lambda p: replace(p, weights=(), online=()), "describes no transform"),
 }
 
 
@@ -183,7 +183,7 @@ def test_a_plan_is_json(name):
         again = fastrot.Plan.from_dict(json.loads(text))
         assert again == plan
         assert str(again) == str(plan)
-        assert len(again.to_dict()["rotations"]) < len(plan.edits)
+        assert len(again.to_dict()["rotations"]) < len(plan.weights)
         assert fastrot.check(model, again) == plan
 
 

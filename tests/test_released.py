@@ -57,8 +57,10 @@ def test_the_plan_resolves_or_says_why_not(name):
         plan = fastrot.plan(model, possible, block_size={"R4": 128})
     else:
         plan = fastrot.plan(model, possible)
-    groups = {step.group for edit in plan.edits for step in edit.steps if isinstance(step, Rotate)}
-    assert groups | {site.group for site in plan.sites} == set(possible)
+    groups = {
+        step.group for edit in plan.weights for step in edit.steps if isinstance(step, Rotate)
+    }
+    assert groups | {site.group for site in plan.online} == set(possible)
 
 
 def test_there_are_many():

@@ -96,19 +96,19 @@ def test_exact_to_the_last_digits_without_the_models_own_casts(name):
 
 def without_one(plan):
     """The plan without each of its single steps, resets and online sites."""
-    for i, edit in enumerate(plan.edits):
+    for i, edit in enumerate(plan.weights):
         for skipped, step in enumerate(edit.steps):
-            edits = list(plan.edits)
+            edits = list(plan.weights)
             edits[i] = replace(edit, steps=(*edit.steps[:skipped], *edit.steps[skipped + 1 :]))
-            yield f"{edit.parameter}: {step}", replace(plan, edits=tuple(edits))
+            yield f"{edit.parameter}: {step}", replace(plan, weights=tuple(edits))
     for i, norm in enumerate(plan.norms):
         if norm.weighted:
             norms = (*plan.norms[:i], *plan.norms[i + 1 :])
             yield f"{norm.parameter}: reset", replace(plan, norms=norms)
-    for i, site in enumerate(plan.sites):
+    for i, site in enumerate(plan.online):
         if site.location != "k_cache":  # without it the queries' hook has no partner to check
-            sites = (*plan.sites[:i], *plan.sites[i + 1 :])
-            yield f"{site.module}: {site}", replace(plan, sites=sites)
+            sites = (*plan.online[:i], *plan.online[i + 1 :])
+            yield f"{site.module}: {site}", replace(plan, online=sites)
 
 
 def check_edits(name, chosen=dict.items):
@@ -173,7 +173,7 @@ def dense_product(model, edit):
 def test_every_weight_is_the_dense_product_rounded_once(name):
     model, _, _ = original(name, torch.float32)
     plan = fastrot.plan(model, allowed(name), transform_type="random-hadamard")
-    exact = {edit.parameter: dense_product(model, edit) for edit in plan.edits}
+    exact = {edit.parameter: dense_product(model, edit) for edit in plan.weights}
     model = copy.deepcopy(model)
     fastrot.apply(model, allowed(name), transform_type="random-hadamard", undo="none")
     for parameter, wanted in exact.items():

@@ -95,11 +95,11 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
             dtype=str(edit.dtype),
             steps=[step(s) for s in edit.steps],
         )
-        for edit in plan.edits
+        for edit in plan.weights
     ]
     online = [
         _written(site, _SITE, rotation=number(site.rotation), dtype=str(site.dtype))
-        for site in plan.sites
+        for site in plan.online
     ]
     return _written(
         plan,
@@ -165,9 +165,9 @@ def plan_from_dict(data: Any, matrices: Mapping[str, Tensor]) -> Plan:
         sites.append(OnlineSite(**{**site, "rotation": turn, "dtype": dtype}))
     return Plan(
         model_class=given["model_class"],
-        edits=tuple(edits),
+        weights=tuple(edits),
         norms=tuple(norms),
-        sites=tuple(sites),
+        online=tuple(sites),
         transform_config=parse_transform_config(given["transform_config"]),
         seed=given["seed"],
         shapes=shapes,

@@ -17,9 +17,9 @@ class Plan:
 
     Attributes:
         model_class: class of the model it was made for.
-        edits: one per parameter.
+        weights: one edit for each parameter.
         norms: those that become scale-free, or already are.
-        sites: the online rotations.
+        online: the rotations that act at run time.
         transform_config: the same rotations in compressed-tensors' schema.
         seed: the source of all randomness.
         shapes: shape of every parameter that is written.
@@ -29,9 +29,9 @@ class Plan:
     """
 
     model_class: str
-    edits: tuple[WeightEdit, ...]
+    weights: tuple[WeightEdit, ...]
     norms: tuple[FoldedNorm, ...]
-    sites: tuple[OnlineSite, ...]
+    online: tuple[OnlineSite, ...]
     transform_config: TransformConfig
     seed: int
     shapes: dict[str, tuple[int, ...]]
@@ -42,13 +42,13 @@ class Plan:
     @property
     def parameters(self) -> tuple[str, ...]:
         """Names of all parameters that are written."""
-        return (*(e.parameter for e in self.edits), *(n.parameter for n in self.written_norms))
+        return (*(e.parameter for e in self.weights), *(n.parameter for n in self.written_norms))
 
     @property
     def matrices(self) -> dict[str, Tensor]:
         """The given matrices by their digests, which JSON data does not hold."""
-        steps = (step for edit in self.edits for step in edit.steps if isinstance(step, Rotate))
-        rotations = (*(step.rotation for step in steps), *(site.rotation for site in self.sites))
+        steps = (step for edit in self.weights for step in edit.steps if isinstance(step, Rotate))
+        rotations = (*(step.rotation for step in steps), *(site.rotation for site in self.online))
         return {r.label: r.operand for r in rotations if r.kind == MATRIX and r.operand is not None}
 
     @property
@@ -79,7 +79,7 @@ class Plan:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """One dict per parameter or module: name, shape, operations."""
-        for edit in self.edits:
+        for edit in self.weights:
             operations = [str(step) for step in edit.steps]
             if edit.source is not None:
                 operations.insert(0, f"untied from {edit.source}")
@@ -94,7 +94,7 @@ class Plan:
                 "shape": self.shapes[norm.parameter],
                 "operations": [f"set to {norm.value:g}"],
             }
-        for site in self.sites:
+        for site in self.online:
             yield {"name": site.module, "shape": "online", "operations": [str(site)]}
 
     def __str__(self) -> str:
@@ -104,8 +104,8 @@ class Plan:
         widths = [max(len(cell[i]) for cell in [*cells, ("", "", "")]) for i in range(2)]
         groups = ", ".join(self.transform_config.config_groups)
         head = (
-            f"{self.model_class}: {groups}, seed {self.seed}; {len(self.edits)} weights rotated, "
-            f"{len(self.written_norms)} norms folded, {len(self.sites)} online"
+            f"{self.model_class}: {groups}, seed {self.seed}; {len(self.weights)} weights rotated, "
+            f"{len(self.written_norms)} norms folded, {len(self.online)} online"
         )
         lines = [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in cells]
         return "\n".join([head, *lines, *(f"  note: {note}" for note in self.notes)])

@@ -59,7 +59,7 @@ class Fusion:
         self._writes: list[tuple[Tensor, list[_Write]]] = []
         # Untied heads come first: they read the embedding as it was.
         with _as_written():
-            for edit in sorted(plan.edits, key=lambda edit: edit.source is None):
+            for edit in sorted(plan.weights, key=lambda edit: edit.source is None):
                 source = model.get_parameter(edit.parameter)
                 if edit.source is not None:
                     fresh = nn.Parameter(_like(source), source.requires_grad)

@@ -4,8 +4,8 @@ Which way a vector of length n = m · 2^k goes:
 
 * rows (the vectors lie along the last dimension), float32 and 16-bit: one pass of
   :mod:`fastrot.kernels.gpu_rows` wherever two Kronecker factors of H_n fit a tile; that is every
-  power of two up to 32,768 and most m · 2^k of that size (up to 16,384 for float32 before Hopper,
-  and on Blackwell with Triton before 3.9).
+  power of two up to 32,768 and most m · 2^k of that size (up to 16,384 for float32 but on
+  Blackwell, and there with Triton before 3.9).
 * everything else: passes of :mod:`fastrot.kernels.gpu_axis`, one factor each (followed by one pass
   over rows if the vectors are rows and what is left fits), through a float32 scratch tensor if the
   result is 16-bit. Nothing is rounded to 16 bits between passes. float64 always goes this way.

@@ -211,9 +211,12 @@ def rows_constants(
     if middle_parts == 3 and torch.float32 not in (source, target):
         middle_parts = 2
     config = tile.config
+    block = tile.B if tile.chunked else min(config.block or tile.B, tile.B)
+    # Signs behind a loop over blocks leave no registers for the loads of the next tile.
+    persistent = tile.resident > 0 and not (block < tile.B and signs and transpose)
     return {
         "PER_TILE": per_tile,
-        "PERSISTENT": tile.resident > 0,
+        "PERSISTENT": persistent,
         "ROWS": tile.copies * a,
         "A": tile.A,
         "LEFT_SIZE": a,
@@ -224,7 +227,7 @@ def rows_constants(
         "RIGHT": TABLE.value if tile.right_bases else SYLVESTER.value,
         # Rows of a sum at a time; three parts of them cost registers.
         "CHUNK": (16 if parts == 3 else 32) if tile.chunked else tile.A,
-        "BLOCK": tile.B if tile.chunked else min(config.block or tile.B, tile.B),
+        "BLOCK": block,
         "SIGNS": signs,
         "TRANSPOSE": transpose,
         "PARTS": parts,

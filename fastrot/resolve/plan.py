@@ -77,9 +77,9 @@ def resolve(
     written = (norm.parameter for norm in steps.norms if norm.weighted)
     return Plan(
         model_class=type(model).__name__,
-        edits=tuple(edits),
+        weights=tuple(edits),
         norms=tuple(steps.norms),
-        sites=tuple(sites),
+        online=tuple(sites),
         transform_config=config,
         seed=seed,
         shapes={
