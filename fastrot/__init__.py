@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from fastrot.suggest import Suggestion, suggest_mapping
     from fastrot.transform_config import TransformArgs, TransformConfig, TransformScheme
     from fastrot.values import PrecisionWarning, ValueRangeError
+    from fastrot.verification import Verification, verify
 
 __all__ = [
     "AlreadyRotatedError",
@@ -64,6 +65,7 @@ __all__ = [
     "UnsupportedRotationError",
     "Untouched",
     "ValueRangeError",
+    "Verification",
     "__version__",
     "apply",
     "check",
@@ -73,6 +75,7 @@ __all__ = [
     "remove",
     "restore",
     "suggest_mapping",
+    "verify",
 ]
 
 _HOMES = {
@@ -101,6 +104,7 @@ _HOMES = {
     "UnsupportedRotationError": "rows",
     "Untouched": "mapping",
     "ValueRangeError": "values",
+    "Verification": "verification",
     "apply": "api",
     "check": "fit",
     "hadamard_matrix": "hadamard",
@@ -108,6 +112,7 @@ _HOMES = {
     "remove": "removal",
     "restore": "restoration",
     "suggest_mapping": "suggest",
+    "verify": "verification",
 }
 """The module of every name that is imported when it is first used."""
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from fastrot.checks import check_flag, check_model
 from fastrot.damage import mark_damaged
@@ -16,6 +17,7 @@ from fastrot.fuse import Fusion
 from fastrot.handle import Handle
 from fastrot.integrations.guard import check_complete
 from fastrot.integrations.marks import clear_stale_mark, mark
+from fastrot.integrations.outlines import model_of
 from fastrot.journal import Journal, Undo, exclusive
 from fastrot.online import attach, make
 from fastrot.recipe import Recipe, takes_recipe
@@ -25,12 +27,12 @@ from fastrot.spinquant import configured
 from fastrot.values import PrecisionWarning, check_values
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @takes_recipe
 def plan(
-    model: "PreTrainedModel",
+    model: "PreTrainedModel | PreTrainedConfig",
     rotations: str | Sequence[str] | Recipe = ("R1", "R2"),
     *,
     trust: bool = False,
@@ -38,10 +40,9 @@ def plan(
 ) -> Plan:
     """What :func:`apply` would do, without touching the model.
 
-    The model may also lie on the meta device, without any weights: then shapes alone decide.
-
     Args:
-        model: as for :func:`apply`.
+        model: as for :func:`apply`; or one on the meta device, without any weights; or the
+            configuration of a causal language model. Shapes alone decide then.
         rotations: the rotations, or a whole recipe.
         trust: as for :func:`apply`.
         options: see :class:`fastrot.Recipe`.
@@ -50,15 +51,19 @@ def plan(
         RotationError: the model, a size or an option does not allow it.
         TypeError: an argument of the wrong type, or options beside a recipe.
     """
-    check_model(model)
-    check_complete(model)
+    described: Any = model
+    if not isinstance(model, nn.Module) and hasattr(model, "model_type"):
+        described = model_of(model)
+    check_model(described)
     recipe = Recipe.of(rotations, options)
     check_flag("trust", trust)
-    config, mapping, norms, matrices = configured(model, recipe)
-    check_first_time(model, config)
+    config, mapping, norms, matrices = configured(described, recipe)
+    check_first_time(described, config)
+    if not on_meta(described):
+        check_complete(described)
     dtype = recipe.precision or torch.float64
-    made = resolve(model, config, norms, recipe.seed, mapping, dtype, recipe.by_table, matrices)
-    return check(model, made, trust=trust)
+    made = resolve(described, config, norms, recipe.seed, mapping, dtype, recipe.by_table, matrices)
+    return check(described, made, trust=trust)
 
 
 @takes_recipe

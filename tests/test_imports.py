@@ -35,7 +35,7 @@ ROOMS = (
     ("integrations",),
     ("damage",),
     ("removal", "restoration"),
-    ("handle",),
+    ("handle", "verification"),
     ("api",),
     ("suggest",),
     ("__init__",),

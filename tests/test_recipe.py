@@ -38,6 +38,18 @@ def test_a_plan_of_shapes_does_what_apply_does(tied):
     assert model.config.fastrot == other.config.fastrot
 
 
+def test_a_configuration_is_enough():
+    model = tiny("llama", tied=True)
+    assert fastrot.plan(model.config, WANTED) == fastrot.plan(model, WANTED)
+    vision = build(FAMILIES["llava"], torch.float32)
+    assert fastrot.plan(vision.config, "R1") == fastrot.plan(vision, "R1")
+    fastrot.apply(model, WANTED)
+    with pytest.raises(fastrot.AlreadyRotatedError):
+        fastrot.plan(model.config, "R4")
+    with pytest.raises(TypeError, match="expected a transformers model, got str"):
+        fastrot.plan("path/to/model")
+
+
 def test_recipes_that_mean_the_same_are_equal():
     row = fastrot.mapping.find_architecture(tiny("llama").config)
     assert Recipe("r1") == Recipe(["R1"]) != Recipe("R2")

@@ -102,19 +102,11 @@ def outline(folder: Path) -> Any:
         FileNotFoundError: there is no config.json.
         RotationError: it describes no model.
     """
-    import torch
+    from fastrot.integrations.outlines import model_of
 
     config = configuration(folder)
-    with _naming(f"{folder}/config.json can't be read"), torch.device("meta"):
-        return _auto_class(config).from_config(config)
-
-
-def _auto_class(config: Any) -> Any:
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    from fastrot.mapping import SHELLS
-
-    return AutoModelForImageTextToText if config.model_type in SHELLS else AutoModelForCausalLM
+    with _naming(f"{folder}/config.json can't be read"):
+        return model_of(config)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -165,6 +157,8 @@ def load(folder: Path, dtype: str = "auto") -> Any:
         FileNotFoundError: there is no checkpoint.
         RotationError: it is damaged, or its weights are not exactly those of the model.
     """
+    from fastrot.integrations.outlines import auto_class
+
     shapes = outline(folder)
     described, stored = sum(weight.numel() for weight in shapes.parameters()), size(folder)
     # Otherwise transformers would make up what is missing, however large.
@@ -174,7 +168,7 @@ def load(folder: Path, dtype: str = "auto") -> Any:
             f"together have {stored:,} bytes"
         )
     with _naming(f"{folder} can't be read"):
-        loaded: Any = _auto_class(shapes.config).from_pretrained(
+        loaded: Any = auto_class(shapes.config).from_pretrained(
             folder,
             dtype=dtype,
             local_files_only=True,

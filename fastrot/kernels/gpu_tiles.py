@@ -85,7 +85,7 @@ TUNED: dict[tuple[str, int], dict[tuple[bool, int, int], Config | None]] = {
         (False, 64, 128): Config(8, 0, 1, 3),
         (False, 128, 64): Config(8, 0, 2, 3),
         (False, 256, 64): Config(8, 0, 1, 2),
-        (False, 128, 128): Config(8, 0, 1, 4),
+        (False, 128, 128): Config(8, 0, 1, 3),
         (False, 128, 256): Config(8, 64, 1, 3),
     },
     ("hopper", 32): {

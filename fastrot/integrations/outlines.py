@@ -1,0 +1,24 @@
+"""Models without weights: what a configuration describes, on the meta device."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fastrot.mapping import SHELLS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def auto_class(config: "PreTrainedConfig") -> Any:
+    """The class of transformers that makes a language model, with eyes or without."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if config.model_type in SHELLS else AutoModelForCausalLM
+
+
+def model_of(config: "PreTrainedConfig") -> "PreTrainedModel":
+    """The model of a configuration, its names and shapes alone."""
+    with torch.device("meta"):
+        model: PreTrainedModel = auto_class(config).from_config(config)
+    return model
