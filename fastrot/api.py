@@ -55,12 +55,12 @@ def plan(
     if not isinstance(model, nn.Module) and hasattr(model, "model_type"):
         described = model_of(model)
     check_model(described)
+    if not on_meta(described):
+        check_complete(described)
     recipe = Recipe.of(rotations, options)
     check_flag("trust", trust)
     config, mapping, norms, matrices = configured(described, recipe)
     check_first_time(described, config)
-    if not on_meta(described):
-        check_complete(described)
     dtype = recipe.precision or torch.float64
     made = resolve(described, config, norms, recipe.seed, mapping, dtype, recipe.by_table, matrices)
     return check(described, made, trust=trust)

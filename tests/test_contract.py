@@ -112,6 +112,7 @@ TORCH = {
     *("_global_forward_hooks", "_global_forward_pre_hooks", "_replace"),
     *("_C", "_are_functorch_transforms_active", "_parser", "_cache"),
     *("_disable_dynamo", "_dynamo_marked_constant", "_exit"),
+    *("_after_autograd_keyset", "_AutoDispatchBelowAutograd", "_overlaps", "_current_level"),
 }
 """Private attributes of torch's and numba's, and public ones of named tuples and os."""
 
