@@ -1,4 +1,4 @@
-"""The tables as Markdown: ``docs/architectures.md`` and the list in the README."""
+"""The tables as Markdown: ``docs/architectures.md`` and the summary in the README."""
 
 from collections.abc import Iterator
 
@@ -6,6 +6,38 @@ from fastrot.mapping.roles import PLACES, ROTATIONS, STREAM, Architecture
 from fastrot.mapping.tables import ARCHITECTURES, SHELLS
 
 OTHERWISE = " (otherwise)"
+
+BEST_KNOWN = (
+    "llama",
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "qwen3_next",
+    "gemma2",
+    "phi3",
+    "gpt_oss",
+    "olmo2",
+    "gpt2",
+    "deepseek_v3",
+    "glm_moe_dsa",
+    "falcon",
+    "gptj",
+    "mpt",
+    "gemma4_text",
+    "gemma3n_text",
+    "minimax",
+    "kimi_linear",
+    "mamba",
+    "mamba2",
+    "llama4",
+    "qwen3_vl",
+    "gemma3",
+    "mistral3",
+    "llava",
+)
+"""Model types that the README names, in its order; of others it gives the number."""
 
 HEAD = """\
 # Architectures
@@ -52,7 +84,7 @@ def architectures_table() -> str:
 
 
 def support_summary() -> str:
-    """For the README: which rotations, and the model types that have them.
+    """For the README: which rotations, how many model types have them, and the best known ones.
 
     A model type with several rows counts for the most that one of them can do.
     """
@@ -62,11 +94,15 @@ def support_summary() -> str:
         able = ", ".join(rotation for rotation, mark in marks.items() if mark != "–")
         for name in (name.removesuffix(OTHERWISE) for name in names):
             best[name] = max(best.get(name, ""), able, key=len)
-    lines = ["| rotations | model types |", "|---|---|"]
+    lines = ["| rotations | model types | among them |", "|---|---|---|"]
     for able in sorted(set(best.values()), key=lambda able: (-len(able), able)):
-        lines.append(f"| {able} | {', '.join(sorted(n for n in best if best[n] == able))} |")
-    lines.append(f"| those of their language model | {', '.join(sorted(SHELLS))} |")
+        lines.append(_counted(able, [name for name in best if best[name] == able]))
+    lines.append(_counted("those of the language model inside", list(SHELLS)))
     return "\n".join(lines) + "\n"
+
+
+def _counted(able: str, names: list[str]) -> str:
+    return f"| {able} | {len(names)} | {', '.join(n for n in BEST_KNOWN if n in names)} |"
 
 
 def _groups() -> Iterator[tuple[list[str], Architecture]]:
