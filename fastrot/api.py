@@ -51,11 +51,10 @@ def plan(
         RotationError: the model, a size or an option does not allow it.
         TypeError: an argument of the wrong type, or options beside a recipe.
     """
-    described: Any = model
-    if not isinstance(model, nn.Module) and hasattr(model, "model_type"):
-        described = model_of(model)
+    config_alone = not isinstance(model, nn.Module) and hasattr(model, "model_type")
+    described: Any = model_of(model) if config_alone else model  # type: ignore[arg-type]
     check_model(described)
-    if not on_meta(described):
+    if not config_alone:
         check_complete(described)
     recipe = Recipe.of(rotations, options)
     check_flag("trust", trust)

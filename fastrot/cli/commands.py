@@ -13,7 +13,7 @@ from fastrot.cli.staging import check_target, copy_companions, staged
 
 def plan(args: Namespace) -> int:
     """Print what a rotation would do to a checkpoint, as far as shapes decide it."""
-    made = fastrot.plan(outline(args.source), _recipe(args))
+    made = fastrot.plan(outline(args.source).config, _recipe(args))
     if not args.json:
         print(made)
         return 0
