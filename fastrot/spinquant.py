@@ -4,10 +4,11 @@
 that names some of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Mapping as MappingABC
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -45,21 +46,28 @@ class Kind:
     through_norms: bool = False
 
 
-def configured(
-    model: "PreTrainedModel", recipe: Recipe
-) -> tuple[TransformConfig, Mapping | None, tuple[NormMapping, ...], tuple[Rotation, ...]]:
-    """What a recipe means for a model.
+class Configured(NamedTuple):
+    """What a recipe means for a model."""
 
-    Returns:
-        The rotations and their places, the roles of modules, the norms, the given matrices.
+    config: TransformConfig
+    mapping: Mapping | None
+    """The roles of its modules; None if a configuration of the user's names places by itself."""
+    norms: tuple[NormMapping, ...]
+    matrices: tuple[Rotation, ...] = ()
+    """Given ones, which the configuration names by their digests."""
+
+
+def configured(model: "PreTrainedModel", recipe: Recipe) -> Configured:
+    """What a recipe means for a model.
 
     Raises:
         UnsupportedRotationError: the model does not allow a rotation.
         RotationError: a block size that does not fit; a model that no row describes.
     """
     if recipe.transform_config is not None:
-        given = recipe.norm_mappings
-        return recipe.transform_config, None, known_norms(model) if given is None else given, ()
+        norms = recipe.norm_mappings
+        norms = known_norms(model) if norms is None else norms
+        return Configured(recipe.transform_config, None, norms)
     wanted = recipe.rotations
     mapping, norms = roles_of(model, recipe.mappings, recipe.norm_mappings, wanted)
     for name in wanted:
@@ -69,36 +77,30 @@ def configured(
                 f"{PLACES[name]}"
             )
         SPINQUANT[name].check(model, mapping)
-    given_sizes = _given_sizes(wanted, recipe.block_size)
-    given_matrices = recipe.matrices or {}
-    for name, (first, *others) in given_matrices.items():
-        if others and not SPINQUANT[name].per_layer:
-            raise RotationError(f"matrices: {name} acts on all layers alike; give one matrix")
-        if not isinstance(recipe.block_size, MappingABC):
-            given_sizes.pop(name, None)
-        if given_sizes.setdefault(name, first.size) != first.size:
-            raise RotationError(f"matrices: {name} has order {first.size}, its block_size another")
-    sizes = _block_sizes(model, mapping, wanted, given_sizes)
+    sizes = _block_sizes(model, mapping, wanted, _given_sizes(recipe))
     centred = any(norm.kind == "layer" for norm in norms)
-    schemes: dict[str, TransformScheme] = {}
-    used: list[Rotation] = []
-    for name in wanted:
-        kind = SPINQUANT[name]
-        fixes_ones = centred and kind.through_norms
-        matrices = given_matrices.get(name, ())
-        if fixes_ones:
-            matrices = tuple(Rotation.from_matrix(m.matrix(), fixes_ones=True) for m in matrices)
-        used += matrices
-        schemes[name] = TransformScheme(
-            type=MATRIX if matrices else recipe.transform_type,
+    matrices = {
+        name: _fixing_ones(given) if centred and SPINQUANT[name].through_norms else given
+        for name, given in (recipe.matrices or {}).items()
+    }
+    schemes = {
+        name: TransformScheme(
+            type=MATRIX if name in matrices else recipe.transform_type,
             apply=kind.places(mapping),
-            randomize=recipe.randomize and kind.per_layer and not matrices,
+            randomize=recipe.randomize and kind.per_layer and name not in matrices,
             head_dim=sizes[name],
             precision=recipe.precision or torch.float32,
-            fixes_ones=fixes_ones,
-            matrices=tuple(matrix.label for matrix in matrices),
+            fixes_ones=centred and kind.through_norms,
+            matrices=tuple(matrix.label for matrix in matrices.get(name, ())),
         )
-    return TransformConfig(schemes), mapping, norms, tuple(used)
+        for name, kind in SPINQUANT.items()
+        if name in wanted
+    }
+    return Configured(TransformConfig(schemes), mapping, norms, tuple(chain(*matrices.values())))
+
+
+def _fixing_ones(matrices: Iterable[Rotation]) -> tuple[Rotation, ...]:
+    return tuple(Rotation.from_matrix(m.matrix(), fixes_ones=True) for m in matrices)
 
 
 def _block_sizes(
@@ -123,13 +125,15 @@ def _block_sizes(
     return sizes
 
 
-def _given_sizes(
-    wanted: Sequence[str], block_size: int | MappingABC[str, int] | None
-) -> dict[str, int]:
-    """The block sizes that a caller names, by the rotations that are wanted."""
-    if block_size is None:
-        return {}
-    if not isinstance(block_size, MappingABC):
+def _given_sizes(recipe: Recipe) -> dict[str, int]:
+    """The block sizes that a recipe names, and the orders of its matrices."""
+    wanted, block_size, matrices = recipe.rotations, recipe.block_size, recipe.matrices or {}
+    given: dict[str, int] = {}
+    if isinstance(block_size, MappingABC):
+        given = {str(name).upper(): size for name, size in block_size.items()}
+        if len(given) < len(block_size):
+            raise RotationError(f"block_size names a rotation twice: {', '.join(block_size)}")
+    elif block_size is not None:
         whole = [name for name, kind in SPINQUANT.items() if kind.head is None]
         given = {name: block_size for name in whole if name in wanted}
         if not given:
@@ -137,14 +141,16 @@ def _given_sizes(
                 f"block_size={block_size} is that of {' and '.join(whole)}, which are not among "
                 f"{', '.join(wanted)}; give the others their own with a dict"
             )
-        return given
-    given = {str(name).upper(): size for name, size in block_size.items()}
-    if len(given) < len(block_size):
-        raise RotationError(f"block_size names a rotation twice: {', '.join(block_size)}")
+        given = {name: size for name, size in given.items() if name not in matrices}
     for name in given:
         if name not in wanted:
             known = ROTATIONS if name not in ROTATIONS else wanted
             raise RotationError(f"block_size names {name!r}, not one of {', '.join(known)}")
+    for name, (first, *others) in matrices.items():
+        if others and not SPINQUANT[name].per_layer:
+            raise RotationError(f"matrices: {name} acts on all layers alike; give one matrix")
+        if given.setdefault(name, first.size) != first.size:
+            raise RotationError(f"matrices: {name} has order {first.size}, its block_size another")
     return given
 
 

@@ -7,7 +7,7 @@ import sys
 import numba
 import pytest
 
-from fastrot.kernels._cpu_kernels import _kernel
+from fastrot.kernels._cpu_compile import kernel
 
 
 def double(x):
@@ -16,9 +16,9 @@ def double(x):
 
 def first(argument=1.5):
     """How many kernels a new dispatcher, which stands for a new process, finds on disk."""
-    kernel = _kernel(double)
-    assert kernel(argument) == 2 * argument
-    return sum(kernel.stats.cache_hits.values())
+    doubled = kernel(double)
+    assert doubled(argument) == 2 * argument
+    return sum(doubled.stats.cache_hits.values())
 
 
 @pytest.fixture
@@ -46,14 +46,14 @@ def test_a_damaged_cache_heals(folder, kind, how):
 
 def test_a_folder_that_vanishes(folder):
     assert first() == 0
-    kernel = _kernel(double)
+    doubled = kernel(double)
     for path in folder.rglob("*.nb?"):
         path.unlink()
     for path in sorted(folder.rglob("*"), reverse=True):
         path.rmdir()
     folder.rmdir()
     folder.touch()
-    assert kernel(1.5) == 3
+    assert doubled(1.5) == 3
 
 
 CHILD = """

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-# ruff: noqa: ANN001, ANN002, ANN202, D417
+# ruff: noqa: ANN001, ANN202, D417
 """Numba kernels of the CPU implementation: panels in cache, vectors across lanes.
 
 A *panel* is a small row-major matrix of float32 or float64 that stays in cache. :func:`sweep`
@@ -8,20 +8,6 @@ rows (right side) and its columns (left side), and writes it back with one round
 leading dimensions (``ld``) and steps are in bytes; ``one`` is a number of the compute type.
 """
 
-import hashlib
-import inspect
-from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
-from typing import Any
-
-from numba import njit, types
-from numba.core.caching import FunctionCache
-from numba.core.compiler import compile_internal
-from numba.core.targetconfig import ConfigStack
-from numba.extending import lower_builtin, type_callable
-
-from fastrot.kernels import _cpu_blocks, _cpu_vectors
 from fastrot.kernels._cpu_blocks import (
     COLUMNS,
     TABLES,
@@ -36,6 +22,7 @@ from fastrot.kernels._cpu_blocks import (
     tabulate,
     widen,
 )
+from fastrot.kernels._cpu_compile import kernel, part
 from fastrot.kernels._cpu_vectors import LOG_RADIX, VECTOR_BYTES
 
 FAR_LOG_RADIX = 3
@@ -51,75 +38,7 @@ AHEAD = 16
 """Rows by which prefetching precedes the access to a narrow tile."""
 
 
-def _digest() -> str:
-    sources = (Path(module.__file__).read_bytes() for module in (_cpu_blocks, _cpu_vectors))
-    return hashlib.sha256(b"".join(sources)).hexdigest()[:12]
-
-
-_SOURCES = _digest()
-
-
-class _Cache(FunctionCache):
-    """Numba's cache on disk, without which a kernel is compiled: it only ever saves time."""
-
-    def load_overload(self, sig, target_context):
-        """What is on disk; nothing, and the index emptied, if that can't be read."""
-        try:
-            return super().load_overload(sig, target_context)
-        except Exception:  # whatever unpickling a damaged file raises
-            with suppress(OSError):
-                self.flush()
-            return None
-
-    def save_overload(self, sig, data):
-        """Keep what was compiled if there is room."""
-        with suppress(Exception):
-            super().save_overload(sig, data)
-
-
-def _kernel(function: Callable[..., Any]) -> Any:
-    """``njit`` with an on-disk cache where Numba finds a place for one.
-
-    The cache sees changes of this file only; the digest in the name tells it of the others.
-    """
-    function.__qualname__ = f"{function.__name__}_{_SOURCES}"
-    kernel = njit(error_model="numpy", nogil=True)(function)
-    with suppress(RuntimeError, OSError):  # nowhere to write
-        kernel._cache = _Cache(function)
-    return kernel
-
-
-def _part(function: Callable[..., None]) -> Callable[..., None]:
-    """What only kernels call: compiled into the library of each, once per types of arguments.
-
-    A jitted function has a library of its own, which is optimised and made machine code, and again
-    inside that of every caller: a third of the time until the first transform.
-    """
-    compiled = {}
-
-    @type_callable(function)
-    def typer(context):
-        def returns(*arguments):
-            return types.none
-
-        returns.pysig = inspect.signature(function)
-        return returns
-
-    @lower_builtin(function, types.VarArg(types.Any))
-    def emit(context, builder, call, arguments):
-        typing, library = context.typing_context, context.active_code_library
-        if (library, call.args) not in compiled:
-            flags = ConfigStack().top().copy()
-            flags.no_compile = flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
-            compiled[library, call.args] = compile_internal(
-                typing, context, library, function, call.args, call.return_type, flags, {}
-            ).fndesc
-        return context.call_internal(builder, compiled[library, call.args], call, arguments)
-
-    return function
-
-
-@_part
+@part
 def _dense(base, step, vectors, m, codes, work, one):
     """A ±1 matrix of order ``m`` across rows ``step`` apart, ``vectors`` wide, in place.
 
@@ -151,7 +70,7 @@ def _dense(base, step, vectors, m, codes, work, one):
                     accumulate(table, row, count, source, target, 1, one)
 
 
-@_part
+@part
 def _stages(panel, log, until, widest, ld, vectors, one):
     """The butterflies of strides 2^(log - 1) … 2^until on a panel of 2^log rows.
 
@@ -170,7 +89,7 @@ def _stages(panel, log, until, widest, ld, vectors, one):
         blocks <<= bits
 
 
-@_part
+@part
 def _columns(panel, rows, ld, vectors, bases, codes, work, one):
     """Transform the columns of a panel of ``rows``, ``vectors`` vectors wide, in place."""
     stride, blocks = rows, 1
@@ -198,7 +117,7 @@ def _columns(panel, rows, ld, vectors, bases, codes, work, one):
         blocks <<= top - until
 
 
-@_part
+@part
 def _turn(panel, ld, per_row, size, item, first, count, turned, pitch, back, one):
     """Copy blocks of rows of a panel into the columns of ``turned``, or back."""
     for start in range(0, size, TURN):
@@ -213,7 +132,7 @@ def _turn(panel, ld, per_row, size, item, first, count, turned, pitch, back, one
                     copy_one(here + i * item, there + i * pitch, one)
 
 
-@_part
+@part
 def _rows(panel, height, ld, width, side, turned, work, one):
     """Transform every block of the rows of a panel, in place.
 
@@ -264,7 +183,7 @@ def _rows(panel, height, ld, width, side, turned, work, one):
             chunk(start + j * span, radix, one)
 
 
-@_part
+@part
 def _load(src, kind, src_item, dst, count, factor, weights, moving, one):
     """Widen ``count`` elements times ``factor`` and a row (moving = 1) or a vector of weights."""
     lanes = lanes_of(one)
@@ -278,7 +197,7 @@ def _load(src, kind, src_item, dst, count, factor, weights, moving, one):
         widen(src + i * src_item, dst + i * item, kind, factor, at, 1, one)
 
 
-@_part
+@part
 def _save(src, dst, kind, dst_item, count, factor, weights, moving, one):
     """Round ``count`` elements times factor and weights, as in :func:`_load`, into storage."""
     lanes = lanes_of(one)
@@ -292,7 +211,7 @@ def _save(src, dst, kind, dst_item, count, factor, weights, moving, one):
         narrow(src + i * item, dst + i * dst_item, kind, factor, at, 1, one)
 
 
-@_kernel
+@kernel
 def sweep(
     first,
     last,
