@@ -15,6 +15,7 @@ from fastrot.fit import check, check_first_time
 from fastrot.foreign import check_whole
 from fastrot.fuse import Fusion
 from fastrot.handle import Handle
+from fastrot.index import Index
 from fastrot.integrations.guard import check_complete
 from fastrot.integrations.marks import clear_stale_mark, mark
 from fastrot.integrations.outlines import model_of
@@ -58,10 +59,11 @@ def plan(
         check_complete(described)
     recipe = Recipe.of(rotations, options)
     check_flag("trust", trust)
-    config, mapping, norms, matrices = configured(described, recipe)
+    index = Index(described)
+    config, mapping, norms, matrices = configured(index, recipe)
     check_first_time(described, config)
     dtype = recipe.precision or torch.float64
-    made = resolve(described, config, norms, recipe.seed, mapping, dtype, recipe.by_table, matrices)
+    made = resolve(index, config, norms, recipe.seed, mapping, dtype, recipe.by_table, matrices)
     return check(described, made, trust=trust)
 
 

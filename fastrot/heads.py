@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -12,9 +12,6 @@ from fastrot.index import Index, find_modules
 from fastrot.mapping import Mapping
 from fastrot.sites import Site, find_sites
 from fastrot.transform_config import Rows
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 VALUE_NAMES = ("v_head_dim", "head_dim", "head_size")
 KEY_NAMES = ("qk_head_dim", "head_dim", "head_size")
@@ -30,15 +27,15 @@ def head_size(module: nn.Module, config: Any, names: tuple[str, ...] = VALUE_NAM
     return None
 
 
-def key_dim_of(model: "PreTrainedModel", mapping: Mapping) -> int | None:
+def key_dim_of(index: Index, mapping: Mapping) -> int | None:
     """Size of one key head; None if layers differ, or do not say."""
-    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    blocks = find_modules(model, mapping.attn).values()
+    config = index.config.get_text_config()
+    blocks = find_modules(index, mapping.attn).values()
     found = {head_size(module, config, KEY_NAMES) for module in blocks}
     return found.pop() if len(found) == 1 else None
 
 
-def head_dim_of(model: "PreTrainedModel", mapping: Mapping) -> int:
+def head_dim_of(index: Index, mapping: Mapping) -> int:
     """Size of one value head: the mapping's, the module's or the configuration's.
 
     Raises:
@@ -46,11 +43,11 @@ def head_dim_of(model: "PreTrainedModel", mapping: Mapping) -> int:
     """
     if mapping.attn_head_dim is not None:
         return mapping.attn_head_dim
-    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    found = {head_size(m, config) for m in find_modules(model, mapping.attn).values()}
+    config = index.config.get_text_config()
+    found = {head_size(m, config) for m in find_modules(index, mapping.attn).values()}
     if len(found) != 1 or not isinstance(size := found.pop(), int):
         raise RotationError(
-            f"the head size of {type(model).__name__} is not one number ({found}); "
+            f"the head size of {index.class_name} is not one number ({found}); "
             "set attn_head_dim in mappings"
         )
     return size
@@ -87,14 +84,13 @@ def value_part(model: nn.Module, site: Site, rows: Rows) -> Part:
     return Part(1, kv_heads * size) if rows == "qkv" else Part(kv_heads, size)
 
 
-def check_heads(model: "PreTrainedModel", mapping: Mapping, head_dim: int) -> None:
+def check_heads(index: Index, mapping: Mapping, head_dim: int) -> None:
     """Refuse R2 unless every attention block has one value and one output projection to rotate."""
-    index = Index(model)
     blocks = find_modules(index, mapping.attn)
     roles = [mapping.attn_o] if mapping.attn_gated else [mapping.attn_v, mapping.attn_o]
     found = [[*find_sites(index, patterns, group="R2")] for patterns in roles]
     inside = [_inside(blocks, names) for names in found]
-    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    config = index.config.get_text_config()
     for block, module in blocks.items():
         own = [names[block] for names in inside]
         if any(len(names) != 1 for names in own):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -25,7 +25,8 @@ class Index:
         modules: every module once, in the model's order; the model itself is ``""``.
         things: modules, each followed by its own parameters.
         owners: parameter → its module.
-        units: the blocks of all rotations that were asked for, each once.
+        rotations: those that were asked for, each once.
+        units: their blocks, each once.
     """
 
     def __init__(self, model: nn.Module):
@@ -38,8 +39,19 @@ class Index:
             for leaf, parameter in module.named_parameters(recurse=False):
                 name = f"{owner}.{leaf}" if owner else leaf
                 self.things[name], self.owners[name] = parameter, owner
+        self.rotations: dict[Rotation, Rotation] = {}
         self.units: dict[Rotation, Rotation] = {}
         self._named: dict[str, set[str]] = {}
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the model."""
+        return self.model.config
+
+    @property
+    def class_name(self) -> str:
+        """The class of the model, for messages."""
+        return type(self.model).__name__
 
     @staticmethod
     def of(model: nn.Module | Index) -> Index:

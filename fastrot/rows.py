@@ -3,7 +3,7 @@
 from collections.abc import Mapping as MappingABC
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -20,9 +20,6 @@ from fastrot.mapping import (
 )
 from fastrot.patterns import matches
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 CLASSIFIER = "score"
 """What transformers' classifiers have in the place of a causal model's head."""
 
@@ -32,7 +29,7 @@ class UnsupportedRotationError(RotationError):
 
 
 def roles_of(
-    model: "PreTrainedModel",
+    index: Index,
     mappings: Mapping | MappingABC[str, Any] | None,
     norms: tuple[NormMapping, ...] | None,
     wanted: Sequence[str],
@@ -43,39 +40,38 @@ def roles_of(
         UnsupportedRotationError: the table says why one of the wanted rotations is impossible.
     """
     if mappings is not None:
-        return as_mapping(mappings), known_norms(model) if norms is None else norms
-    row = find_architecture(model.config)
+        return as_mapping(mappings), known_norms(index) if norms is None else norms
+    row = find_architecture(index.config)
     for name in wanted:
         if name in row.refuses:
             rest = [other for other in wanted if other not in row.refuses]
             way = f"; leave it out, rotations={tuple(rest)!r} works" if rest else ""
             raise UnsupportedRotationError(
-                f"{name} of {type(model).__name__}: {row.refuses[name]}{way}"
+                f"{name} of {index.class_name}: {row.refuses[name]}{way}"
             )
-    row = present(model, row)
+    row = present(index, row)
     return row.mapping, row.norms if norms is None else norms
 
 
-def known_norms(model: "PreTrainedModel") -> tuple[NormMapping, ...]:
+def known_norms(index: Index) -> tuple[NormMapping, ...]:
     """The norms of the table, none for a model that is not in it."""
     try:
-        return present(model, find_architecture(model.config)).norms
+        return present(index, find_architecture(index.config)).norms
     except ValueError:
         return ()
 
 
-def present(model: "PreTrainedModel", row: Architecture) -> Architecture:
+def present(index: Index, row: Architecture) -> Architecture:
     """A row of the table with the head of this model, without what it does not have."""
-    index = Index(model)
     headless = not find_holders(index, row.mapping.lm_head, missing_ok=True)
-    if headless and isinstance(getattr(model, CLASSIFIER, None), nn.Linear):
+    if headless and isinstance(getattr(index.model, CLASSIFIER, None), nn.Linear):
         row = with_head(row, CLASSIFIER)
     mapping = row.mapping
 
     def kept(patterns: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(p for p in patterns if find_holders(index, (p,), missing_ok=True))
 
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    names = [name for name, _ in index.model.named_parameters(remove_duplicate=False)]
     roles: dict[str, Any] = {
         field.name: kept(getattr(mapping, field.name))
         for field in fields(mapping)

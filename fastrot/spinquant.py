@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Mapping as MappingABC
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from fastrot.errors import RotationError
 from fastrot.heads import check_heads, head_dim_of, key_dim_of
+from fastrot.index import Index
 from fastrot.mapping import PLACES, ROTATIONS, Mapping, NormMapping
 from fastrot.patterns import NoMatchError
 from fastrot.recipe import Recipe
@@ -21,9 +22,6 @@ from fastrot.rotation import MATRIX, Rotation
 from fastrot.rows import UnsupportedRotationError, known_norms, roles_of
 from fastrot.sites import find_sites
 from fastrot.transform_config import TransformArgs, TransformConfig, TransformScheme
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,8 @@ class Kind:
     """
 
     places: Callable[[Mapping], tuple[TransformArgs, ...]]
-    check: Callable[["PreTrainedModel", Mapping], None]
-    head: Callable[["PreTrainedModel", Mapping], int | None] | None = None
+    check: Callable[[Index, Mapping], None]
+    head: Callable[[Index, Mapping], int | None] | None = None
     per_layer: bool = True
     through_norms: bool = False
 
@@ -57,7 +55,7 @@ class Configured(NamedTuple):
     """Given ones, which the configuration names by their digests."""
 
 
-def configured(model: "PreTrainedModel", recipe: Recipe) -> Configured:
+def configured(index: Index, recipe: Recipe) -> Configured:
     """What a recipe means for a model.
 
     Raises:
@@ -66,18 +64,17 @@ def configured(model: "PreTrainedModel", recipe: Recipe) -> Configured:
     """
     if recipe.transform_config is not None:
         norms = recipe.norm_mappings
-        norms = known_norms(model) if norms is None else norms
+        norms = known_norms(index) if norms is None else norms
         return Configured(recipe.transform_config, None, norms)
     wanted = recipe.rotations
-    mapping, norms = roles_of(model, recipe.mappings, recipe.norm_mappings, wanted)
+    mapping, norms = roles_of(index, recipe.mappings, recipe.norm_mappings, wanted)
     for name in wanted:
         if not getattr(mapping, PLACES[name]):
             raise UnsupportedRotationError(
-                f"{name} has no place in {type(model).__name__}: no module has the role "
-                f"{PLACES[name]}"
+                f"{name} has no place in {index.class_name}: no module has the role {PLACES[name]}"
             )
-        SPINQUANT[name].check(model, mapping)
-    sizes = _block_sizes(model, mapping, wanted, _given_sizes(recipe))
+        SPINQUANT[name].check(index, mapping)
+    sizes = _block_sizes(index, mapping, wanted, _given_sizes(recipe))
     centred = any(norm.kind == "layer" for norm in norms)
     matrices = {
         name: _fixing_ones(given) if centred and SPINQUANT[name].through_norms else given
@@ -104,7 +101,7 @@ def _fixing_ones(matrices: Iterable[Rotation]) -> tuple[Rotation, ...]:
 
 
 def _block_sizes(
-    model: "PreTrainedModel",
+    index: Index,
     mapping: Mapping,
     wanted: Sequence[str],
     given: MappingABC[str, int],
@@ -112,7 +109,7 @@ def _block_sizes(
     """The block of every rotation; None spans the whole dimension."""
     heads = {name: kind.head for name, kind in SPINQUANT.items() if kind.head and name in wanted}
     sizes: dict[str, int | None] = dict.fromkeys(ROTATIONS)
-    sizes |= {name: head(model, mapping) for name, head in heads.items()}
+    sizes |= {name: head(index, mapping) for name, head in heads.items()}
     for name, size in given.items():
         if not isinstance(size, int) or isinstance(size, bool):
             raise TypeError(f"block_size of {name} must be an int, got {size!r}")
@@ -172,15 +169,15 @@ def _stream_places(mapping: Mapping) -> tuple[TransformArgs, ...]:
     return tuple(places)
 
 
-def _check_head(model: "PreTrainedModel", mapping: Mapping) -> None:
-    if find_sites(model, mapping.lm_head, missing_ok=True):
+def _check_head(index: Index, mapping: Mapping) -> None:
+    if find_sites(index, mapping.lm_head, missing_ok=True):
         return
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    whole = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model.config.model_type, "the causal model")
+    whole = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(index.config.model_type, "the causal model")
     raise NoMatchError(
         f"R1 rotates the residual stream from the embedding to the head, but no module of "
-        f"{type(model).__name__} has the role lm_head; pass {whole}, or name its head in "
+        f"{index.class_name} has the role lm_head; pass {whole}, or name its head in "
         "mappings= and norm_mappings="
     )
 
@@ -194,18 +191,18 @@ def _value_places(mapping: Mapping) -> tuple[TransformArgs, ...]:
     )
 
 
-def _check_values(model: "PreTrainedModel", mapping: Mapping) -> None:
-    check_heads(model, mapping, head_dim_of(model, mapping))
+def _check_values(index: Index, mapping: Mapping) -> None:
+    check_heads(index, mapping, head_dim_of(index, mapping))
 
 
 def _key_places(mapping: Mapping) -> tuple[TransformArgs, ...]:
     return TransformArgs(mapping.attn, "q_attn"), TransformArgs(mapping.attn, "k_cache")
 
 
-def _check_keys(model: "PreTrainedModel", mapping: Mapping) -> None:
+def _check_keys(index: Index, mapping: Mapping) -> None:
     if mapping.attn_v_rows == "latent":
         raise UnsupportedRotationError(
-            f"R3: {type(model).__name__} caches latents, not keys; leave it out"
+            f"R3: {index.class_name} caches latents, not keys; leave it out"
         )
 
 
@@ -225,5 +222,5 @@ SPINQUANT = {
     "R1": Kind(_stream_places, _check_head, per_layer=False, through_norms=True),
     "R2": Kind(_value_places, _check_values, head_dim_of),
     "R3": Kind(_key_places, _check_keys, key_dim_of),
-    "R4": Kind(_down_places, lambda model, mapping: None),
+    "R4": Kind(_down_places, lambda index, mapping: None),
 }

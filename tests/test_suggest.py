@@ -14,6 +14,7 @@ import fastrot.api
 import fastrot.rows
 import fastrot.suggest
 from fastrot.coverage import classify
+from fastrot.index import Index
 from fastrot.mapping import Architecture, Mapping, NormMapping, Untouched, find_architecture
 from fastrot.suggest import suggest_mapping
 from fastrot.suggest.names import Names
@@ -73,7 +74,7 @@ def split(model, row):
 def check(model):
     suggestion = suggest_mapping(model)
     behind = BEHIND.get(model.config.model_type, {})
-    row = fastrot.rows.present(model, find_architecture(model.config))
+    row = fastrot.rows.present(Index(model), find_architecture(model.config))
     places = {
         "R1": row.mapping.embedding,
         "R2": row.mapping.attn_o,

@@ -15,6 +15,7 @@ from zoo import FAMILIES, build, inputs
 import fastrot
 import fastrot.rows
 from fastrot.edits import Scale
+from fastrot.index import Index
 from fastrot.mapping import ARCHITECTURES, SHELLS, find_architecture
 
 ROTATIONS = ("R1", "R2", "R3", "R4")
@@ -189,7 +190,7 @@ def test_the_row_is_complete(name):
     from fastrot.coverage import classify
 
     model, _, _ = original(name)
-    row = fastrot.rows.present(model, find_architecture(model.config))
+    row = fastrot.rows.present(Index(model), find_architecture(model.config))
     roles = classify(model, row.mapping, row.norms)
     names = [n for n, _ in model.named_parameters(remove_duplicate=False)]
     if "R1" not in row.refuses:
@@ -204,7 +205,7 @@ def test_no_row_and_no_rule_is_unused():
         config = original(name)[0].config
         types |= {config.model_type, config.get_text_config().model_type}
         row = find_architecture(config)
-        used = set(patterns_of(fastrot.rows.present(original(name)[0], row)))
+        used = set(patterns_of(fastrot.rows.present(Index(original(name)[0]), row)))
         shell = SHELLS.get(config.model_type)
         # The patterns of a language model in a shell are tried without it.
         rules = set(patterns_of(row)) if shell is None else set(rules_of(shell))

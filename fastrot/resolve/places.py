@@ -52,8 +52,11 @@ def rotation_of(
         )
     except ValueError as error:
         raise type(error)(f"{group} of {name}: {error}") from None
-    unit = replace(rotation, size=rotation.block, block_size=None)
-    return replace(rotation, unit=index.units.setdefault(unit, unit))
+    if rotation not in index.rotations:
+        unit = replace(rotation, size=rotation.block, block_size=None)
+        unit = index.units.setdefault(unit, unit)
+        index.rotations[rotation] = replace(rotation, unit=unit)
+    return index.rotations[rotation]
 
 
 def _matrix_of(group: str, scheme: TransformScheme, name: str) -> str:

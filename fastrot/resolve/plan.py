@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def resolve(
-    model: "PreTrainedModel",
+    model: "PreTrainedModel | Index",
     config: TransformConfig,
     norms: Sequence[NormMapping],
     seed: int,
@@ -48,7 +48,7 @@ def resolve(
     Raises:
         ValueError: anything that can't be done, naming the thing, its value and the way out.
     """
-    index = Index(model)
+    index = Index.of(model)
     index.units.update((matrix, matrix) for matrix in matrices)
     sites = resolve_online(index, config, seed)
     steps = Steps()
@@ -66,17 +66,17 @@ def resolve(
             steps=(*steps.scales.get(name, ()), *steps.rotates.get(name, ())),
             dtype=dtype,
         )
-        for name, _ in model.named_parameters(remove_duplicate=False)
+        for name, _ in index.model.named_parameters(remove_duplicate=False)
         if name in steps.rotates or name in steps.scales
     ]
     if mapping is not None and STREAM in config.config_groups:
         check_one_stream(edits, sites)
         check_coverage(index, mapping, norms)
     edits = untie(index, mapping, edits)
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = dict(index.model.named_parameters(remove_duplicate=False))
     written = (norm.parameter for norm in steps.norms if norm.weighted)
     return Plan(
-        model_class=type(model).__name__,
+        model_class=index.class_name,
         weights=tuple(edits),
         norms=tuple(steps.norms),
         online=tuple(sites),
@@ -86,7 +86,7 @@ def resolve(
             name: tuple(parameters[name].shape)
             for name in (*(edit.parameter for edit in edits), *written)
         },
-        outline=outline(model),
+        outline=outline(index.model),
         by_table=by_table,
     )
 
