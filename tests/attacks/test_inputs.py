@@ -47,6 +47,7 @@ FINE = {
         "block_size": {"None", "{}"},
         "seed": {"-1", "0", "10**30"},
         "precision": {"None"},
+        "matrices": {"None", "{}"},
         "mappings": {"None"},
         "norm_mappings": {"None"},
         "transform_config": {"None"},
@@ -68,6 +69,7 @@ FINE = {
         "randomize": {"True"},
         "head_dim": {"None"},
         "fixes_ones": {"True"},
+        "matrices": NOTHING,
     },
     "place": {"inverse": {"True"}, "ignore": WORDS},
     "config": {},
@@ -87,7 +89,7 @@ def configured(scheme):
 
 ARGUMENTS = (
     *("rotations", "transform_type", "randomize", "block_size", "seed", "precision", "mappings"),
-    *("norm_mappings", "transform_config", "trust", "undo", "progress"),
+    *("matrices", "norm_mappings", "transform_config", "trust", "undo", "progress"),
 )
 KINDS = {
     "argument": (ARGUMENTS, lambda change: change),
