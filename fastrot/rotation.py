@@ -117,6 +117,11 @@ class Rotation:
         """Whether there is an operand; the matrix of another process has yet to be loaded."""
         return self.kind != MATRIX or (self.unit or self).given is not None
 
+    @property
+    def has_operand(self) -> bool:
+        """Whether the block is more than a Hadamard matrix; tracers ask this, not the operand."""
+        return self.kind != "hadamard" or self.fixes_ones
+
     def __getstate__(self) -> dict[str, Any]:
         """Without operands that can be made again."""
         return {f.name: getattr(self, f.name) for f in fields(self)} | {"unit": None}
@@ -202,7 +207,8 @@ class Rotation:
             raise RotationError(
                 f"rotation of size {self.size} cannot act on dimension {dim} of {tuple(x.shape)}"
             )
-        if operand is None and self.operand is not None:
+        if operand is None and self.has_operand:
+            assert self.operand is not None
             operand = self.operand.to(x.device)
         if not self.dense and not self.fixes_ones:
             block = self.block

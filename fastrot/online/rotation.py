@@ -51,14 +51,10 @@ class OnlineRotation(nn.Module):
     @property
     def value(self) -> Tensor | None:
         """The operand as :meth:`fastrot.Rotation.apply` takes it."""
-        if not self._has_operand:
+        if not self.rotation.has_operand:
             return None
         operand = self.operand
         return operand if operand.dtype == torch.int8 else operand.view(torch.float64)
-
-    @property
-    def _has_operand(self) -> bool:
-        return self.rotation.kind != "hadamard" or self.rotation.fixes_ones
 
     @property
     def name(self) -> str:
@@ -84,7 +80,7 @@ class OnlineRotation(nn.Module):
             1, self.rotation.size, generator=torch.Generator().manual_seed(0), device="cpu"
         )
         x = x.to(self.operand.device, torch.float64)
-        marker = self._has_operand or bool((self.operand == 1).all())
+        marker = self.rotation.has_operand or bool((self.operand == 1).all())
         return marker and abs(float(self(x).norm() / x.norm()) - 1) < 1e-6
 
     def extra_repr(self) -> str:
