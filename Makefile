@@ -30,9 +30,11 @@ test-newest: $(READY)
 fast-test: $(READY)
 	$(BIN)/python -m pytest -q -n 2 -m $(FAST)
 
-# What `make test` takes some of each kind of: every edit of every family, every launch everywhere.
+# What `make test` takes some of each kind of: every edit of every family, every launch everywhere,
+# more random settings.
 exhaustive: $(READY)
 	$(BIN)/python -m pytest -q -n 2 -m exhaustive
+	FASTROT_FUZZ_EXAMPLES=40 $(BIN)/python -m pytest -q -n 2 tests/test_fuzz.py
 
 # The attacks of tests/attacks, long: minutes instead of seconds.
 attack: $(READY)

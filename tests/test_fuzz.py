@@ -18,7 +18,7 @@ from zoo import FAMILIES, build, inputs
 import fastrot
 from fastrot.rotation import KINDS
 
-EXAMPLES = int(os.environ.get("FASTROT_FUZZ_EXAMPLES", "20"))
+EXAMPLES = int(os.environ.get("FASTROT_FUZZ_EXAMPLES", "8"))
 IMPOSSIBLE = (
     ValueError,
     RuntimeError,
