@@ -125,7 +125,7 @@ def main() -> None:
     for case, most in zip(made, fitting, strict=True):
         shipped = case.tile.config.resident
         counts = sorted({most, max(1, most // 2)}) if shipped else [0]
-        if case.tile in [tile_for(*factors(case.n), *[DTYPES[case.dtype]] * 2, backend)]:
+        if case.tile == tile_for(*factors(case.n), *[DTYPES[case.dtype]] * 2, backend):
             counts = [shipped]
         for resident in counts if most else []:
             if time.monotonic() > deadline:

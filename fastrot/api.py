@@ -11,7 +11,7 @@ from fastrot.checks import check_flag, check_model
 from fastrot.damage import mark_damaged
 from fastrot.edits import Plan
 from fastrot.errors import RotationError
-from fastrot.fit import check, check_first_time
+from fastrot.fit import check, check_first_time, fitted
 from fastrot.foreign import check_whole
 from fastrot.fuse import Fusion
 from fastrot.handle import Handle
@@ -64,7 +64,7 @@ def plan(
     check_first_time(described, config)
     dtype = recipe.precision or torch.float64
     made = resolve(index, config, norms, recipe.seed, mapping, dtype, recipe.by_table, matrices)
-    return check(described, made, trust=trust)
+    return fitted(described, made, trust)
 
 
 @takes_recipe

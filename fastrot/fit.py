@@ -54,12 +54,17 @@ def check(model: "PreTrainedModel", plan: Plan, *, trust: bool = False) -> Plan:
     check_model(model)
     check_flag("trust", trust)
     check_first_time(model, plan.transform_config)
+    _check_same(model, plan)
+    return fitted(model, plan, trust)
+
+
+def fitted(model: "PreTrainedModel", plan: Plan, trust: bool) -> Plan:
+    """The rest of :func:`check`, which is all that a plan needs that was just made of a model."""
     if not plan.weights and not plan.online:
         groups = ", ".join(plan.transform_config.config_groups)
         raise RotationError(
             f"transform_config describes no transform: {groups} names no place in 'apply'"
         )
-    _check_same(model, plan)
     check_weights(model, plan)
     if plan.online and getattr(model, "use_kernels", False):
         raise RotationError(

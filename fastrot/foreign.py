@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from fastrot.edits import Plan, Rotate
+from fastrot.edits import Plan
 from fastrot.errors import RotationError
 from fastrot.mapping import STREAM
 
@@ -100,9 +100,9 @@ def _touched(model: nn.Module, plan: Plan) -> list[str]:
     stream: dict[str, None] = {}
     names: dict[str, None] = {}
     for edit in plan.weights:
-        groups = {step.group for step in edit.steps if isinstance(step, Rotate)}
-        within = stream if STREAM in groups else names
-        within |= dict.fromkeys(_around(edit.parameter.rpartition(".")[0], STREAM in groups))
+        of_stream = STREAM in edit.groups
+        within = stream if of_stream else names
+        within |= dict.fromkeys(_around(edit.parameter.rpartition(".")[0], of_stream))
     for norm in plan.written_norms:
         stream |= dict.fromkeys(_around(norm.name, True))
     for name in list(stream):

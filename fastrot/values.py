@@ -63,7 +63,7 @@ def dynamic_range(model: nn.Module, plan: Plan) -> float:
     every weight that writes into the stream. After R1 all channels are rounded as coarsely as the
     root mean square: this is about the factor by which a 16-bit model's error may grow.
     """
-    if not any(isinstance(s, Rotate) and s.group == STREAM for e in plan.weights for s in e.steps):
+    if not any(STREAM in edit.groups for edit in plan.weights):
         return 1.0
     found = [1.0]
     for channels in _writers(model, plan):
@@ -105,7 +105,7 @@ def _check_on_trial(model: nn.Module, edit: WeightEdit, weight: Tensor) -> None:
         raise ValueRangeError(
             f"{edit.parameter} would hold {most:.3g} once rotated, more than "
             f"{str(weight.dtype).removeprefix('torch.')} can ({limit:.3g}); load the model in "
-            f"{wider}, or leave {_groups(edit)} out"
+            f"{wider}, or leave {' and '.join(edit.groups)} out"
         )
 
 
@@ -120,13 +120,8 @@ def _check_not_lost(edit: WeightEdit, weight: Tensor, scales: list[Tensor]) -> N
         raise ValueRangeError(
             f"{edit.parameter} with its norm's weight folded in would hold values of about "
             f"{after:.1g}, which float16 rounds by {off:.1%}; load the model in bfloat16 or "
-            f"float32, or leave {_groups(edit)} out"
+            f"float32, or leave {' and '.join(edit.groups)} out"
         )
-
-
-def _groups(edit: WeightEdit) -> str:
-    groups = dict.fromkeys(step.group for step in edit.steps if isinstance(step, Rotate))
-    return " and ".join(groups)
 
 
 def _writers(model: nn.Module, plan: Plan) -> Iterator[Tensor]:

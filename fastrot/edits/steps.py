@@ -79,6 +79,12 @@ class WeightEdit:
     dtype: torch.dtype
     source: str | None = None
 
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Names of the schemes that its rotations come from, each once."""
+        turns = (step for step in self.steps if isinstance(step, Rotate))
+        return tuple(dict.fromkeys(step.group for step in turns))
+
 
 @dataclass(frozen=True)
 class FoldedNorm:

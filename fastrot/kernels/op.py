@@ -229,6 +229,12 @@ _PLAIN = (
 ).raw_repr()
 
 
+def _below_autograd(operator: Any, keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+    """Leave a call to what comes after autograd: another device, a mode, a subclass."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return operator.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+
+
 def _recorded(
     keys: torch._C.DispatchKeySet,
     x: Tensor,
@@ -244,9 +250,7 @@ def _recorded(
         return _Transform.apply(x, signs, scale, size, dim, transpose, impl)  # type: ignore[no-any-return]
     if keys.raw_repr() == _PLAIN:
         return run(x, signs, scale, size, dim, transpose, impl)
-    with torch._C._AutoDispatchBelowAutograd():
-        keys = keys & torch._C._after_autograd_keyset
-        return _operator.redispatch(keys, x, signs, scale, size, dim, transpose, impl)
+    return _below_autograd(_operator, keys, x, signs, scale, size, dim, transpose, impl)
 
 
 def _recorded_into(
@@ -267,9 +271,7 @@ def _recorded_into(
         torch.autograd.graph.increment_version(out)
     if keys.raw_repr() == _PLAIN:
         return run_into(x, signs, scale, size, dim, transpose, impl, out)
-    with torch._C._AutoDispatchBelowAutograd():
-        keys = keys & torch._C._after_autograd_keyset
-        _operator_into.redispatch(keys, x, signs, scale, size, dim, transpose, impl, out)
+    _below_autograd(_operator_into, keys, x, signs, scale, size, dim, transpose, impl, out)
 
 
 _library.impl("hadamard_transform", _recorded, "Autograd", with_keyset=True)
