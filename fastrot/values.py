@@ -43,7 +43,7 @@ def check_values(model: nn.Module, plan: Plan) -> None:
     with torch.no_grad():
         for edit in plan.weights:
             weight = model.get_parameter(edit.parameter).detach()
-            scales = [scale_of(model, s) for s in edit.steps if isinstance(s, Scale)]
+            scales = [scale_of(model.get_parameter, s) for s in edit.steps if isinstance(s, Scale)]
             largest = 1.0
             for scale in scales:
                 _check_finite(edit.parameter, scale)

@@ -37,7 +37,7 @@ ROOMS = (
     ("removal", "restoration"),
     ("handle", "verification"),
     ("api",),
-    ("suggest",),
+    ("checkpoint", "suggest"),
     ("__init__",),
     ("demo",),
     ("cli",),

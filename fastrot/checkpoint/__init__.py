@@ -1,0 +1,1 @@
+"""Checkpoints that are rotated file by file, without loading the model."""
