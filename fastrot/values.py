@@ -53,7 +53,7 @@ def check_values(model: nn.Module, plan: Plan) -> None:
                 _check_finite(edit.parameter, weight)
                 _check_on_trial(model, edit, weight)
             if weight.dtype == torch.float16 and weight.dim() > 1 and scales:
-                _check_not_lost(edit, weight, scales)
+                check_not_lost(edit, weight, scales)
 
 
 def dynamic_range(model: nn.Module, plan: Plan) -> float:
@@ -109,7 +109,25 @@ def _check_on_trial(model: nn.Module, edit: WeightEdit, weight: Tensor) -> None:
         )
 
 
-def _check_not_lost(edit: WeightEdit, weight: Tensor, scales: list[Tensor]) -> None:
+def check_rotated(edit: WeightEdit, weight: Tensor) -> None:
+    """Refuse what became of a weight, or of a part of it, if it is not finite.
+
+    Raises:
+        ValueRangeError: names the weight and the way out.
+    """
+    # One pass: a sum of finite numbers is seldom infinite, and one with others always odd.
+    if bool(weight.sum(dtype=torch.promote_types(weight.dtype, torch.float32)).isfinite()):
+        return
+    bad = int((~weight.isfinite()).sum())
+    if bad:
+        raise ValueRangeError(
+            f"{edit.parameter} holds values that are not finite, or too large for "
+            f"{str(weight.dtype).removeprefix('torch.')} once rotated ({bad} of {weight.numel()}); "
+            f"repair it, take a wider dtype, or leave {' and '.join(edit.groups)} out"
+        )
+
+
+def check_not_lost(edit: WeightEdit, weight: Tensor, scales: list[Tensor]) -> None:
     """float16 has fixed steps of 6e-8 below 6e-5: a folded norm may push a weight there."""
     steps = torch.finfo(weight.dtype).smallest_normal * torch.finfo(weight.dtype).eps
     count = weight.numel() ** 0.5

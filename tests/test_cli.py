@@ -20,8 +20,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 import fastrot
+from fastrot.checkpoint.pipeline import Pipeline, StoppedError
 from fastrot.cli import main
-from fastrot.cli.staging import PREFIX, staged
 
 ROTATIONS = ("R1", "R2", "R3", "R4")
 
@@ -334,14 +334,14 @@ REFUSALS = [
     (["rotate", "S", "S/new"], nothing, "lies in SRC"),
     (["rotate", "S", "/tmp/" + "n" * 256], nothing, "File name too long"),
     (["rotate", "S", "/proc"], nothing, "is not empty"),
-    (["rotate", "S", "/proc/new"], nothing, "/proc has 0.0 GiB free, and the weights alone need"),
+    (["rotate", "S", "/proc/new"], nothing, "/proc has 0.0 GiB free, and the weights that are"),
     (["rotate", "S", "T"], weights_elsewhere, "lies in '../part.safetensors', outside of the fold"),
     (["rotate", "S", "T"], weights_somewhere, "lies in '/part.safetensors', outside of the fold"),
     (["verify", "S", "S"], weights_elsewhere, "lies in '../part.safetensors', outside of the fold"),
     (["rotate", "S", "T"], part_missing, "other.safetensors"),
     (["rotate", "S", "T"], no_index, "has no weight_map from names of weights to names of files"),
     (["rotate", "S", "T"], own_code, "load it in Python with trust_remote_code=True, then call"),
-    (["rotate", "S", "T"], many_tokens, "lacks weights: config.json describes"),
+    (["rotate", "S", "T"], many_tokens, "but config.json describes"),
     (["plan", "S"], many_layers, "num_hidden_layers=1000000"),
     (["rotate", "S", "T"], dangling_tokenizer, "tokenizer.model"),
     (["rotate", "S", "T/a/b"], nothing, "where b should lie, is not a folder"),
@@ -349,17 +349,17 @@ REFUSALS = [
     (["rotate", "S", "T"], no_config, "no config.json"),
     (["rotate", "S", "T"], no_json, "not a valid JSON file"),
     (["rotate", "S", "T"], no_weights, "model.safetensors"),
-    (["rotate", "S", "T"], half_the_weights, "can't be read: "),
-    (["rotate", "S", "T"], weight_missing, "lacks weights for a LlamaForCausalLM"),
-    (["rotate", "S", "T"], weight_unknown, "unknown weights for a LlamaForCausalLM: model.mtp"),
+    (["rotate", "S", "T"], half_the_weights, "cut short"),
+    (["rotate", "S", "T"], weight_missing, "the checkpoint lacks model."),
+    (["rotate", "S", "T"], weight_unknown, "of multi-token prediction, model.mtp"),
     (
         ["rotate", "S", "T"],
         wrong_shape,
-        "wrongly shaped weights for a LlamaForCausalLM: model.norm.weight",
+        "the checkpoint has model.norm.weight as (3,), but config.json describes (96,)",
     ),
     (["plan", "S"], quantized, "fastrot-of-tomorrow"),
     (["plan", "S"], unknown_type, "llama-of-tomorrow"),
-    (["rotate", "S", "T"], other_type, "lacks weights for a GPT2LMHeadModel"),
+    (["rotate", "S", "T"], other_type, "which a GPT2LMHeadModel does not have"),
     (["rotate", "S", "T"], rotated, "R1 and R2 is already on this LlamaForCausalLM"),
     (["verify", "S", "T"], nothing, "is not the folder of a transformers model"),
     (["verify", "S", "S", "--prompts", "w1"], no_tokenizer, "has no tokenizer"),
@@ -416,16 +416,17 @@ def test_nothing_is_left_after_a_failure(
     checkpoints, error, status, line, there, tmp_path, monkeypatch, capsys
 ):
     """The weights are on disk already when it happens."""
+    write = Pipeline._write_file
 
-    def fail(model, folder):
-        model.save_pretrained(folder)
-        assert names(tmp_path) == {folder.name, "target"} if there else {folder.name}
+    def fail(pipeline, file, part):
+        write(pipeline, file, part)
+        assert names(tmp_path) == {part.parent.name} | ({"target"} if there else set())
         raise error
 
     target = tmp_path / "target"
     if there:
         target.mkdir()
-    monkeypatch.setattr("fastrot.cli.commands.save", fail)
+    monkeypatch.setattr(Pipeline, "_write_file", fail)
     got, out, err = run(capsys, "rotate", checkpoints["float32"], target)
     assert (got, out) == (status, "")
     assert line in err
@@ -438,35 +439,30 @@ def test_nothing_is_left_after_a_failure(
 def test_a_terminated_run_leaves_nothing(
     checkpoints, number, status, tmp_path, monkeypatch, capsys
 ):
-    def stop(model, folder):
-        model.save_pretrained(folder)
-        signal.raise_signal(number)
+    """If no file was whole; else it is resumed, see test_checkpoint_rotate.py."""
+    write = Pipeline._write_file
 
-    monkeypatch.setattr("fastrot.cli.commands.save", stop)
+    def stop(pipeline, file, part):
+        signal.raise_signal(number)
+        write(pipeline, file, part)
+        raise StoppedError
+
+    monkeypatch.setattr(Pipeline, "_write_file", stop)
     got, _, err = run(capsys, "rotate", checkpoints["float32"], tmp_path / "target")
     assert (got, err) == (status, "fastrot: terminated\n")
     assert names(tmp_path) == set()
     assert signal.getsignal(number) == signal.SIG_DFL
 
 
-def test_what_a_killed_run_left_is_cleared_away(checkpoints, tmp_path, capsys):
-    """But not what a living one is writing."""
-    with staged(tmp_path / "other") as living:
-        (tmp_path / f"{PREFIX}dead").mkdir()
-        (tmp_path / f"{PREFIX}dead" / "model.safetensors").touch()
-        assert run(capsys, "rotate", checkpoints["float32"], tmp_path / "target")[0] == 0
-        assert names(tmp_path) == {"target", living.name}
-
-
 def test_an_error_in_the_middle_keeps_its_cause(checkpoints, tmp_path, monkeypatch, capsys):
-    def fail(fusion, journal, progress=False):
-        journal.writing()
+    def fail(*args):
         raise RuntimeError("a memory bank failed")
 
-    monkeypatch.setattr("fastrot.fuse.Fusion.run", fail)
+    monkeypatch.setattr("fastrot.checkpoint.panels.Panel.rotate", fail)
     status, out, err = run(capsys, "rotate", checkpoints["float32"], tmp_path / "target")
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert "a memory bank failed" in err
+    assert names(tmp_path) == set()
 
 
 def test_a_full_disk_takes_one_line(checkpoints, tmp_path):
@@ -552,13 +548,17 @@ def test_someone_else_takes_the_folder_meanwhile(checkpoints, tmp_path, monkeypa
     target = tmp_path / "target"
 
     def take(source, folder):
-        target.mkdir()
+        target.mkdir(exist_ok=True)
         (target / "precious").touch()
 
-    monkeypatch.setattr("fastrot.cli.commands.copy_companions", take)
-    assert run(capsys, "rotate", checkpoints["float32"], target)[0] == 2
-    assert names(tmp_path) == {"target"}
+    with monkeypatch.context() as patched:
+        patched.setattr("fastrot.checkpoint.store.copy_companions", take)
+        status, _, err = run(capsys, "rotate", checkpoints["float32"], target)
+    assert (status, "is not empty any more" in err) == (2, True)
     assert names(target) == {"precious"}
+    (target / "precious").unlink()
+    assert run(capsys, "rotate", checkpoints["float32"], target)[0] == 0
+    assert names(tmp_path) == {"target"}
 
 
 def test_settings_of_transformers_come_back(checkpoints, capsys):

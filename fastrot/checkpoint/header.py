@@ -179,3 +179,28 @@ def read_into(descriptor: int, entry: Entry, start: int, buffer: memoryview) -> 
         if count <= 0:
             raise CheckpointError(f"{entry.file} ends within {entry.name}: it was cut short")
         done += count
+
+
+def read_entry(entry: Entry) -> torch.Tensor:
+    """A whole tensor of a file, in new memory."""
+    buffer = bytearray(max(1, entry.nbytes))
+    with entry.file.open("rb") as stream:
+        read_into(stream.fileno(), entry, 0, memoryview(buffer)[: entry.nbytes])
+    raw = torch.frombuffer(buffer, dtype=torch.uint8)[: entry.nbytes]
+    return raw.view(entry.dtype).view(entry.shape)
+
+
+def same_bytes(a: Entry, b: Entry, chunk: int = 1 << 26) -> bool:
+    """Whether two tensors are equal bit for bit."""
+    if (a.shape, a.dtype) != (b.shape, b.dtype):
+        return False
+    size = min(chunk, a.nbytes)
+    left, right = bytearray(size), bytearray(size)
+    with a.file.open("rb") as of_a, b.file.open("rb") as of_b:
+        for start in range(0, a.nbytes, chunk):
+            length = min(chunk, a.nbytes - start)
+            read_into(of_a.fileno(), a, start, memoryview(left)[:length])
+            read_into(of_b.fileno(), b, start, memoryview(right)[:length])
+            if left[:length] != right[:length]:
+                return False
+    return True

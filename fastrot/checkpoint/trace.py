@@ -50,8 +50,15 @@ class Trace:
     renamings: list[Any] = field(default_factory=list)
 
 
-def trace(model: "PreTrainedModel", entries: Mapping[str, Entry]) -> Trace:
+def trace(
+    model: "PreTrainedModel", entries: Mapping[str, Entry], more: Iterable[Any] = ()
+) -> Trace:
     """Follow every tensor of a checkpoint into a model on the meta device.
+
+    Args:
+        model: its names and shapes.
+        entries: the tensors of the checkpoint.
+        more: renamings of transformers' kind besides those of the model.
 
     Raises:
         CheckpointError: a tensor has another shape than the configuration describes.
@@ -65,7 +72,7 @@ def trace(model: "PreTrainedModel", entries: Mapping[str, Entry]) -> Trace:
         rename_source_key,
     )
 
-    mapping = get_model_conversion_mapping(model)
+    mapping = [*get_model_conversion_mapping(model), *more]
     renamings = [step for step in mapping if isinstance(step, WeightRenaming)]
     converters = [step for step in mapping if isinstance(step, WeightConverter)]
     converter_of = {pattern: step for step in converters for pattern in step.source_patterns}

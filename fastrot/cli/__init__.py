@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
+from fastrot.checkpoint.source import uncollected
 from fastrot.cli.arguments import parser
-from fastrot.cli.checkpoint import uncollected
 from fastrot.cli.output import discard, escape
 
 LONGEST_MESSAGE = 800

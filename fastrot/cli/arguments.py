@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any, NoReturn
 
+from fastrot.checkpoint.workers import parse_worker
 from fastrot.cli import commands
 from fastrot.cli.verify import EXACT, verify
 from fastrot.mapping import ROTATIONS
@@ -36,7 +37,9 @@ def parser() -> argparse.ArgumentParser:
     plan.set_defaults(command=commands.plan)
 
     rotate = actions.add_parser(
-        "rotate", parents=[rotation, common], help="write a rotated checkpoint"
+        "rotate",
+        parents=[rotation, common],
+        help="write a rotated checkpoint; repeated after an interruption, it goes on",
     )
     rotate.add_argument("source", type=Path, metavar="SRC")
     rotate.add_argument("target", type=Path, metavar="DST", help="a new or an empty folder")
@@ -45,6 +48,32 @@ def parser() -> argparse.ArgumentParser:
         choices=("auto", "bfloat16", "float16", *EXACT),
         default="auto",
         help="of the weights; default: as they are",
+    )
+    rotate.add_argument(
+        "--memory",
+        type=_bytes,
+        metavar="SIZE",
+        help="for weights and scratch memory, such as 512M or 4G; default: 2G, or what the "
+        "largest weight needs",
+    )
+    rotate.add_argument(
+        "--max-shard-size", type=_bytes, metavar="SIZE", help="of a file; default: files as in SRC"
+    )
+    rotate.add_argument(
+        "--mtp",
+        choices=("copy", "drop"),
+        default="copy",
+        help="what to do with tensors of multi-token prediction; copying is exact without R1",
+    )
+    rotate.add_argument(
+        "--worker",
+        type=parse_worker,
+        metavar="I/N",
+        help="which of N processes this is, from 0; default: what torchrun, srun, a SLURM array or "
+        "mpirun say",
+    )
+    rotate.add_argument(
+        "--fresh", action="store_true", help="throw away what an earlier run left unfinished"
     )
     rotate.set_defaults(command=commands.rotate)
 
@@ -117,3 +146,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
+
+
+def _bytes(text: str) -> int:
+    """A size such as ``512M``, in units of 1024."""
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
+    powers = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
+    try:
+        size = int(float(number) * 1024 ** powers[unit])
+    except (KeyError, ValueError, OverflowError):
+        size = 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 512M or 4G")
+    return size

@@ -6,9 +6,8 @@ from argparse import Namespace
 from dataclasses import fields
 
 import fastrot
-from fastrot.cli.checkpoint import load, outline, save, size
+from fastrot.checkpoint.source import outline
 from fastrot.cli.output import announce
-from fastrot.cli.staging import check_target, copy_companions, staged
 
 
 def plan(args: Namespace) -> int:
@@ -29,15 +28,24 @@ def plan(args: Namespace) -> int:
 
 def rotate(args: Namespace) -> int:
     """Write a rotated copy of a checkpoint; the folder appears when it is complete, or never."""
-    source, target = args.source.resolve(), args.target.resolve()
-    check_target(source, target, size(source, args.dtype))
-    with staged(target) as folder:
-        copy_companions(source, folder)
-        model = load(source, args.dtype)
-        # After an error this model is thrown away: nothing needs to be taken back.
-        handle = fastrot.apply(model, _recipe(args), undo="none", progress=sys.stderr.isatty())
-        save(model, folder)
-    announce(f"{str(handle).splitlines()[0]}\nwritten to {args.target}")
+    import torch
+
+    done = fastrot.rotate_checkpoint(
+        args.source,
+        args.target,
+        _recipe(args),
+        dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
+        memory=args.memory,
+        drafts=args.mtp,
+        shard=args.max_shard_size,
+        worker=args.worker,
+        fresh=args.fresh,
+        progress=sys.stderr.isatty(),
+    )
+    where = f"written to {args.target}"
+    if not done.complete:
+        where = f"{args.target} lacks {done.missing} files of weights, which other workers write"
+    announce(f"{str(done.plan).splitlines()[0]}\n{where}")
     return 0
 
 

@@ -7,6 +7,7 @@ a transformers without fastrot refuses that, for dense models too, instead of co
 """
 
 import inspect
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from transformers.core_model_loading import WeightRenaming
@@ -18,7 +19,7 @@ from fastrot.errors import RecordError
 from fastrot.integrations.guard import lift
 from fastrot.integrations.marks import mark
 from fastrot.journal import Journal
-from fastrot.online import attach, check_site, make
+from fastrot.online import OnlineRotation, attach, check_site, make
 from fastrot.record import QUANT_METHOD, check_online, online_sites
 
 if TYPE_CHECKING:
@@ -53,16 +54,13 @@ class FastrotQuantizer(HfQuantizer):
         with Journal() as journal:
             rotations = make(model, sites)
             attach(model, sites, rotations, journal)
-        self._moved = {(r.child, r.location): r.name for r in rotations if r.child}
+        self._rotations = rotations
         _watch_keys(model)
         return model
 
     def get_weight_conversions(self) -> list[Any]:
-        """Names in checkpoints of version 0.1.0, where a linear module held its rotation."""
-        return [
-            WeightRenaming(rf"\.{child}\.fastrot_{end}\.", f".{name}.")
-            for (child, end), name in self._moved.items()
-        ]
+        """Names in checkpoints of version 0.1.0."""
+        return old_names(self._rotations)
 
     def postprocess_model(self, model: "PreTrainedModel", **kwargs: Any) -> "PreTrainedModel":
         """Leave the model as :func:`fastrot.apply` would: rotated, but not "quantized"."""
@@ -80,6 +78,15 @@ class FastrotQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         """Rotations are linear and differentiable."""
         return True
+
+
+def old_names(rotations: Iterable[OnlineRotation]) -> list[WeightRenaming]:
+    """Renamings of version 0.1.0's operands, where a linear module held its rotation."""
+    moved = {(r.child, r.location): r.name for r in rotations if r.child}
+    return [
+        WeightRenaming(rf"\.{child}\.fastrot_{end}\.", f".{name}.")
+        for (child, end), name in moved.items()
+    ]
 
 
 def _watch_keys(model: "PreTrainedModel") -> None:

@@ -50,12 +50,14 @@ def _holder(model: nn.Module, site: OnlineSite) -> tuple[nn.Module, str | None]:
     return model.get_submodule(owner), child
 
 
-def make(model: nn.Module, sites: Sequence[OnlineSite]) -> list[OnlineRotation]:
-    """The module of every site, with its operand where the site's weights are."""
+def make(
+    model: nn.Module, sites: Sequence[OnlineSite], device: torch.device | None = None
+) -> list[OnlineRotation]:
+    """The module of every site, with its operand on a device, or where the site's weights are."""
     made = []
     for site in sites:
         module = model.get_submodule(site.module)
-        rotation = OnlineRotation(site, _device(module), _holder(model, site)[1])
+        rotation = OnlineRotation(site, device or _device(module), _holder(model, site)[1])
         made.append(rotation.train(module.training))
     return made
 

@@ -1,0 +1,316 @@
+"""All that a rotation of a checkpoint does, decided and checked before the first write."""
+
+import copy
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastrot.api import plan as plan_model
+from fastrot.checkpoint.header import (
+    CheckpointError,
+    Entry,
+    Layout,
+    Metadata,
+    read_entry,
+    read_headers,
+    same_bytes,
+)
+from fastrot.checkpoint.source import outline, read_json, weight_files
+from fastrot.checkpoint.tasks import Task, place_of, tasks_of
+from fastrot.checkpoint.trace import Trace, stored_names, trace
+from fastrot.checks import check_norm
+from fastrot.edits import OnlineSite, Plan, Rotate
+from fastrot.errors import RotationError
+from fastrot.integrations.guard import lift
+from fastrot.integrations.marks import GUARD
+from fastrot.journal import Journal
+from fastrot.mapping import STREAM
+from fastrot.online import OnlineRotation, attach, check_site, installed, make
+from fastrot.recipe import Recipe
+from fastrot.record import QUANT_METHOD, check_online, online_sites, sealed, with_application
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Drafts = Literal["copy", "drop"]
+"""What is done with the tensors of multi-token prediction, which transformers does not load."""
+
+NEW = "model-fastrot.safetensors"
+"""Where tensors go that the old checkpoint does not have, if it has several files."""
+
+DRAFT = re.compile(r"(^|\.)mtp\w*\.|(^|\.)layers\.(?P<layer>\d+)\.")
+"""Names of the tensors of multi-token prediction: of their own, or of layers behind the last."""
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A file of weights of the new checkpoint.
+
+    Attributes:
+        name: of the file.
+        tasks: its tensors that are made of old ones.
+        constants: its other tensors.
+        metadata: what its header says besides.
+    """
+
+    name: str
+    tasks: tuple[Task, ...]
+    constants: Mapping[str, Tensor]
+    metadata: Metadata
+
+    @property
+    def layouts(self) -> dict[str, Layout]:
+        """All tensors in the order in which they lie."""
+        made = {task.name: task.layout for task in self.tasks}
+        return made | {
+            name: Layout(tuple(tensor.shape), tensor.dtype)
+            for name, tensor in self.constants.items()
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(layout.nbytes for layout in self.layouts.values())
+
+
+@dataclass(frozen=True)
+class Job:
+    """A rotation of a checkpoint.
+
+    Attributes:
+        source: the folder.
+        plan: of the model.
+        files: what will be written.
+        norms: the weights of the norms that are folded, by the names of the model.
+        config: the new config.json.
+        digest: of everything that decides a byte of the result.
+    """
+
+    source: Path
+    plan: Plan
+    files: tuple[OutputFile, ...]
+    norms: Mapping[str, Tensor]
+    config: dict[str, Any]
+    digest: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights that will be written."""
+        return sum(file.nbytes for file in self.files)
+
+
+@torch.no_grad()
+def prepare(
+    source: Path,
+    recipe: Recipe,
+    *,
+    dtype: torch.dtype | None = None,
+    drafts: Drafts = "copy",
+    shard: int | None = None,
+) -> Job:
+    """Decide what becomes of a checkpoint; reads headers, norms and config.json.
+
+    Args:
+        source: the folder of a checkpoint of transformers, in safetensors.
+        recipe: the rotations.
+        dtype: of floating-point tensors; None leaves them as they are.
+        drafts: ``copy`` keeps the tensors of multi-token prediction as they are, which is exact
+            without R1; ``drop`` leaves them out.
+        shard: bytes of a file of weights; None leaves the files as they are.
+
+    Raises:
+        RotationError: anything that can't be done, naming the tensor and the way out.
+        OSError: a file is missing or can't be read.
+    """
+    model = outline(source)
+    files = weight_files(source)
+    if not files or any(file.suffix != ".safetensors" for file in files):
+        raise FileNotFoundError(f"{source} has no weights in safetensors (model.safetensors)")
+    entries, metadata = read_headers(files)
+    earlier = _restored(model)
+    from fastrot.integrations.transformers import old_names
+
+    made = trace(model, entries, old_names(earlier.values()))
+    for name, rotation in earlier.items():
+        if name in made.targets:
+            rotation.operand = _read(name, made, entries)
+    if earlier and earlier.keys() <= made.targets.keys():
+        check_online(model)
+    plan = plan_model(model, recipe)
+    known = {name: entry for name, entry in entries.items() if name not in made.unknown}
+    kept = _leftovers(model, plan, made, drafts)
+    norms = _norms(model, plan, made, entries)
+    tasks, equal = tasks_of(model, plan, made, known, dtype)
+    for name, other in equal.items():
+        if not same_bytes(entries[name], entries[other]):
+            raise CheckpointError(
+                f"{name} and {other} differ, but config.json says that they are one "
+                "(tie_word_embeddings): it is not clear which one is meant"
+            )
+    tasks += [Task(name, entries[name], entries[name]) for name in kept]
+    config, constants = _recorded(source, model, plan, made, dtype)
+    outputs = _files(tasks, constants, entries, metadata, shard)
+    return Job(source, plan, outputs, norms, config, _digest(plan, outputs, config))
+
+
+def _restored(model: "PreTrainedModel") -> dict[str, OnlineRotation]:
+    """Put the online rotations of an earlier rotation on the model, which then reads them."""
+    sites = online_sites(model)
+    for site in sites:
+        check_site(model, site)
+    _attach(model, sites)
+    lift(model)
+    return _operands(model)
+
+
+def _attach(model: "PreTrainedModel", sites: Sequence[OnlineSite]) -> None:
+    with Journal() as journal:
+        attach(model, sites, make(model, sites, torch.device("cpu")), journal)
+
+
+def _operands(model: "PreTrainedModel") -> dict[str, OnlineRotation]:
+    """The online rotations by the names of their operands."""
+    return {f"{name}.{r.name}.operand": r for name, _, r in installed(model)}
+
+
+def _read(parameter: str, made: Trace, entries: Mapping[str, Entry]) -> Tensor:
+    """A small parameter, put together from the files."""
+    target = made.targets[parameter]
+    first = entries[target.pieces[0].source]
+    value = torch.empty(target.shape, dtype=first.dtype)
+    for piece in target.pieces:
+        found = read_entry(entries[piece.source])[place_of(piece, entries[piece.source])]
+        value[tuple(slice(*ends) for ends in piece.box)] = found.view(piece.shape)
+    return value
+
+
+def _leftovers(model: "PreTrainedModel", plan: Plan, made: Trace, drafts: Drafts) -> list[str]:
+    """The tensors that the model does not have and the new checkpoint keeps; others refuse."""
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
+
+    def is_draft(name: str) -> bool:
+        found = DRAFT.search(name)
+        return found is not None and (found["layer"] is None or int(found["layer"]) >= layers)
+
+    drafted = [name for name in made.unknown if is_draft(name)]
+    strange = [n for n in made.unknown if n not in drafted and n not in made.ignored]
+    if strange:
+        raise CheckpointError(
+            f"the checkpoint has {strange[0]} ({len(strange)} such tensors), which a "
+            f"{type(model).__name__} does not have; nothing is dropped in silence, remove them "
+            "from the checkpoint if nothing reads them"
+        )
+    if drafted and drafts == "copy" and STREAM in plan.transform_config.config_groups:
+        raise RotationError(
+            f"the checkpoint has {len(drafted)} tensors of multi-token prediction, {drafted[0]} "
+            "first, that read the residual stream and the head that R1 changes; leave R1 out, "
+            "which copies them as they are, or drop them (--mtp drop)"
+        )
+    return [n for n in made.unknown if n not in drafted or drafts == "copy"]
+
+
+def _norms(
+    model: "PreTrainedModel", plan: Plan, made: Trace, entries: Mapping[str, Entry]
+) -> dict[str, Tensor]:
+    """The weights of all folded norms; each norm is checked to compute what its row says."""
+    norms = {}
+    for norm in plan.norms:
+        module = model.get_submodule(norm.name)
+        for leaf in ("weight", "bias"):
+            name = f"{norm.name}.{leaf}"
+            if getattr(module, leaf, None) is not None:
+                norms[name] = _read(name, made, entries)
+                setattr(module, leaf, nn.Parameter(norms[name], requires_grad=False))
+        check_norm(norm.name, module, norm.offset, norm.kind, norm.width)
+    return norms
+
+
+def _recorded(
+    source: Path, model: "PreTrainedModel", plan: Plan, made: Trace, dtype: torch.dtype | None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The new config.json, and the operands that the checkpoint gets."""
+    record = with_application(model.config, plan)
+    before = _operands(model)
+    _attach(model, plan.online)
+    operands = {n: r.operand for n, r in _operands(model).items() if n not in before}
+    names = stored_names(model, made, operands)
+    config: dict[str, Any] = copy.deepcopy(read_json(source / "config.json"))
+    inner = config.get("text_config")
+    parts = [config, *([inner] if isinstance(inner, dict) else [])]
+    if any(edit.source is not None for edit in plan.weights):
+        for part in parts:
+            part["tie_word_embeddings"] = False
+    if dtype is not None:
+        name = str(dtype).removeprefix("torch.")
+        for part in parts:
+            part.pop("torch_dtype", None)
+            part["dtype"] = name
+    config["fastrot"] = sealed(record, model)
+    if plan.online or before:
+        config["quantization_config"] = {"quant_method": QUANT_METHOD}
+        config[GUARD] = QUANT_METHOD
+    return config, {names[name]: operand for name, operand in operands.items()}
+
+
+def _files(
+    tasks: Iterable[Task],
+    constants: Mapping[str, Tensor],
+    entries: Mapping[str, Entry],
+    metadata: Mapping[Path, Metadata],
+    shard: int | None,
+) -> tuple[OutputFile, ...]:
+    """Which tensor goes into which file: each where it was, or into files of at most ``shard``."""
+    plain: Metadata = {"format": "pt"}
+    meta = {file.name: found or plain for file, found in metadata.items()}
+    several = len(meta) > 1
+    ordered = sorted(tasks, key=lambda t: (t.source.file.name, t.source.offset, t.name))
+    groups: dict[str, list[Task]] = {}
+    if shard is None:
+        for task in ordered:
+            fresh = several and task.name not in entries
+            groups.setdefault(NEW if fresh else task.source.file.name, []).append(task)
+        if constants and several:
+            groups.setdefault(NEW, [])
+    else:
+        parts: list[list[Task]] = [[]]
+        for task in ordered:
+            filled = sum(t.layout.nbytes for t in parts[-1])
+            if filled and filled + task.layout.nbytes > shard:
+                parts.append([])
+            parts[-1].append(task)
+        count = len(parts)
+        for number, part in enumerate(parts, 1):
+            name = f"model-{number:05}-of-{count:05}" if count > 1 else "model"
+            groups[f"{name}.safetensors"] = part
+    last = [*groups][-1]
+    return tuple(
+        OutputFile(name, tuple(g), constants if name == last else {}, meta.get(name, plain))
+        for name, g in groups.items()
+    )
+
+
+def _digest(plan: Plan, files: Sequence[OutputFile], config: dict[str, Any]) -> str:
+    """The last digits of random matrices differ between machines, so their bytes count."""
+    found = hashlib.sha256(json.dumps([plan.to_dict(), config], sort_keys=True).encode())
+    turns = (step for edit in plan.weights for step in edit.steps if isinstance(step, Rotate))
+    dense = {turn.rotation: turn.rotation for turn in turns if turn.rotation.dense}
+    for rotation in dense:
+        assert rotation.operand is not None
+        found.update(rotation.operand.numpy().tobytes())
+    for file in files:
+        found.update(repr((file.name, file.metadata, file.layouts, [*file.constants])).encode())
+        for task in file.tasks:
+            entry = task.source
+            place = entry.name, entry.file.name, entry.offset, entry.shape, entry.dtype
+            done = [
+                (a.box, a.value, a.edit and [str(s) for s in a.edit.steps]) for a in task.actions
+            ]
+            found.update(repr((place, done)).encode())
+    return found.hexdigest()

@@ -1,0 +1,169 @@
+"""Panels of a task: how many rows at a time, in how much memory, and what is done to them."""
+
+from collections.abc import Iterable, Mapping
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrot.checkpoint.tasks import Task
+from fastrot.edits import Rotate, Scale
+from fastrot.fuse.writes import Write, as_written, scale_of, writes_of
+from fastrot.kernels.weight import Workspace
+from fastrot.values import check_not_lost, check_rotated
+
+Norms = Mapping[str, Tensor]
+"""The weights of folded norms by the names of the model."""
+
+ALIGNED = 64
+
+
+def panels_of(task: Task, most: int) -> list[slice]:
+    """Ranges of the first dimension of about ``most`` bytes, that can be worked on one by one.
+
+    A dimension along which something is rotated is not cut, nor one that boxes cut.
+    """
+    shape = task.source.shape
+    if not shape or not task.source.nbytes:
+        return [slice(0, shape[0] if shape else 1)]
+    row = task.source.nbytes // shape[0]
+    count = max(1, most // row) if task.free else shape[0]
+    return [slice(start, min(start + count, shape[0])) for start in range(0, shape[0], count)]
+
+
+class Panel:
+    """Some rows of a task.
+
+    Args:
+        task: what is done.
+        rows: of the first dimension.
+
+    Attributes:
+        read: where its bytes lie in the source: start and length.
+        wrote: where those of the result lie.
+        nbytes: of memory for both; one place serves both if they have one dtype.
+    """
+
+    def __init__(self, task: Task, rows: slice):
+        self.task, self.rows = task, rows
+        shape = task.source.shape
+        self._shape = (rows.stop - rows.start, *shape[1:]) if shape else ()
+        row = prod(shape[1:])
+        start, count = row * rows.start, prod(self._shape)
+        dtype, other = task.source.dtype, task.layout.dtype
+        self.read = start * dtype.itemsize, count * dtype.itemsize
+        self.wrote = start * other.itemsize, count * other.itemsize
+        self._result = 0 if dtype == other else -(-self.read[1] // ALIGNED) * ALIGNED
+        self.nbytes = max(self.read[1], self._result + self.wrote[1])
+
+    @property
+    def acts(self) -> bool:
+        """Whether anything happens to it on its way."""
+        return bool(self.task.actions) or self.task.source.dtype != self.task.layout.dtype
+
+    def result(self, memory: Tensor) -> Tensor:
+        """The bytes of the result in ``memory``, ``(nbytes,)`` uint8."""
+        return memory[self._result : self._result + self.wrote[1]]
+
+    def writes(self, memory: Tensor, norms: Norms) -> list[Write]:
+        """What the kernels do to it, prepared."""
+        x, y = self._views(memory)
+        return [
+            write
+            for action in self.task.actions
+            if action.edit is not None
+            for write in writes_of(
+                norms.__getitem__, self._box(x, action.box), self._box(y, action.box), action.edit
+            )
+        ]
+
+    def rotate(self, memory: Tensor, norms: Norms, workspace: Workspace) -> Workspace:
+        """Do all that the task asks for.
+
+        Args:
+            memory: holds the source's bytes, and takes the result's.
+            norms: the weights of folded norms.
+            workspace: memory of the kernels.
+
+        Returns:
+            The workspace, or a larger one if this was not enough.
+
+        Raises:
+            ValueRangeError: the result is not finite, or float16 loses it.
+        """
+        with as_written():
+            x, y = self._views(memory)
+            if y is not x:
+                y.copy_(x)
+            writes = self.writes(memory, norms)
+            workspace = _enough(workspace, writes)
+            for action in self.task.actions:
+                scales = (
+                    [s for s in action.edit.steps if isinstance(s, Scale)] if action.edit else []
+                )
+                if action.edit and scales and y.dtype == torch.float16 and y.dim() > 1:
+                    factors = [scale_of(norms.__getitem__, scale) for scale in scales]
+                    check_not_lost(action.edit, self._box(y, action.box), factors)
+            for rotation, source, target in writes:
+                rotation.run(source, target, workspace)
+            for action in self.task.actions:
+                if action.edit is None:
+                    self._box(y, action.box).fill_(action.value)
+                else:
+                    check_rotated(action.edit, self._box(y, action.box))
+        return workspace
+
+    def _views(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        x = memory[: self.read[1]].view(self.task.source.dtype).view(self._shape)
+        if self.task.source.dtype == self.task.layout.dtype:
+            return x, x
+        return x, self.result(memory).view(self.task.layout.dtype).view(self._shape)
+
+    def _box(self, x: Tensor, box: tuple[slice, ...]) -> Tensor:
+        return x if self.task.free else x[box]
+
+
+def _enough(workspace: Workspace, writes: Iterable[Write]) -> Workspace:
+    scratch, panel = len(workspace.scratch), max(map(len, workspace.panels), default=0)
+    needed = max((w.rotation.scratch for w in writes), default=0)
+    wide = max((w.rotation.panel for w in writes), default=0)
+    if needed <= scratch and wide <= panel:
+        return workspace
+    del workspace
+    return Workspace(max(needed, scratch), max(wide, panel))
+
+
+def needs(tasks: Iterable[Task], norms: Norms, most: int) -> tuple[int, int]:
+    """Bytes of the largest panel, and of the scratch memory that any of the panels needs.
+
+    Args:
+        tasks: what will be done.
+        norms: the weights of folded norms.
+        most: bytes of a panel of what may be cut.
+    """
+    widest = 0
+    scratch: dict[Any, int] = {}
+    for task in tasks:
+        panel = Panel(task, panels_of(task, most)[0])
+        widest = max(widest, panel.nbytes)
+        edits = [(action.box, action.edit) for action in task.actions if action.edit]
+        kind = [
+            (() if task.free else box, [_kind(step) for step in edit.steps]) for box, edit in edits
+        ]
+        key = (
+            panel.rows.stop,
+            task.source.shape[1:],
+            task.source.dtype,
+            task.layout.dtype,
+            str(kind),
+        )
+        if edits and key not in scratch:
+            # Memory that is never touched.
+            writes = panel.writes(torch.empty(panel.nbytes, dtype=torch.uint8), norms)
+            scratch[key] = max(write.rotation.scratch for write in writes)
+    return widest, max(scratch.values(), default=0)
+
+
+def _kind(step: Scale | Rotate) -> object:
+    return (str(step), step.part) if isinstance(step, Rotate) else step.dim

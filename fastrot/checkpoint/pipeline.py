@@ -1,0 +1,221 @@
+"""Reading, rotating and writing at once, in memory that is bounded and used again."""
+
+import os
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fastrot.checkpoint.header import header_of, read_into
+from fastrot.checkpoint.job import OutputFile
+from fastrot.checkpoint.panels import Norms, Panel, panels_of
+from fastrot.kernels.weight import Workspace
+
+PAGE = 1 << 20
+
+_Memory = NDArray[np.uint8]
+
+
+class StoppedError(Exception):
+    """Another stage has failed."""
+
+
+class Buffers:
+    """Memory for panels, used again: to touch fresh pages costs more than a transform.
+
+    Args:
+        most: bytes in use, but a single panel may be larger.
+    """
+
+    def __init__(self, most: int):
+        self._most, self._used, self._stopped = most, 0, False
+        self._free: list[_Memory] = []
+        self._changed = threading.Condition()
+
+    def take(self, nbytes: int) -> _Memory:
+        """Memory of at least ``nbytes``, once there is room.
+
+        Raises:
+            StoppedError: :meth:`stop` was called.
+        """
+        size = -(-max(nbytes, 1) // PAGE) * PAGE
+        with self._changed:
+            while self._used and self._used + size > self._most and not self._stopped:
+                self._changed.wait()
+            if self._stopped:
+                raise StoppedError
+            for place, memory in enumerate(self._free):
+                if len(memory) == size:
+                    self._used += size
+                    return self._free.pop(place)
+            kept = self._most - self._used - size
+            while self._free and sum(map(len, self._free)) > kept:
+                self._free.pop(0)
+            self._used += size
+        return np.empty(size, np.uint8)
+
+    def give(self, memory: _Memory) -> None:
+        """Take memory back."""
+        with self._changed:
+            self._used -= len(memory)
+            self._free.append(memory)
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Let nobody wait any more."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """A panel on its way; without one the end of a file."""
+
+    file: OutputFile
+    panel: Panel | None = None
+    memory: _Memory | None = None
+
+
+class Pipeline:
+    """Three stages: one thread reads, the caller's rotates, one writes.
+
+    Args:
+        files: what to write, one after the other.
+        norms: the weights of folded norms.
+        part_of: where a file is written until it is whole.
+        finish: gives a file that is whole, and on the disk, its name.
+        memory: bytes for panels; the scratch memory of kernels comes on top.
+        most: bytes of a panel of what may be cut.
+        progress: is told of the bytes that were written.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[OutputFile],
+        norms: Norms,
+        part_of: Callable[[OutputFile], Path],
+        finish: Callable[[OutputFile, Path], None],
+        *,
+        memory: int,
+        most: int,
+        progress: Callable[[int], object],
+    ):
+        self._files, self._norms, self._most = files, norms, most
+        self._part_of, self._finish, self._progress = part_of, finish, progress
+        self._buffers = Buffers(memory)
+        self._loaded: queue.SimpleQueue[_Loaded | None] = queue.SimpleQueue()
+        self._rotated: queue.SimpleQueue[_Loaded | None] = queue.SimpleQueue()
+        self._failure: BaseException | None = None
+
+    def run(self) -> None:
+        """Write all files.
+
+        Raises:
+            RotationError: a number that is not finite, or a source that was cut short.
+            OSError: no room, or a disk that fails.
+            KeyboardInterrupt: the file that was being written is gone, those before it are whole.
+        """
+        threads = [
+            threading.Thread(target=self._guarded, args=(stage,), name=f"fastrot-{name}")
+            for name, stage in (("read", self._read), ("write", self._write))
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            self._rotate()
+        except BaseException as error:
+            self._stop(error)
+        finally:
+            for thread in threads:
+                thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+    def _stop(self, error: BaseException) -> None:
+        if self._failure is None:
+            self._failure = error
+        self._buffers.stop()
+        self._loaded.put(None)
+        self._rotated.put(None)
+
+    def _guarded(self, stage: Callable[[], None]) -> None:
+        try:
+            stage()
+        except BaseException as error:
+            self._stop(error)
+
+    def _read(self) -> None:
+        for file in self._files:
+            with ExitStack() as opened:
+                descriptors: dict[Path, int] = {}
+                for task in file.tasks:
+                    source = task.source
+                    if source.file not in descriptors:
+                        stream = opened.enter_context(source.file.open("rb", buffering=0))
+                        descriptors[source.file] = stream.fileno()
+                    for rows in panels_of(task, self._most):
+                        panel = Panel(task, rows)
+                        start, length = panel.read
+                        memory = self._buffers.take(panel.nbytes)
+                        read_into(descriptors[source.file], source, start, memory.data[:length])
+                        self._loaded.put(_Loaded(file, panel, memory))
+            self._loaded.put(_Loaded(file))
+        self._loaded.put(None)
+
+    def _rotate(self) -> None:
+        workspace = Workspace(0, 0)
+        while (item := self._loaded.get()) is not None and self._failure is None:
+            if item.panel is not None and item.panel.acts:
+                workspace = item.panel.rotate(torch.from_numpy(item.memory), self._norms, workspace)
+            self._rotated.put(item)
+        self._rotated.put(None)
+
+    def _write(self) -> None:
+        for file in self._files:
+            part = self._part_of(file)
+            try:
+                self._write_file(file, part)
+                self._finish(file, part)
+            except BaseException as error:
+                with suppress(OSError):
+                    part.unlink()
+                if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+                    raise OSError(
+                        f"{part.parent}: the weights can't be written: {error.strerror}"
+                    ) from error
+                raise
+
+    def _write_file(self, file: OutputFile, part: Path) -> None:
+        head, starts = header_of(file.layouts, file.metadata)
+        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            _write_at(descriptor, memoryview(head), 0)
+            for name, tensor in file.constants.items():
+                raw = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+                _write_at(descriptor, raw.data, starts[name])
+            while (item := self._rotated.get()) is not None and self._failure is None:
+                if item.panel is None:
+                    os.fsync(descriptor)
+                    return
+                assert item.memory is not None
+                raw = item.panel.result(torch.from_numpy(item.memory)).numpy()
+                start = starts[item.panel.task.name] + item.panel.wrote[0]
+                _write_at(descriptor, raw.data, start)
+                self._buffers.give(item.memory)
+                self._progress(len(raw))
+            raise StoppedError
+        finally:
+            os.close(descriptor)
+
+
+def _write_at(descriptor: int, raw: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(raw):
+        done += os.pwrite(descriptor, raw[done:], offset + done)

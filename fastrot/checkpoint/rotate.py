@@ -1,0 +1,199 @@
+"""``fastrot.rotate_checkpoint``: from one folder to another, in bounded memory."""
+
+import logging
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from fastrot.checkpoint.job import Drafts, Job, OutputFile, prepare
+from fastrot.checkpoint.panels import needs
+from fastrot.checkpoint.pipeline import Pipeline
+from fastrot.checkpoint.store import Store, check_target
+from fastrot.checkpoint.workers import Worker, share, worker_of
+from fastrot.edits import Plan
+from fastrot.errors import RotationError
+from fastrot.recipe import Recipe
+
+log = logging.getLogger("fastrot")
+
+MEMORY = 2 << 30
+"""Bytes of memory besides what Python and torch take, unless a weight needs more."""
+
+PANEL = 1 << 26
+"""Bytes that are worked on at a time of what may be cut."""
+
+
+@dataclass(frozen=True)
+class RotatedCheckpoint:
+    """What :func:`rotate_checkpoint` did.
+
+    Attributes:
+        plan: of the model.
+        complete: whether the target is there; else files are missing that fall to other workers.
+        missing: how many those are.
+        nbytes: what this process wrote.
+    """
+
+    plan: Plan
+    complete: bool
+    missing: int
+    nbytes: int
+
+
+def memory_for(job: Job, memory: int | None = None) -> tuple[int, int, int]:
+    """What a job needs: bytes of panels in flight, of scratch memory, and of one panel.
+
+    Args:
+        job: what is written.
+        memory: the limit of both together; None for what is enough.
+
+    Raises:
+        RotationError: the limit is too small for the largest weight.
+    """
+    limit = MEMORY if memory is None else memory
+    most = max(1 << 20, min(PANEL, limit // 8))
+    tasks = [task for file in job.files for task in file.tasks]
+    widest, scratch = needs(tasks, job.norms, most)
+    least = widest + scratch
+    if memory is not None and least > memory:
+        raise RotationError(
+            f"--memory {_readable(memory)} is not enough for the largest weight, which takes "
+            f"{_readable(widest)}, and {_readable(scratch)} of scratch memory; give at least "
+            f"{_readable(least)}"
+        )
+    return max(limit - scratch, widest), scratch, most
+
+
+def rotate_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    memory: int | None = None,
+    drafts: Drafts = "copy",
+    shard: int | None = None,
+    worker: Worker | None = None,
+    fresh: bool = False,
+    progress: bool = False,
+) -> RotatedCheckpoint:
+    """Write a rotated copy of a checkpoint without loading the model.
+
+    The result is that of :func:`fastrot.apply` on the loaded model, bit for bit, but that every
+    tensor keeps the dtype it has in the file. The target appears under its name when it is whole,
+    or never; until then it grows in a folder beside it. Repeating a call that was interrupted or
+    killed goes on where that stopped. The source is only read.
+
+    Args:
+        source: a checkpoint of transformers in safetensors.
+        target: a new or an empty folder.
+        recipe: the rotations; R1 and R2 by default.
+        dtype: of floating-point tensors; None leaves them as they are.
+        memory: bytes for weights that are worked on, and scratch memory; Python and torch take
+            about 0.5 GiB besides. None takes 2 GiB, or what the largest weight needs.
+        drafts: what to do with tensors of multi-token prediction, which transformers does not
+            load: ``copy`` them as they are, which is exact without R1, or ``drop`` them.
+        shard: bytes of a file of weights; None keeps the files of the source.
+        worker: which of several processes this is; None asks torchrun, srun, SLURM or MPI through
+            the environment. Every worker does some files; the last to finish completes the target.
+        fresh: throw away what an earlier call for this target left unfinished.
+        progress: show a bar of the whole job, on the first worker.
+
+    Raises:
+        RotationError: the rotation is not possible, a file is damaged, a tensor is missing, left
+            over or not finite, or the unfinished target is of another rotation.
+        OSError: a file can't be read or written, or there is no room.
+    """
+    source, target = Path(source).resolve(), Path(target).resolve()
+    mine = worker_of() if worker is None else worker
+    if fresh and mine.size > 1:
+        raise RotationError(
+            "several workers can't each start afresh: remove the unfinished folder, or run one "
+            "worker with --fresh first"
+        )
+    taken = None
+    try:
+        check_target(source, target)
+    except FileExistsError as error:
+        if not (target / "config.json").is_file():
+            raise
+        taken = error
+    job = prepare(source, recipe or Recipe(), dtype=dtype, drafts=drafts, shard=shard)
+    store = Store(job, target)
+    if store.published():
+        return RotatedCheckpoint(job.plan, True, 0, 0)
+    if taken is not None:
+        raise taken
+    buffers, _, most = memory_for(job, memory)
+    store.open(fresh)
+    todo = store.missing(share(job.files, mine))
+    bar = _Bar(job, store, progress and mine.rank == 0)
+    pipeline = Pipeline(
+        todo,
+        job.norms,
+        store.part_of,
+        bar.finish,
+        memory=buffers,
+        most=most,
+        progress=bar.update,
+    )
+    try:
+        pipeline.run()
+        complete = store.publish()
+    except FileNotFoundError:  # another worker has completed the target, and cleared away
+        if not store.published():
+            raise
+        complete = True
+    except BaseException:
+        if mine.size == 1:
+            store.discard()
+        whole = len(job.files) - len(store.missing(job.files))
+        if whole:
+            log.warning("%s of %s files are whole; the same call goes on", whole, len(job.files))
+        raise
+    finally:
+        bar.close()
+    missing = 0 if complete else len(store.missing(job.files))
+    return RotatedCheckpoint(job.plan, complete, missing, sum(file.nbytes for file in todo))
+
+
+class _Bar:
+    """Progress of all workers: of this one as it writes, of others as their files are whole."""
+
+    def __init__(self, job: Job, store: Store, shown: bool):
+        self._job, self._store = job, store
+        self._bar = None
+        if shown:
+            self._bar = tqdm(
+                total=job.nbytes, desc="rotating", unit="B", unit_scale=True, unit_divisor=1024
+            )
+            self._recount()
+
+    def update(self, nbytes: int) -> None:
+        if self._bar is not None:
+            with suppress(OSError, ValueError):  # a terminal that has gone is no reason to stop
+                self._bar.update(nbytes)
+
+    def finish(self, file: OutputFile, part: Path) -> None:
+        self._store.finish(file, part)
+        self._recount()
+
+    def _recount(self) -> None:
+        if self._bar is not None:
+            left = sum(file.nbytes for file in self._store.missing(self._job.files))
+            with suppress(OSError, ValueError):
+                self._bar.update(self._job.nbytes - left - self._bar.n)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            with suppress(OSError, ValueError):
+                self._bar.close()
+
+
+def _readable(nbytes: int) -> str:
+    if nbytes >= 1 << 30:
+        return f"{nbytes / (1 << 30):.2f}G"
+    return f"{-(-nbytes // (1 << 20))}M"

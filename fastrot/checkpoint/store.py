@@ -1,0 +1,300 @@
+"""Where a checkpoint grows: a folder beside its place, which takes its name when it is whole.
+
+Files of the folder are the only state, so that a killed run is resumed by the same command, and any
+number of workers share one folder. A file of weights that has its name is whole: it was written
+under another name, brought to the disk, and then renamed. Two workers on one file are harmless.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from fastrot.checkpoint.header import header_of
+from fastrot.checkpoint.job import Job, OutputFile
+from fastrot.errors import RotationError
+from fastrot.signals import held_signals
+from fastrot.version import __version__
+
+PREFIX = ".fastrot-"
+SUFFIX = ".unfinished"
+MANIFEST = "fastrot-manifest.json"
+FORMAT = 1
+
+COMPANIONS = (
+    "*.jinja",
+    "*.model",
+    "*.tiktoken",
+    "*processor_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "added_tokens.json",
+    "additional_chat_templates",
+    "chat_template*",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer*",
+    "vocab*",
+)
+"""What belongs to a checkpoint besides weights and their configuration."""
+
+
+def check_target(source: Path, target: Path) -> None:
+    """Refuse, before any work, a folder that a checkpoint can't be written to.
+
+    Args:
+        source: the checkpoint that is read, resolved.
+        target: the folder, resolved.
+
+    Raises:
+        RotationError: it is the source, lies in it, or is a mount point.
+        OSError: it is taken, its name is too long, or where it should lie is no folder.
+    """
+    with suppress(FileNotFoundError):
+        target.lstat()  # tells of a name that no folder can have
+    if target == source:
+        raise RotationError(f"DST is SRC ({source}); give the rotated model a folder of its own")
+    if source in target.parents:
+        raise RotationError(f"DST ({target}) lies in SRC; give the rotated model a place outside")
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{target} is a file")
+    if target.exists() and any(target.iterdir()):
+        raise FileExistsError(f"{target} is not empty, and nothing is overwritten")
+    if target.is_mount():
+        raise RotationError(
+            f"{target} is a mount point, which no finished folder can replace; name a new folder "
+            "in it"
+        )
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target.parent}, where {target.name} should lie, is not a folder")
+
+
+class Store:
+    """The folder in which a job's result grows.
+
+    Args:
+        job: what is written.
+        target: the folder that it becomes, resolved.
+    """
+
+    def __init__(self, job: Job, target: Path):
+        self.job, self.target = job, target
+        self.folder = unfinished(target)
+        self._sizes = {file.name: _size(file) for file in job.files}
+        self._sources = {
+            file.name: [file.stat().st_size, int(file.stat().st_mtime)]
+            for file in sorted({task.source.file for f in job.files for task in f.tasks})
+        }
+        self._own = f".{socket.gethostname()}.{os.getpid()}.part"
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What tells this job from another one."""
+        return {
+            "format": FORMAT,
+            "fastrot": __version__,
+            "rotations": str(self.job.plan).splitlines()[0],
+            "digest": self.job.digest,
+            "sources": self._sources,
+            "files": self._sizes,
+        }
+
+    def published(self) -> bool:
+        """Whether the target is this job's result, whole."""
+        there = _read(self.target / "config.json") == self.job.config
+        return there and not self.missing(self.job.files, self.target)
+
+    def open(self, fresh: bool = False) -> None:
+        """Make the folder, or go on in the one that an earlier run left.
+
+        Args:
+            fresh: throw away what an earlier run left.
+
+        Raises:
+            RotationError: an earlier run of another job left it.
+            OSError: there is no room, or nothing can be written there.
+        """
+        if fresh and self.folder.is_dir():
+            shutil.rmtree(self.folder)
+        there = _read(self.folder / MANIFEST)
+        if self.folder.exists() and there is not None and there != self.manifest:
+            what = next(k for k, v in self.manifest.items() if there.get(k) != v)
+            raise RotationError(
+                f"{self.folder} holds an unfinished rotation that differs in its {what} "
+                f"({_short(there.get(what))}, now {_short(self.manifest[what])}); finish that one "
+                "by the command that began it, or give --fresh to throw it away"
+            )
+        self._check_room()
+        for companion in companions(self.job.source):
+            companion.stat()
+        try:
+            with suppress(FileExistsError):
+                self.folder.mkdir()
+            if there is None:
+                self._put(MANIFEST, json.dumps(self.manifest, indent=2))
+        except OSError as error:
+            raise OSError(f"{self.target.parent} can't be written to: {error.strerror}") from error
+        self._sweep()
+
+    def _check_room(self) -> None:
+        needed = sum(self._sizes[file.name] for file in self.missing(self.job.files))
+        free = shutil.disk_usage(self.target.parent).free
+        if needed > free:
+            raise OSError(
+                f"{self.target.parent} has {free / 2**30:.1f} GiB free, and the weights that are "
+                f"still to be written need {needed / 2**30:.1f} GiB"
+            )
+
+    def _sweep(self) -> None:
+        """Remove what dead workers of this machine were writing."""
+        host = f".{socket.gethostname()}."
+        for part in self.folder.glob("*.part"):
+            _, found, rest = part.name.partition(host)
+            pid = rest.removesuffix(".part")
+            if found and pid.isdigit() and not _alive(int(pid)):
+                part.unlink(missing_ok=True)
+
+    def missing(self, files: Iterable[OutputFile], folder: Path | None = None) -> list[OutputFile]:
+        """Those that are not whole yet in the folder, or in another one."""
+        place = folder or self.folder
+        return [file for file in files if not self._is_whole(place / file.name)]
+
+    def _is_whole(self, file: Path) -> bool:
+        with suppress(OSError):
+            return file.stat().st_size == self._sizes[file.name]
+        return False
+
+    def part_of(self, file: OutputFile) -> Path:
+        """Where this process writes a file."""
+        return self.folder / f"{file.name}{self._own}"
+
+    def finish(self, file: OutputFile, part: Path) -> None:
+        """Give a file that is whole its name."""
+        part.replace(self.folder / file.name)
+        _sync(self.folder)
+
+    def publish(self) -> bool:
+        """If all files are whole, complete the folder and give it its name.
+
+        Returns:
+            Whether it has it, by this process or by another.
+        """
+        if self.published():
+            return True
+        if self.missing(self.job.files):
+            return False
+        try:
+            self._complete()
+            with held_signals():
+                self.folder.replace(self.target)
+                _sync(self.target.parent)
+                (self.target / MANIFEST).unlink(missing_ok=True)
+        except OSError as error:
+            if self.published():
+                return True
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise FileExistsError(
+                f"{self.target} is not empty any more, and nothing is overwritten; the finished "
+                f"checkpoint lies in {self.folder}, the same call gives it its name"
+            ) from error
+        return True
+
+    def _complete(self) -> None:
+        if len(self.job.files) > 1:
+            places = {name: file.name for file in self.job.files for name in file.layouts}
+            index = {
+                "metadata": {"total_size": self.job.nbytes},
+                "weight_map": dict(sorted(places.items())),
+            }
+            self._put("model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        copy_companions(self.job.source, self.folder)
+        self._put("config.json", json.dumps(self.job.config, indent=2) + "\n")
+        for part in self.folder.glob("*.part"):
+            part.unlink(missing_ok=True)
+        mode = self.folder.stat().st_mode & 0o666
+        for path in self.folder.rglob("*"):
+            if path.is_file():
+                path.chmod(mode)
+
+    def _put(self, name: str, text: str) -> None:
+        part = self.folder / f"{name}{self._own}"
+        part.write_text(text, encoding="utf-8")
+        part.replace(self.folder / name)
+
+    def discard(self) -> None:
+        """Remove the folder, unless it has files that are whole, or another process writes in it.
+
+        A source that turned out to be damaged leaves nothing, a long run that was interrupted all
+        that it finished.
+        """
+        others = (p for p in self.folder.glob("*.part") if not p.name.endswith(self._own))
+        if any(others) or len(self.missing(self.job.files)) < len(self.job.files):
+            return
+        with held_signals():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def unfinished(target: Path) -> Path:
+    """The folder in which a target grows."""
+    name = os.fsencode(target.name)
+    short = target.name if len(name) < 200 else hashlib.sha256(name).hexdigest()
+    return target.with_name(f"{PREFIX}{short}{SUFFIX}")
+
+
+def companions(source: Path) -> list[Path]:
+    """Tokenizer, processor, chat templates and licence, as far as there are any."""
+    return sorted({path for pattern in COMPANIONS for path in source.glob(pattern)})
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy what belongs to a checkpoint besides weights and their configuration."""
+    for path in companions(source):
+        if path.is_dir():
+            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(path, folder / path.name)
+
+
+def _size(file: OutputFile) -> int:
+    layouts = file.layouts
+    return len(header_of(layouts, file.metadata)[0]) + file.nbytes
+
+
+def _read(manifest: Path) -> Mapping[str, Any] | None:
+    try:
+        found = json.loads(manifest.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _short(value: Any) -> str:
+    return f"{value!r:.60}"
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _sync(folder: Path) -> None:
+    """Bring new names in a folder to the disk."""
+    with suppress(OSError):  # some file systems can't
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,64 @@
+"""Who does what, if several processes rotate one checkpoint: decided by each alone, alike."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from fastrot.checkpoint.job import OutputFile
+from fastrot.errors import RotationError
+
+LAUNCHERS = (
+    ("RANK", "WORLD_SIZE", "WORLD_SIZE"),  # torchrun, accelerate launch
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_STEP_ID"),  # srun; a batch script alone is no step
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"),  # Open MPI
+    ("PMI_RANK", "PMI_SIZE", "PMI_SIZE"),  # MPICH and others
+)
+"""Variables of launchers that tell rank and count, and one that is there only if they count."""
+
+
+class Worker(NamedTuple):
+    """One of ``size`` processes; ``rank`` begins at 0."""
+
+    rank: int = 0
+    size: int = 1
+
+
+def worker_of(environment: Mapping[str, str] | None = None) -> Worker:
+    """The place among its like that a launcher gave this process, through its environment.
+
+    Raises:
+        RotationError: the variables make no sense.
+    """
+    given = os.environ if environment is None else environment
+    for rank, count, sign in LAUNCHERS:
+        if sign in given and rank in given and count in given:
+            return parse_worker(f"{given[rank]}/{given[count]}", f"{rank}/{count}")
+    if "SLURM_ARRAY_TASK_ID" in given and "SLURM_ARRAY_TASK_COUNT" in given:
+        place = int(given["SLURM_ARRAY_TASK_ID"]) - int(given.get("SLURM_ARRAY_TASK_MIN", 0))
+        count = given["SLURM_ARRAY_TASK_COUNT"]
+        return parse_worker(f"{place}/{count}", "SLURM_ARRAY_TASK_ID/SLURM_ARRAY_TASK_COUNT")
+    return Worker()
+
+
+def parse_worker(text: str, name: str = "--worker") -> Worker:
+    """A worker as ``I/N``, I from 0 to N - 1.
+
+    Raises:
+        RotationError: it is none.
+    """
+    rank, _, count = text.partition("/")
+    if not rank.isdecimal() or not count.isdecimal() or int(rank) >= int(count):
+        raise RotationError(f"{name} {text}: expected I/N with I from 0 to N - 1")
+    return Worker(int(rank), int(count))
+
+
+def share(files: Sequence[OutputFile], worker: Worker) -> list[OutputFile]:
+    """The files that fall to a worker: the largest first, each to whoever has least so far."""
+    loads = [0] * worker.size
+    mine = []
+    for file in sorted(files, key=lambda file: (-file.nbytes, file.name)):
+        rank = loads.index(min(loads))
+        loads[rank] += file.nbytes
+        if rank == worker.rank:
+            mine.append(file)
+    return sorted(mine, key=lambda file: file.name)

@@ -1,0 +1,364 @@
+"""Checkpoints rotated file by file, against ``apply`` on the loaded model and its save."""
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import tiny
+from safetensors.torch import load_file, save_file
+from zoo import FAMILIES, build
+
+import fastrot
+from fastrot.checkpoint import rotate as rotate_module
+from fastrot.checkpoint.pipeline import Pipeline, StoppedError
+from fastrot.checkpoint.store import unfinished
+from fastrot.checkpoint.workers import Worker, parse_worker, worker_of
+from fastrot.cli.checkpoint import load
+from fastrot.mapping import ROTATIONS
+from fastrot.mapping.tables import find_architecture
+
+ALL = fastrot.Recipe(ROTATIONS, transform_type="random-hadamard", randomize=True)
+
+
+def tensors(folder):
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.fixture
+def source(tmp_path):
+    model = tiny("llama", dtype=torch.bfloat16, layers=3, tied=True)
+    model.save_pretrained(tmp_path / "source", max_shard_size="60KB")
+    assert len([*(tmp_path / "source").glob("*.safetensors")]) > 3
+    return tmp_path / "source"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_result_is_that_of_apply(name, tmp_path):
+    """Bit for bit, but for the dtype of what transformers itself loads as float32."""
+    family = FAMILIES[name]
+    model = build(family, torch.bfloat16)
+    model.save_pretrained(tmp_path / "source")
+    row = find_architecture(model.config)
+    rotations = [r for r in ROTATIONS if r not in row.refuses]
+    if "attn_o" not in {r for r, patterns in vars(row.mapping).items() if patterns}:
+        rotations = [r for r in rotations if r not in ("R2", "R3")]
+    recipe = fastrot.Recipe(rotations, transform_type="random-hadamard")
+    try:
+        model = load(tmp_path / "source")
+        fastrot.apply(model, recipe)
+    except fastrot.RotationError as refusal:
+        with pytest.raises(fastrot.RotationError):
+            fastrot.rotate_checkpoint(tmp_path / "source", tmp_path / "target", recipe)
+        pytest.skip(str(refusal))
+    model.save_pretrained(tmp_path / "whole")
+    fastrot.rotate_checkpoint(tmp_path / "source", tmp_path / "target", recipe)
+    expected, got = tensors(tmp_path / "whole"), tensors(tmp_path / "target")
+    assert got.keys() == expected.keys()
+    for key, value in expected.items():
+        if got[key].dtype != value.dtype:
+            assert value.dtype == torch.float32
+            assert torch.allclose(got[key].float(), value, rtol=2**-8, atol=0), key
+        elif name == "youtu" and "embed_tokens" in key:
+            continue  # its loader makes a row of padding zero
+        else:
+            assert torch.equal(got[key], value), key
+    config = json.loads((tmp_path / "target" / "config.json").read_text())
+    assert (
+        config["fastrot"] == json.loads((tmp_path / "whole" / "config.json").read_text())["fastrot"]
+    )
+
+
+def test_files_index_and_companions(source, tmp_path):
+    (source / "tokenizer.json").write_text("{}")
+    (source / "generation_config.json").write_text("{}")
+    (source / "consolidated.00.pth").write_text("not of this checkpoint")
+    done = fastrot.rotate_checkpoint(source, tmp_path / "target", ALL)
+    target = tmp_path / "target"
+    assert (done.complete, done.missing) == (True, 0)
+    new = {"model-fastrot.safetensors"}  # the head, untied, and the operands
+    names = {path.name for path in source.iterdir()} - {"consolidated.00.pth"}
+    assert {path.name for path in target.iterdir()} == names | new
+    index = json.loads((target / "model.safetensors.index.json").read_text())
+    for name, file in index["weight_map"].items():
+        assert name in load_file(target / file)
+    assert index["weight_map"].keys() == tensors(target).keys()
+    assert "lm_head.weight" in tensors(target)
+    reloaded = load(target)
+    expected = load(source)
+    fastrot.apply(expected, ALL)
+    ids = torch.arange(3, 40)[None]
+    assert torch.equal(reloaded(ids).logits, expected(ids).logits)
+
+
+def test_shards_and_memory_change_no_bit(source, tmp_path):
+    fastrot.rotate_checkpoint(source, tmp_path / "one", ALL)
+    expected = tensors(tmp_path / "one")
+    for number, (shard, memory) in enumerate([(30_000, None), (10**9, 2 << 20), (None, 1 << 30)]):
+        target = tmp_path / f"other{number}"
+        fastrot.rotate_checkpoint(source, target, ALL, shard=shard, memory=memory)
+        got = tensors(target)
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(got[name], value) for name, value in expected.items())
+        if shard == 30_000:
+            sizes = [path.stat().st_size for path in target.glob("*.safetensors")]
+            assert len(sizes) > 8
+    assert [path.name for path in (tmp_path / "other1").glob("*.safetensors")] == [
+        "model.safetensors"
+    ]
+
+
+def test_too_little_memory_is_refused(source, tmp_path):
+    with pytest.raises(fastrot.RotationError, match=r"--memory 1M is not enough .* at least"):
+        fastrot.rotate_checkpoint(source, tmp_path / "t", ALL, memory=1000)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_another_dtype_is_rounded_once(dtype, source, tmp_path):
+    fastrot.rotate_checkpoint(source, tmp_path / "target", dtype=dtype)
+    model = load(source, str(dtype).removeprefix("torch."))
+    expected = fastrot.plan(model)
+    fastrot.apply(model, expected)
+    model.save_pretrained(tmp_path / "whole")
+    got = tensors(tmp_path / "target")
+    for name, value in tensors(tmp_path / "whole").items():
+        assert torch.equal(got[name], value), name
+    assert load(tmp_path / "target").dtype == dtype
+
+
+def test_an_earlier_rotation_stays(source, tmp_path):
+    first = fastrot.Recipe(("R4",), transform_type="random-hadamard")
+    second = fastrot.Recipe(("R1", "R3"), seed=5, transform_type="random-hadamard")
+    fastrot.rotate_checkpoint(source, tmp_path / "once", first)
+    fastrot.rotate_checkpoint(tmp_path / "once", tmp_path / "twice", second)
+    model = load(source)
+    fastrot.apply(model, first)
+    fastrot.apply(model, second)
+    ids = torch.arange(3, 40)[None]
+    assert torch.equal(load(tmp_path / "twice")(ids).logits, model(ids).logits)
+
+
+def test_a_checkpoint_that_has_only_the_head_of_two_tied_weights(source, tmp_path):
+    weights = tensors(source)
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+    shutil.copytree(source, tmp_path / "other", ignore=shutil.ignore_patterns("*safetensors*"))
+    save_file(weights, tmp_path / "other" / "model.safetensors", {"format": "pt"})
+    for name, folder in (("a", source), ("b", tmp_path / "other")):
+        fastrot.rotate_checkpoint(folder, tmp_path / name, ALL)
+    a, b = tensors(tmp_path / "a"), tensors(tmp_path / "b")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_tied_weights_that_differ_are_refused(source, tmp_path):
+    weights = tensors(source)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    shutil.copytree(source, tmp_path / "other", ignore=shutil.ignore_patterns("*safetensors*"))
+    file = tmp_path / "other" / "model.safetensors"
+    save_file(weights, file, {"format": "pt"})
+    fastrot.rotate_checkpoint(file.parent, tmp_path / "equal", ALL)
+    weights["lm_head.weight"][0, 0] += 1
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(fastrot.CheckpointError, match="tie_word_embeddings"):
+        fastrot.rotate_checkpoint(file.parent, tmp_path / "target", ALL)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused_and_nothing_is_left(bad, source, tmp_path):
+    file = sorted(source.glob("*.safetensors"))[-1]
+    weights = load_file(file)
+    name = next(name for name in weights if "down_proj.weight" in name)
+    weights[name][3, 4] = bad
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(fastrot.ValueRangeError, match=name):
+        fastrot.rotate_checkpoint(source, tmp_path / "target", ALL, shard=10**9)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_norm_that_is_no_norm_is_refused(tmp_path):
+    """What the norms hold decides it, and is read before anything is written."""
+    model = tiny("llama")
+    model.model.layers[0].input_layernorm.weight.data.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "source")
+    with pytest.raises(fastrot.RotationError, match="input_layernorm"):
+        fastrot.rotate_checkpoint(tmp_path / "source", tmp_path / "target")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def drafts(folder, name, tensor):
+    weights = {name: tensor}
+    save_file(weights, folder / "draft.safetensors", {"format": "pt"})
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    index["weight_map"][name] = "draft.safetensors"
+    file.write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("name", ["mtp.fc.weight", "model.layers.3.eh_proj.weight"])
+def test_drafts_are_copied_refused_or_dropped(name, source, tmp_path):
+    draft = torch.randn(96, 192)
+    drafts(source, name, draft)
+    with pytest.raises(fastrot.RotationError, match=r"multi-token prediction, .*--mtp drop"):
+        fastrot.rotate_checkpoint(source, tmp_path / "target", ALL)
+    inner = fastrot.Recipe(("R2", "R3", "R4"))
+    fastrot.rotate_checkpoint(source, tmp_path / "copied", inner)
+    assert torch.equal(tensors(tmp_path / "copied")[name], draft)
+    fastrot.rotate_checkpoint(source, tmp_path / "dropped", ALL, drafts="drop")
+    assert name not in tensors(tmp_path / "dropped")
+
+
+def test_nothing_else_is_dropped(source, tmp_path):
+    drafts(source, "model.layers.1.mlp.extra.weight", torch.ones(3))
+    with pytest.raises(fastrot.CheckpointError, match=r"extra\.weight .*does not have"):
+        fastrot.rotate_checkpoint(source, tmp_path / "target", ALL)
+
+
+class InterruptedRunError(Exception):
+    """Stands for whatever ends a run."""
+
+
+def interrupt(monkeypatch, after):
+    """Let a run end after so many files."""
+    write, count = Pipeline._write_file, itertools.count()
+
+    def stop(pipeline, file, part):
+        if next(count) >= after:
+            raise InterruptedRunError
+        write(pipeline, file, part)
+
+    monkeypatch.setattr(Pipeline, "_write_file", stop)
+
+
+def test_a_run_that_was_interrupted_goes_on(source, tmp_path, monkeypatch):
+    target = tmp_path / "target"
+    fastrot.rotate_checkpoint(source, tmp_path / "whole", ALL)
+    with monkeypatch.context() as patched:
+        interrupt(patched, 2)
+        with pytest.raises(InterruptedRunError):
+            fastrot.rotate_checkpoint(source, target, ALL)
+    assert not target.exists()
+    there = sorted(unfinished(target).glob("*.safetensors"))
+    assert len(there) == 2
+    before = {path.name: path.stat().st_mtime_ns for path in there}
+    fastrot.rotate_checkpoint(source, target, ALL)
+    assert {name: (target / name).stat().st_mtime_ns for name in before} == before
+    assert contents(target) == contents(tmp_path / "whole")
+    assert not unfinished(target).exists()
+
+
+def test_only_the_same_call_goes_on(source, tmp_path, monkeypatch):
+    target = tmp_path / "target"
+    with monkeypatch.context() as patched:
+        interrupt(patched, 1)
+        with pytest.raises(InterruptedRunError):
+            fastrot.rotate_checkpoint(source, target, ALL)
+    before = contents(unfinished(target))
+    with pytest.raises(fastrot.RotationError, match=r"unfinished rotation .* --fresh"):
+        fastrot.rotate_checkpoint(source, target, fastrot.Recipe(("R2",)))
+    os.utime(sorted(source.glob("*.safetensors"))[0], (1, 1))
+    with pytest.raises(fastrot.RotationError, match="differs in its sources"):
+        fastrot.rotate_checkpoint(source, target, ALL)
+    assert contents(unfinished(target)) == before
+    fastrot.rotate_checkpoint(source, target, fastrot.Recipe(("R2",)), fresh=True)
+    assert target.is_dir()
+
+
+def test_a_finished_call_may_be_repeated(source, tmp_path):
+    target = tmp_path / "target"
+    fastrot.rotate_checkpoint(source, target, ALL)
+    before = {path.name: path.stat().st_mtime_ns for path in target.iterdir()}
+    assert fastrot.rotate_checkpoint(source, target, ALL).nbytes == 0
+    assert {path.name: path.stat().st_mtime_ns for path in target.iterdir()} == before
+    with pytest.raises(FileExistsError, match="is not empty"):
+        fastrot.rotate_checkpoint(source, target, fastrot.Recipe(("R2",)))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 1, 0, 2)])
+def test_workers_make_the_same_bytes(order, source, tmp_path):
+    fastrot.rotate_checkpoint(source, tmp_path / "whole", ALL)
+    target = tmp_path / "target"
+    done = [
+        fastrot.rotate_checkpoint(source, target, ALL, worker=Worker(rank, 4)) for rank in order
+    ]
+    assert [d.complete for d in done] == [False, False, False, True]
+    assert contents(target) == contents(tmp_path / "whole")
+
+
+def test_fewer_workers_finish_what_more_began(source, tmp_path, monkeypatch):
+    """Of four one is killed; then three do all that is missing."""
+    fastrot.rotate_checkpoint(source, tmp_path / "whole", ALL)
+    target = tmp_path / "target"
+    for rank in (0, 2, 3):
+        fastrot.rotate_checkpoint(source, target, ALL, worker=Worker(rank, 4))
+    (unfinished(target) / "model.safetensors.elsewhere.17.part").write_bytes(b"half")
+    for rank in range(3):
+        fastrot.rotate_checkpoint(source, target, ALL, worker=Worker(rank, 3))
+    assert contents(target) == contents(tmp_path / "whole")
+
+
+def test_two_processes_on_the_same_files(source, tmp_path):
+    fastrot.rotate_checkpoint(source, tmp_path / "whole")
+    command = [sys.executable, "-m", "fastrot", "rotate", str(source), str(tmp_path / "target")]
+    children = [subprocess.Popen(command, stderr=subprocess.PIPE) for _ in range(2)]
+    errors = [child.communicate()[1] for child in children]
+    assert [child.returncode for child in children] == [0, 0], errors
+    assert contents(tmp_path / "target") == contents(tmp_path / "whole")
+
+
+def test_launchers_tell_the_worker():
+    assert worker_of({}) == (0, 1)
+    assert worker_of({"RANK": "2", "WORLD_SIZE": "4"}) == (2, 4)
+    assert worker_of({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}) == (0, 1)
+    assert worker_of({"SLURM_PROCID": "1", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}) == (1, 4)
+    assert worker_of({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}) == (1, 2)
+    array = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_MIN": "4", "SLURM_ARRAY_TASK_COUNT": "2"}
+    assert worker_of(array) == (1, 2)
+    for text in ("4/4", "1", "a/b", "-1/4", "1/0", ""):
+        with pytest.raises(fastrot.RotationError, match="expected I/N"):
+            parse_worker(text)
+
+
+def test_a_signal_stops_all_stages(source, tmp_path, monkeypatch):
+    """The threads end, the file that was being written goes, those before it stay."""
+    write, count = Pipeline._write_file, itertools.count()
+
+    def stop(pipeline, file, part):
+        if next(count) == 2:
+            signal.raise_signal(signal.SIGINT)
+            part.touch()
+            raise StoppedError
+        write(pipeline, file, part)
+
+    target = tmp_path / "target"
+    with monkeypatch.context() as patched:
+        patched.setattr(Pipeline, "_write_file", stop)
+        with pytest.raises(KeyboardInterrupt):
+            fastrot.rotate_checkpoint(source, target, ALL)
+    assert not [*unfinished(target).glob("*.part")]
+    assert len([*unfinished(target).glob("*.safetensors")]) == 2
+    fastrot.rotate_checkpoint(source, target, ALL)
+
+
+def test_a_source_that_shrinks_meanwhile(source, tmp_path, monkeypatch):
+    prepare = rotate_module.prepare
+
+    def shrink(*args, **kwargs):
+        job = prepare(*args, **kwargs)
+        os.truncate(sorted(source.glob("*.safetensors"))[0], 3000)
+        return job
+
+    monkeypatch.setattr(rotate_module, "prepare", shrink)
+    with pytest.raises(fastrot.CheckpointError, match="cut short"):
+        fastrot.rotate_checkpoint(source, tmp_path / "target", ALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
