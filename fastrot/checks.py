@@ -36,11 +36,7 @@ def check_model(model: nn.Module) -> None:
             f"{type(model).__name__} has no transformers config; pass the model itself, not a "
             "wrapper around it"
         )
-    if hasattr(model, "peft_config"):
-        raise RotationError(
-            f"{type(model).__name__} carries LoRA adapters, which read and write the rotated "
-            "spaces too; merge_and_unload() first, or rotate the base model and train anew"
-        )
+    check_adapters(model)
     if getattr(config, "is_encoder_decoder", False):
         raise RotationError(
             f"{type(model).__name__} is an encoder-decoder; fastrot rotates decoders"
@@ -55,6 +51,19 @@ def check_model(model: nn.Module) -> None:
         raise RotationError(
             f"the model is quantized (quant_method={method}, {reason}); rotate the unquantized "
             "model, then quantize"
+        )
+
+
+def check_adapters(model: nn.Module) -> None:
+    """Refuse a model with adapters of PEFT, whose weights lie in the spaces that a rotation turns.
+
+    Raises:
+        RotationError: says what to do with them first.
+    """
+    if hasattr(model, "peft_config"):
+        raise RotationError(
+            f"{type(model).__name__} carries adapters, which read and write the rotated spaces "
+            "too; merge_and_unload() first, or rotate the base model and train anew"
         )
 
 

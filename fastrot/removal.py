@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fastrot.checks import check_adapters
 from fastrot.damage import mark_damaged
 from fastrot.edits import Plan, Rotate, WeightEdit
 from fastrot.errors import RotationError
@@ -44,14 +45,15 @@ def remove(
     Raises:
         RotationError: a group that is not online on this model, R1, one whose rotation is not
             the recorded one, or whose weights were rotated on the same side again by another one,
-            so that it can't be undone alone. The model is untouched then; after other errors as
-            for :func:`fastrot.apply`.
+            so that it can't be undone alone; or a model with adapters. The model is untouched then;
+            after other errors as for :func:`fastrot.apply`.
     """
     with exclusive(model), torch.device("cpu"):
         _remove(model, groups, undo)
 
 
 def _remove(model: "PreTrainedModel", groups: str | Iterable[str] | None, undo: Undo) -> None:
+    check_adapters(model)
     matrices = {
         Rotation.from_matrix(online.value.cpu(), fixes_ones=online.rotation.fixes_ones)
         for _, _, online in installed(model)

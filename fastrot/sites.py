@@ -77,11 +77,23 @@ def find_sites(
     index = Index.of(model)
     found = find_holders(index, patterns, ignore, missing_ok=missing_ok)
     return {
-        name: _of_parameter(index, name, holder, transposed)
-        if isinstance(holder, nn.Parameter)
-        else _of_module(group, name, holder)
+        name: site_of(index, name, holder, group=group, transposed=transposed)
         for name, holder in found.items()
     }
+
+
+def site_of(
+    index: Index,
+    name: str,
+    holder: nn.Module | nn.Parameter,
+    *,
+    group: str = "",
+    transposed: bool = False,
+) -> Site:
+    """The site of one module or bare parameter; the rest as for :func:`find_sites`."""
+    if isinstance(holder, nn.Parameter):
+        return _of_parameter(index, name, holder, transposed)
+    return _of_module(group, name, holder)
 
 
 def _of_module(group: str, name: str, module: nn.Module) -> Site:

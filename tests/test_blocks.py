@@ -212,7 +212,7 @@ def no_rotation(mlp):
     [
         (no_forward, r"forward of this LlamaMLP was replaced.*down_proj_input"),
         (no_linear, r"R4 in LlamaMLP: down_proj: the module is gone"),
-        (no_rotation, r"rotation of the input of down_proj in this LlamaMLP is gone"),
+        (no_rotation, r"R4: model\.layers\.0\.mlp \(LlamaMLP\) does not rotate any more"),
     ],
 )
 def test_what_is_taken_away_is_noticed(change, message):
@@ -221,6 +221,75 @@ def test_what_is_taken_away_is_noticed(change, message):
     change(model.model.layers[0].mlp)
     with pytest.raises(RuntimeError, match=message):
         model(random_ids(model, 1, 4, seed=0))
+
+
+class Unfused(nn.Module):
+    """A block that another tool made of one with the same weights, as llm-compressor of experts."""
+
+    def __init__(self, block):
+        super().__init__()
+        for name, child in block.named_children():
+            if not name.startswith("fastrot_"):
+                setattr(self, name, child)
+        self._parameters.update(block._parameters)
+        self.compute = functools.partial(type(block).forward, self)
+        self.has_bias, self.has_gate, self.is_transposed = False, True, False
+        self.config = getattr(block, "config", None)
+
+    def forward(self, *args, **kwargs):
+        return self.compute(*args, **kwargs)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_block_that_is_replaced_as_a_whole_is_noticed(name, copied):
+    model = build(FAMILIES[name], torch.float32)
+    ids = random_ids(model, 2, 12, seed=0)
+    fastrot.apply(model, ("R3", "R4"))
+    if copied:
+        model = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    path = "model.layers.1.mlp" if name == "llama" else "model.layers.1.mlp.experts"
+    block = model.get_submodule(path)
+    model.set_submodule(path, Unfused(block))
+    with pytest.raises(RuntimeError, match=rf"R4: {path} \(Unfused\) does not rotate any more"):
+        model(ids)
+    model.set_submodule(path, block)
+    model(ids)
+    fastrot.remove(model, "R4")
+    model.set_submodule(path, nn.Identity())
+    assert not model._forward_pre_hooks
+
+
+class Around(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args):
+        return self.inner(*args)
+
+
+def test_a_wrapper_around_a_block_and_layers_that_are_pruned_are_let_pass():
+    model = tiny("llama", layers=3)
+    rotated = copy.deepcopy(model)
+    fastrot.apply(rotated, "R4")
+    for each in (model, rotated):
+        each.model.layers = each.model.layers[:2]
+    rotated.model.layers[0].mlp = Around(rotated.model.layers[0].mlp)
+    assert error(rotated, model) < 1e-5
+
+
+def test_a_tool_that_binds_the_function_of_a_forward_anew(pair):
+    """As compressed-tensors does: it keeps ``forward.__func__`` and calls it with the module."""
+    model, rotated = pair
+    for module in rotated.modules():
+        if any(name.startswith("fastrot_") for name, _ in module.named_children()):
+            function = module.forward.__func__
+            module.forward = functools.wraps(function)(
+                lambda self, *a, inner=function, **k: inner(self, *a, **k)
+            ).__get__(module)
+    assert error(rotated, model) < 1e-5
+    assert error(swap(rotated), model) < 1e-5
 
 
 def test_a_forward_around_ours_is_let_pass():

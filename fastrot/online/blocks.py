@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastrot.edits import OnlineSite
 from fastrot.errors import RotationError
+from fastrot.online.rotation import OnlineRotation
 from fastrot.online.view import view, write_back
 
 Place = tuple[str, str]
@@ -115,6 +116,19 @@ def block_forward(block: Any, places: tuple[Place, ...], *args: Any, **kwargs: A
     return result
 
 
+def rebound_forward(block: Any, *args: Any, **kwargs: Any) -> Any:
+    """The same, where a tool binds it anew and nothing but the block remembers the places."""
+    held = (m for m in block._modules.values() if isinstance(m, OnlineRotation))
+    places = tuple((m.child, m.location) for m in held if m.child is not None)
+    return block_forward(block, places, *args, **kwargs)
+
+
+class BlockForward(functools.partial[Any]):
+    """:func:`block_forward` in the place of a bound method; tools may bind its function anew."""
+
+    __func__ = staticmethod(rebound_forward)
+
+
 def check_block(name: str, site: OnlineSite, model: nn.Module) -> None:
     """Refuse a linear module that no forward of the module around it calls by its name."""
     owner, _, child = name.rpartition(".")
@@ -150,17 +164,17 @@ def _names(code: CodeType) -> Iterator[str]:
 def places_of(block: nn.Module) -> tuple[Place, ...]:
     """Where the forward of a block rotates now."""
     own: list[Any] = [block.__dict__.get(name) for name in FORWARDS]
-    return next((f.args[1] for f in own if _is_ours(f)), ())
+    return next((f.args[1] for f in own if getattr(f, "func", None) is block_forward), ())
 
 
 def set_places(block: nn.Module, places: tuple[Place, ...]) -> None:
     """Let the forward of a block rotate there and nowhere else, or be that of its class again."""
     held = next((n for n in FORWARDS if _is_ours(block.__dict__.get(n))), None)
     # Hooks of accelerate stand around the forward that they keep. A partial survives deepcopy and
-    # pickle, unlike the handle of a hook.
+    # pickle, unlike a bound method or the handle of a hook.
     name = held or FORWARDS["_old_forward" in block.__dict__]
     if places:
-        setattr(block, name, functools.partial(block_forward, block, places))
+        setattr(block, name, BlockForward(block_forward, block, places))
     elif name == "_old_forward":
         setattr(block, name, type(block).forward.__get__(block))
     else:
@@ -180,7 +194,7 @@ def _drop(hooks: dict[int, Any], function: Any) -> None:
 
 
 def _is_ours(function: Any) -> bool:
-    return getattr(function, "func", None) is block_forward
+    return function is rebound_forward or getattr(function, "func", None) is block_forward
 
 
 def check_forward(block: nn.Module, args: tuple[Any, ...]) -> None:

@@ -5,6 +5,7 @@ for it; its eager loop does not, so a module with R4 runs ``grouped_mm`` instead
 float64).
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -80,6 +81,12 @@ def experts_forward(module: Any, *args: Any, **kwargs: Any) -> Tensor:
     names = {method: _rotated(module, method) for method in ("_apply_gate", "act_fn")}
     result: Tensor = ALL_EXPERTS_FUNCTIONS[name](view(module, names), *args, **kwargs)
     return result
+
+
+class ExpertsForward(functools.partial[Any]):
+    """:func:`experts_forward` in the place of a bound method; tools may bind its function anew."""
+
+    __func__ = staticmethod(experts_forward)
 
 
 def _llama4_forward(module: Any, hidden_states: Tensor) -> Tensor:

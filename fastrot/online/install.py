@@ -1,7 +1,6 @@
 """Puts online rotations on a model and takes them off."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -10,8 +9,9 @@ from torch import Tensor, nn
 from fastrot.edits import OnlineSite
 from fastrot.online.attention import PREFIX, check_attention, rotate_keys
 from fastrot.online.blocks import FORWARDS, Place, check_block, places_of, set_places
-from fastrot.online.experts import check_experts, experts_forward
+from fastrot.online.experts import ExpertsForward, check_experts, experts_forward
 from fastrot.online.rotation import OnlineRotation
+from fastrot.online.witness import watch
 from fastrot.transform_config import ATTENTION_LOCATIONS
 
 
@@ -88,11 +88,25 @@ def attach(
         rotations: what :func:`make` made of them.
         journal: is told how each step is taken back.
     """
+    journal.on_error(_snapshot(model))
     for site, rotation in zip(sites, rotations, strict=True):
         holder, _ = _holder(model, site)
         journal.on_error(_snapshot(holder))
         setattr(holder, rotation.name, rotation)
         _hook(holder, rotation, journal)
+    _watch(model)
+
+
+def _watch(model: nn.Module) -> None:
+    # Queries and keys are rotated by one module: where it is replaced, both are not.
+    watch(
+        model,
+        (
+            (tuple(holder.split(".")) if holder else (), rotation.name, rotation.group)
+            for holder, _, rotation in installed(model)
+            if rotation.location not in ATTENTION_LOCATIONS
+        ),
+    )
 
 
 def _place(rotation: OnlineRotation) -> tuple[Place, ...]:
@@ -111,7 +125,7 @@ def _hook(module: nn.Module, rotation: OnlineRotation, journal: Undo) -> None:
         # No hook reaches inside a forward. A partial survives deepcopy and pickle. Hooks of
         # accelerate stand around the forward that they keep.
         place = FORWARDS["_old_forward" in module.__dict__]
-        setattr(module, place, partial(experts_forward, module))
+        setattr(module, place, ExpertsForward(experts_forward, module))
     if location in ATTENTION_LOCATIONS:
         config: Any = module.config
         name = config._attn_implementation
@@ -142,11 +156,13 @@ def rotation_at(model: nn.Module, site: OnlineSite) -> OnlineRotation | None:
 
 def uninstall(model: nn.Module, groups: Collection[str], journal: Undo) -> None:
     """Take the online rotations of these groups off, hooks and submodules, and nothing else."""
+    journal.on_error(_snapshot(model))
     for _, module, rotation in installed(model):
         if rotation.group in groups:
             journal.on_error(_snapshot(module))
             delattr(module, rotation.name)
             _unhook(module, rotation)
+    _watch(model)
     if not any(r.location in ATTENTION_LOCATIONS for _, _, r in installed(model)):
         for module in model.modules():
             config: Any = getattr(module, "config", None)

@@ -8,9 +8,9 @@ from torch import nn
 from fastrot.edits import OnlineSite
 from fastrot.errors import RotationError
 from fastrot.heads import KEY_NAMES, head_size
-from fastrot.index import Index, find_modules
+from fastrot.index import Index, find_holders, find_modules
 from fastrot.resolve.places import places, rotation_of
-from fastrot.sites import find_sites
+from fastrot.sites import site_of
 from fastrot.transform_config import ATTENTION_LOCATIONS, TransformArgs, TransformConfig
 
 if TYPE_CHECKING:
@@ -59,7 +59,13 @@ def _online_places(index: Index, group: str, args: TransformArgs) -> Iterator[tu
         for name, module in find_modules(index, args.targets, args.ignore).items():
             yield name, "output", _output_size(group, name, module)
         return
-    for name, site in find_sites(index, args.targets, args.ignore, group=group).items():
+    for name, holder in find_holders(index, args.targets, args.ignore).items():
+        size = getattr(holder, "in_features", None)
+        if isinstance(size, int):
+            # A quantizer may have packed the weight.
+            yield name, "input", size
+            continue
+        site = site_of(index, name, holder, group=group)
         if site.input is None:
             raise RotationError(f"{group}: {name} is an embedding, it has no input to rotate")
         size = site.shape[site.input]
