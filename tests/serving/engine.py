@@ -90,7 +90,7 @@ def assert_same(got, expected, tolerance=2e-5):
 def rotations(worker_model):
     """How many online rotations a worker has, by their places."""
     leaves = (name.rpartition(".")[2] for name, _ in worker_model.named_modules())
-    return Counter(leaf for leaf in leaves if leaf.startswith("fastrot_"))
+    return dict(Counter(leaf for leaf in leaves if leaf.startswith("fastrot_")))
 
 
 def without(llm, place):

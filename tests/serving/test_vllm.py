@@ -1,7 +1,10 @@
 """vLLM serves what fastrot rotated: the oracle is the unrotated checkpoint in the same server."""
 
+import json
+
 import pytest
 from engine import answers, assert_same, checkpoint, engine, rotations, served, without
+from vllm import LLM
 
 ALL = ("R1", "R2", "R3", "R4")
 RECIPES = {
@@ -39,3 +42,41 @@ def test_the_same_tokens_and_log_probabilities(family, plain, tmp_path):
         for place in PLACES:
             assert without(llm, place).tokens != plain(family).tokens
         assert_same(answers(llm), plain(family))
+
+
+def test_fused_rotations_need_no_plugin(plain, tmp_path):
+    recipe = {"rotations": ("R1", "R2"), "transform_type": "random-hadamard"}
+    assert_same(served(checkpoint(tmp_path, "llama", recipe)), plain("llama"))
+
+
+def test_a_rotation_that_no_layer_takes_stops_the_start(tmp_path, capfd):
+    scheme = {
+        "type": "hadamard",
+        "apply": [
+            {"targets": ["re:.*q_proj$"], "location": "input"},
+            {"targets": ["re:.*q_proj$"], "location": "weight_input", "inverse": True},
+        ],
+    }
+    recipe = {"transform_config": {"config_groups": {"mine": scheme}}}
+    with pytest.raises(RuntimeError), engine(checkpoint(tmp_path, "llama", recipe)):
+        pass
+    message = "can't rotate the input of model.layers.0.self_attn.q_proj online (mine, 2 such"
+    assert message in capfd.readouterr().err
+
+
+def test_what_is_refused_before_a_worker_starts(tmp_path):
+    folder = checkpoint(tmp_path, "llama", {"rotations": ("R4",)})
+    with pytest.raises(ValueError, match=r"n one of 2, 4, 8, 16, 28, 56, 112, or") as error:
+        LLM(str(folder), tensor_parallel_size=2, skip_tokenizer_init=True)
+    assert "R4 of model.layers.0.mlp.down_proj has blocks of 224" in str(error.value)
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="has online rotations, but quantization is None"):
+        LLM(str(folder), skip_tokenizer_init=True)
+
+
+def test_compiled(plain, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
+    folder = checkpoint(tmp_path, "qwen3", RECIPES["qwen3"])
+    assert_same(served(folder, enforce_eager=False), plain("qwen3"))
