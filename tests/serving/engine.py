@@ -20,10 +20,15 @@ PROMPTS = [random.Random(n).choices(range(3, 256), k=n) for n in (1, 5, 17, 40)]
 
 
 class Answers(NamedTuple):
-    """Greedy tokens of every prompt, and the five best log-probabilities of each."""
+    """Greedy tokens after every prompt, and log-probabilities.
+
+    ``logprobs`` are the five best of each token; ``scores`` those of the tokens of the longest
+    prompt, which no choice of a token can change.
+    """
 
     tokens: list[list[int]]
     logprobs: torch.Tensor
+    scores: torch.Tensor
 
 
 def model(family, **kwargs):
@@ -67,14 +72,20 @@ def answers(llm, tokens=16):
     )
     prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
     outputs = [done.outputs[0] for done in llm.generate(prompts, sampling, use_tqdm=False)]
-    best = [
-        [
-            sorted((entry.logprob for entry in step.values()), reverse=True)[:5]
-            for step in o.logprobs
-        ]
-        for o in outputs
-    ]
-    return Answers([list(output.token_ids) for output in outputs], torch.tensor(best))
+    best = [[_best(step) for step in output.logprobs] for output in outputs]
+    scoring = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+    steps = llm.generate(prompts[-1:], scoring, use_tqdm=False)[0].prompt_logprobs
+    scores = [step[token].logprob for step, token in zip(steps, PROMPTS[-1], strict=True) if step]
+    tokens = [list(output.token_ids) for output in outputs]
+    return Answers(tokens, torch.tensor(best), torch.tensor(scores))
+
+
+def _best(step):
+    return sorted((entry.logprob for entry in step.values()), reverse=True)[:5]
+
+
+def distance(got, scores):
+    return float((got.scores - scores).abs().mean())
 
 
 def served(folder, **kwargs):

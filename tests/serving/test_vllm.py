@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from engine import answers, assert_same, checkpoint, engine, rotations, served, without
+from engine import answers, assert_same, checkpoint, distance, engine, rotations, served, without
+from quantized import quantize
 from vllm import LLM
 
 ALL = ("R1", "R2", "R3", "R4")
@@ -61,7 +62,7 @@ def test_a_rotation_that_no_layer_takes_stops_the_start(tmp_path, capfd):
     with pytest.raises(RuntimeError), engine(checkpoint(tmp_path, "llama", recipe)):
         pass
     message = "can't rotate the input of model.layers.0.self_attn.q_proj online (mine, 2 such"
-    assert message in capfd.readouterr().err
+    assert message in "".join(capfd.readouterr())
 
 
 def test_what_is_refused_before_a_worker_starts(tmp_path):
@@ -80,3 +81,21 @@ def test_compiled(plain, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
     folder = checkpoint(tmp_path, "qwen3", RECIPES["qwen3"])
     assert_same(served(folder, enforce_eager=False), plain("qwen3"))
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantized_after_rotating(bits, tmp_path):
+    expected = quantize(checkpoint(tmp_path, "llama", RECIPES["llama"]), bits)
+    with engine(tmp_path, dtype="bfloat16") as llm:
+        assert llm.apply_model(rotations) == [PLACES]
+        error = distance(answers(llm), expected)
+        for place in PLACES:
+            assert 3 * error < distance(without(llm, place), expected)
+
+
+def test_models_of_transformers(plain, tmp_path):
+    folder = checkpoint(tmp_path, "llama", RECIPES["llama"])
+    with engine(folder, model_impl="transformers") as llm:
+        assert llm.apply_model(rotations) == [PLACES]
+        assert_same(answers(llm), plain("llama"))
+        assert without(llm, "fastrot_k_cache").tokens != plain("llama").tokens

@@ -1,7 +1,8 @@
 """vLLM's quantization method ``fastrot``: which layer gets which of the recorded rotations.
 
 vLLM asks a quantization config for the method of every layer, by name. This one gives each the
-method it would have anyway, with the rotation of the record in front.
+method it would have anyway, with the rotation of the record in front: that of the tool with which
+the checkpoint was quantized after it was rotated, if it was.
 """
 
 import re
@@ -11,6 +12,7 @@ import torch
 from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.attention import Attention, MLAAttention
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
+from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.models.utils import WeightsMapper
 
@@ -18,7 +20,7 @@ from fastrot.edits import OnlineSite
 from fastrot.errors import RecordError, RotationError
 from fastrot.integrations.vllm.layers import rotate_attention, rotate_input
 from fastrot.integrations.vllm.operands import with_matrices
-from fastrot.integrations.vllm.recorded import recorded_sites
+from fastrot.integrations.vllm.recorded import DELEGATED, has_online, recorded_sites
 from fastrot.record import QUANT_METHOD
 from fastrot.resolve.places import layer_of
 from fastrot.transform_config import ATTENTION_LOCATIONS
@@ -33,13 +35,17 @@ class FastrotConfig(QuantizationConfig):
     """The online rotations of a checkpoint, each of which must find its layer.
 
     Attributes:
+        base: of the tool that quantized the checkpoint; None where the weights are plain numbers.
         sites: the recorded rotations.
         served: the places of those that a layer of this process has taken.
         layers: the decoder layers of this process, which may be one rank of a pipeline.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, base: Any = None) -> None:
         super().__init__()
+        self.base = base
+        if base is not None:
+            self._ignore_unexpected_suffixes = base._ignore_unexpected_suffixes
         self.sites: dict[Place, OnlineSite] = {}
         self.served: set[Place] = set()
         self.layers: set[str] = set()
@@ -50,6 +56,8 @@ class FastrotConfig(QuantizationConfig):
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
         """Those in which a model can be served."""
+        if self.base is not None:
+            return list(self.base.get_supported_act_dtypes())
         return [torch.float32, torch.bfloat16, torch.float16]
 
     @classmethod
@@ -63,9 +71,25 @@ class FastrotConfig(QuantizationConfig):
         return []
 
     @classmethod
+    def override_quantization_method(
+        cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
+    ) -> str | None:
+        """Take over what another tool quantized after fastrot rotated it."""
+        known = hf_quant_cfg.get("quant_method") in (QUANT_METHOD, *DELEGATED)
+        return QUANT_METHOD if known and has_online(hf_config) else None
+
+    @classmethod
     def from_config(cls, config: dict[str, Any]) -> "FastrotConfig":
-        """Of the mark in config.json, which says nothing; :meth:`maybe_update_config` sees all."""
-        return cls()
+        """Of ``quantization_config`` alone; :meth:`maybe_update_config` sees the record."""
+        method = config["quant_method"]
+        if method == QUANT_METHOD:
+            return cls()
+        return cls(get_quantization_config(method).from_config(config))
+
+    @property
+    def kv_cache_scheme(self) -> Any:
+        """How a quantized checkpoint wants its cache."""
+        return getattr(self.base, "kv_cache_scheme", None)
 
     def maybe_update_config(
         self, model_name: str, hf_config: Any = None, revision: str | None = None
@@ -91,12 +115,18 @@ class FastrotConfig(QuantizationConfig):
             weight = hf_to_vllm_mapper.map_name(f"{name}.weight") or f"{name}.weight"
             return weight.removesuffix(".weight")
 
+        if self.base is not None:
+            self.base.apply_vllm_mapper(hf_to_vllm_mapper)
         self.sites = {(renamed(name), where): site for (name, where), site in self.sites.items()}
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """Leave the operands out of what is loaded: the layers have theirs already."""
-        mapper = QuantizationConfig.get_checkpoint_weight_mapper()
+        mapper = (self.base or QuantizationConfig).get_checkpoint_weight_mapper()
         return mapper | WeightsMapper(orig_to_new_regex={OPERAND: None})
+
+    def get_cache_scale_mapper(self) -> WeightsMapper:
+        """Where the scales of a quantized cache go."""
+        return (self.base or QuantizationConfig).get_cache_scale_mapper()
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         """The method of a layer, which rotates where the record asks for it.
@@ -117,21 +147,29 @@ class FastrotConfig(QuantizationConfig):
         if isinstance(layer, Attention | MLAAttention):
             if hasattr(layer, "fastrot_asked"):
                 self._check_served()
-                return None
-            layer.fastrot_asked = True
-            owner = prefix.rpartition(".")[0]
-            found = {where: self._take(owner, where) for where in ATTENTION_LOCATIONS}
-            sites = {where: site for where, site in found.items() if site is not None}
-            if sites:
-                rotate_attention(layer, sites)
-            return None
-        if not isinstance(layer, LinearBase):
-            return None
-        method = UnquantizedLinearMethod()
-        site = self._take(prefix, "input")
-        if site is not None:
-            rotate_input(method, site)
+            else:
+                layer.fastrot_asked = True
+                self._rotate_attention(layer, prefix.rpartition(".")[0])
+            return self._base_method(layer, prefix)
+        method = self._base_method(layer, prefix)
+        if isinstance(layer, LinearBase):
+            method = method or UnquantizedLinearMethod()
+            site = self._take(prefix, "input")
+            if site is not None:
+                rotate_input(method, site)
         return method
+
+    def _base_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        if self.base is None:
+            return None
+        self.base.packed_modules_mapping = self.packed_modules_mapping
+        return self.base.get_quant_method(layer, prefix)
+
+    def _rotate_attention(self, layer: torch.nn.Module, owner: str) -> None:
+        found = {where: self._take(owner, where) for where in ATTENTION_LOCATIONS}
+        sites = {where: site for where, site in found.items() if site is not None}
+        if sites:
+            rotate_attention(layer, sites)
 
     def _take(self, name: str, location: str) -> OnlineSite | None:
         site = self.sites.get((name, location))

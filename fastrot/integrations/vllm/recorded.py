@@ -13,6 +13,9 @@ from fastrot.integrations.outlines import model_of
 from fastrot.record import applications, online_sites
 from fastrot.resolve.places import places
 
+DELEGATED = ("compressed-tensors",)
+"""Quantization methods of other tools before which a rotation can stand."""
+
 SPLIT_LOCATIONS = ("input", "down_input")
 """Where tensor parallelism leaves a rank a part of the vectors; attention has whole heads."""
 

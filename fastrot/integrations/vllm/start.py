@@ -4,7 +4,7 @@ import functools
 from typing import Any
 
 from fastrot.errors import RotationError
-from fastrot.integrations.vllm.recorded import check_ranks, has_online, recorded_sites
+from fastrot.integrations.vllm.recorded import DELEGATED, check_ranks, has_online, recorded_sites
 from fastrot.record import QUANT_METHOD
 
 
@@ -16,15 +16,17 @@ def check_start(model: Any, parallel: Any) -> None:
         parallel: its ``ParallelConfig``.
 
     Raises:
-        RotationError: the mark in config.json is gone, or tensor parallelism cuts a block in two.
+        RotationError: config.json has the mark of no tool that we know, or tensor parallelism cuts
+            a block in two.
     """
     if not has_online(model.hf_config):
         return
     if model.quantization != QUANT_METHOD:
         raise RotationError(
             f"the record of {model.model} has online rotations, but quantization is "
-            f"{model.quantization!r}, with which vLLM would leave them out; serve the checkpoint "
-            "with the quantization_config that it was written with"
+            f"{model.quantization!r}, with which vLLM would leave them out; serve it with the "
+            "quantization_config that it was written with, or quantize with one of "
+            f"{', '.join(DELEGATED)}"
         )
     if parallel.tensor_parallel_size > 1:
         check_ranks(recorded_sites(model.hf_config), parallel.tensor_parallel_size)
