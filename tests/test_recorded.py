@@ -1,6 +1,7 @@
 """What a server reads of a rotated checkpoint before it builds a layer."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import fastrot
 from fastrot.edits import OnlineSite
 from fastrot.integrations.vllm.operands import INDEX, SINGLE, with_matrices
 from fastrot.integrations.vllm.recorded import check_ranks, has_online, on_rank, recorded_sites
+from fastrot.integrations.vllm.start import check_start
 from fastrot.rotation import Rotation
 
 ALL = ("R1", "R2", "R3", "R4")
@@ -59,6 +61,21 @@ def test_a_rank_with_a_part_of_a_block_is_refused():
 def test_attention_has_whole_heads_on_every_rank():
     rotation = Rotation("hadamard", 16)
     check_ranks([OnlineSite("model.layers.0.self_attn", "q_attn", rotation, False, "R3")], 32)
+
+
+def test_what_a_server_may_start():
+    def start(config, quantization, ranks=1):
+        server = SimpleNamespace(model="m", hf_config=config, quantization=quantization)
+        check_start(server, SimpleNamespace(tensor_parallel_size=ranks))
+
+    config = rotated(rotations=("R4",))[0].config
+    start(config, "fastrot")
+    with pytest.raises(fastrot.RotationError, match="which do not divide the 56 of its 112"):
+        start(config, "fastrot", ranks=2)
+    for quantization in ("gptq", None):
+        with pytest.raises(fastrot.RotationError, match=f"quantization is {quantization!r}"):
+            start(config, quantization)
+    start(rotated(rotations=("R1", "R2"))[0].config, "gptq", ranks=2)
 
 
 def test_dense_matrices_are_those_of_the_checkpoint(tmp_path):

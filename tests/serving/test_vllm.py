@@ -1,11 +1,26 @@
 """vLLM serves what fastrot rotated: the oracle is the unrotated checkpoint in the same server."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
-from engine import answers, assert_same, checkpoint, distance, engine, rotations, served, without
+from engine import (
+    answers,
+    assert_same,
+    checkpoint,
+    distance,
+    engine,
+    model,
+    rotations,
+    served,
+    without,
+)
 from quantized import quantize
+from torch import nn
 from vllm import LLM
+
+import fastrot
+from fastrot.integrations.vllm.config import FastrotConfig
 
 ALL = ("R1", "R2", "R3", "R4")
 RECIPES = {
@@ -75,6 +90,21 @@ def test_what_is_refused_before_a_worker_starts(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="has online rotations, but quantization is None"):
         LLM(str(folder), skip_tokenizer_init=True)
+
+
+def test_no_quantization_takes_the_place_of_a_rotation():
+    config = FastrotConfig()
+    config.online_quantization_config = object()
+    with pytest.raises(fastrot.RotationError, match="would quantize while loading"):
+        config.get_quant_method(nn.Module(), "model.layers.0.mlp.down_proj")
+    tiny = model("llama")
+    fastrot.apply(tiny, ("R4",))
+    rotated = SimpleNamespace(fastrot=tiny.config.fastrot)
+    for method, taken in {"compressed-tensors": "fastrot", "gptq": None}.items():
+        assert (
+            FastrotConfig.override_quantization_method({"quant_method": method}, None, rotated)
+            == taken
+        )
 
 
 def test_compiled(plain, tmp_path, monkeypatch):
