@@ -92,6 +92,14 @@ def test_what_is_refused_before_a_worker_starts(tmp_path):
         LLM(str(folder), skip_tokenizer_init=True)
 
 
+def test_tensor_parallelism_of_whole_blocks(plain, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    folder = checkpoint(tmp_path, "llama", RECIPES["llama"])
+    with engine(folder, tensor_parallel_size=2) as llm:
+        assert llm.apply_model(rotations) == [PLACES, PLACES]
+        assert_same(answers(llm), plain("llama"))
+
+
 def test_no_quantization_takes_the_place_of_a_rotation():
     config = FastrotConfig()
     config.online_quantization_config = object()
