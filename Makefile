@@ -30,13 +30,13 @@ test-newest: $(READY)
 	    --target $(NEWEST) transformers
 	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest -q -n 2 -m $(FAST) $(MEETS_TRANSFORMERS)
 
-# vLLM on the CPU, in an environment of its own: it pins other versions. Minutes, no part of `make test`.
 # Quantizers that are too heavy for every run, laid over the environment.
 test-tools: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
 	    --target $(TOOLS) -c constraints.txt torchao bitsandbytes hqq
 	PYTHONPATH=$(TOOLS) $(BIN)/python -m pytest -q -n 2 tests/test_quantizers.py
 
+# vLLM on the CPU, in an environment of its own: it pins other versions. Minutes, no part of `make test`.
 test-serving: $(SERVING)/.ready
 	$(SERVING)/bin/python -m pytest -q tests/serving
 
