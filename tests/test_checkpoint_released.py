@@ -1,4 +1,4 @@
-"""Released models of full size: every tensor of their checkpoints is accounted for, from headers."""
+"""Released models of full size: every tensor of a checkpoint is accounted for, from headers."""
 
 import re
 from math import prod
