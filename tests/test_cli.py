@@ -68,13 +68,16 @@ def test_plan_prints_the_plan(checkpoints, capsys):
     expected = fastrot.plan(load(checkpoints["float32"]), ROTATIONS, randomize=True, seed=3)
     arguments = ("plan", checkpoints["float32"], "--rotations", "r1", "R2", "r3", "R4")
     options = ("--randomize", "--seed", 3)
-    assert run(capsys, *arguments, *options) == (0, f"{expected}\n", "")
+    status, out, err = run(capsys, *arguments, *options)
+    assert (status, err) == (0, "")
+    assert out.startswith(f"{expected}\n1 file of weights, 1M to write; --memory 1M or more, 2.00G")
     status, out, _ = run(capsys, *arguments, *options, "--json")
     data = json.loads(out)
     assert status == 0
     assert data["seed"] == 3
     assert data["transform_config"] == json.loads(json.dumps(expected.transform_config.to_dict()))
     assert [row["name"] for row in data["rows"]] == [row["name"] for row in expected.rows()]
+    assert data["needs"]["disk"] > 4 * expected.shapes["lm_head.weight"][0] * 96
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -604,8 +607,10 @@ def test_plan_needs_no_weights(source, capsys):
     """Shapes alone decide: the same table with and without the weights."""
     status, whole, _ = run(capsys, "plan", str(source), "--rotations", "R1", "R4")
     (source / "model.safetensors").unlink()
-    assert run(capsys, "plan", str(source), "--rotations", "R1", "R4") == (status, whole, "")
-    assert status == 0
+    status_without, table, err = run(capsys, "plan", str(source), "--rotations", "R1", "R4")
+    assert (status, status_without, err) == (0, 0, "")
+    assert whole.startswith(table)
+    assert whole.removeprefix(table).startswith("1 file of weights")
 
 
 def test_architectures_prints_the_document(capsys):

@@ -129,6 +129,8 @@ def prepare(
         RotationError: anything that can't be done, naming the tensor and the way out.
         OSError: a file is missing or can't be read.
     """
+    from fastrot.integrations.transformers import old_names
+
     model = outline(source)
     files = weight_files(source)
     if not files or any(file.suffix != ".safetensors" for file in files):
@@ -139,8 +141,6 @@ def prepare(
         n: e for n, e in entries.items() if n.removesuffix(SUFFIX) not in scales or n in scales
     }
     earlier = _restored(model)
-    from fastrot.integrations.transformers import old_names
-
     made = trace(model, entries, old_names(earlier.values()))
     for name, rotation in earlier.items():
         if name in made.targets:

@@ -12,6 +12,7 @@ from fastrot.checkpoint.job import Drafts, Job, OutputFile, prepare
 from fastrot.checkpoint.panels import needs
 from fastrot.checkpoint.pipeline import Pipeline
 from fastrot.checkpoint.store import Store, check_target
+from fastrot.checkpoint.tasks import Task
 from fastrot.checkpoint.workers import Worker, share, worker_of
 from fastrot.edits import Plan
 from fastrot.errors import RotationError
@@ -24,6 +25,9 @@ MEMORY = 2 << 30
 
 PANEL = 1 << 26
 """Bytes that are worked on at a time of what may be cut."""
+
+LEAST = 1 << 20
+"""The same where memory is short."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,40 @@ class RotatedCheckpoint:
     nbytes: int
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What the rotation of a checkpoint takes.
+
+    Attributes:
+        files: of weights that will be written.
+        disk: their bytes.
+        memory: the least of ``--memory``.
+    """
+
+    files: int
+    disk: int
+    memory: int
+
+    def __str__(self) -> str:
+        count = f"{self.files} file" + ("s" if self.files > 1 else "")
+        return (
+            f"{count} of weights, {_readable(self.disk)} to write; --memory "
+            f"{_readable(self.memory)} or more, {_readable(max(MEMORY, self.memory))} by default"
+        )
+
+
+def needs_of(source: str | Path, recipe: Recipe | None = None) -> Needs:
+    """What :func:`rotate_checkpoint` will need; reads headers and norms.
+
+    Raises:
+        RotationError: the rotation is not possible, or a file is damaged.
+        OSError: a file can't be read.
+    """
+    job = prepare(Path(source).resolve(), recipe or Recipe())
+    widest, scratch = needs(_tasks(job), job.norms, LEAST)
+    return Needs(len(job.files), job.nbytes, widest + scratch)
+
+
 def memory_for(job: Job, memory: int | None = None) -> tuple[int, int, int]:
     """What a job needs: bytes of panels in flight, of scratch memory, and of one panel.
 
@@ -54,9 +92,8 @@ def memory_for(job: Job, memory: int | None = None) -> tuple[int, int, int]:
         RotationError: the limit is too small for the largest weight.
     """
     limit = MEMORY if memory is None else memory
-    most = max(1 << 20, min(PANEL, limit // 8))
-    tasks = [task for file in job.files for task in file.tasks]
-    widest, scratch = needs(tasks, job.norms, most)
+    most = max(LEAST, min(PANEL, limit // 8))
+    widest, scratch = needs(_tasks(job), job.norms, most)
     least = widest + scratch
     if memory is not None and least > memory:
         raise RotationError(
@@ -158,6 +195,10 @@ def rotate_checkpoint(
         bar.close()
     missing = 0 if complete else len(store.missing(job.files))
     return RotatedCheckpoint(job.plan, complete, missing, sum(file.nbytes for file in todo))
+
+
+def _tasks(job: Job) -> list[Task]:
+    return [task for file in job.files for task in file.tasks]
 
 
 class _Bar:
