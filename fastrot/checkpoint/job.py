@@ -220,15 +220,16 @@ def _read(parameter: str, made: Trace, entries: Mapping[str, Entry]) -> Tensor:
     return value
 
 
+def is_draft(name: str, config: Any) -> bool:
+    """Whether a tensor belongs to multi-token prediction, by its name."""
+    found = DRAFT.search(name)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    return found is not None and (found["layer"] is None or int(found["layer"]) >= layers)
+
+
 def _leftovers(model: "PreTrainedModel", plan: Plan, made: Trace, drafts: Drafts) -> list[str]:
     """The tensors that the model does not have and the new checkpoint keeps; others refuse."""
-    layers = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
-
-    def is_draft(name: str) -> bool:
-        found = DRAFT.search(name)
-        return found is not None and (found["layer"] is None or int(found["layer"]) >= layers)
-
-    drafted = [name for name in made.unknown if is_draft(name)]
+    drafted = [name for name in made.unknown if is_draft(name, model.config)]
     strange = [n for n in made.unknown if n not in drafted and n not in made.ignored]
     if strange:
         raise CheckpointError(
