@@ -339,7 +339,7 @@ REFUSALS = [
     (["rotate", "S", "S/new"], nothing, "lies in SRC"),
     (["rotate", "S", "/tmp/" + "n" * 256], nothing, "File name too long"),
     (["rotate", "S", "/proc"], nothing, "is not empty"),
-    (["rotate", "S", "/proc/new"], nothing, "/proc has 0.0 GiB free, and the weights that are"),
+    (["rotate", "S", "/proc/new"], nothing, "/proc has 0M free, and the weights that are"),
     (["rotate", "S", "T"], weights_elsewhere, "lies in '../part.safetensors', outside of the fold"),
     (["rotate", "S", "T"], weights_somewhere, "lies in '/part.safetensors', outside of the fold"),
     (["verify", "S", "S"], weights_elsewhere, "lies in '../part.safetensors', outside of the fold"),

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from fastrot.checkpoint.job import Drafts, Job, OutputFile, prepare
 from fastrot.checkpoint.panels import needs
 from fastrot.checkpoint.pipeline import Pipeline
-from fastrot.checkpoint.store import Store, check_target
+from fastrot.checkpoint.store import Store, check_target, readable
 from fastrot.checkpoint.tasks import Task
 from fastrot.checkpoint.workers import Worker, share, worker_of
 from fastrot.edits import Plan
@@ -64,8 +64,8 @@ class Needs:
     def __str__(self) -> str:
         count = f"{self.files} file" + ("s" if self.files > 1 else "")
         return (
-            f"{count} of weights, {_readable(self.disk)} to write; --memory "
-            f"{_readable(self.memory)} or more, {_readable(max(MEMORY, self.memory))} by default"
+            f"{count} of weights, {readable(self.disk)} to write; --memory "
+            f"{readable(self.memory)} or more, {readable(max(MEMORY, self.memory))} by default"
         )
 
 
@@ -97,9 +97,9 @@ def memory_for(job: Job, memory: int | None = None) -> tuple[int, int, int]:
     least = widest + scratch
     if memory is not None and least > memory:
         raise RotationError(
-            f"--memory {_readable(memory)} is not enough for the largest weight, which takes "
-            f"{_readable(widest)}, and {_readable(scratch)} of scratch memory; give at least "
-            f"{_readable(least)}"
+            f"--memory {readable(memory)} is not enough for the largest weight, which takes "
+            f"{readable(widest)}, and {readable(scratch)} of scratch memory; give at least "
+            f"{readable(least)}"
         )
     return max(limit - scratch, widest), scratch, most
 
@@ -232,9 +232,3 @@ class _Bar:
         if self._bar is not None:
             with suppress(OSError, ValueError):
                 self._bar.close()
-
-
-def _readable(nbytes: int) -> str:
-    if nbytes >= 1 << 30:
-        return f"{nbytes / (1 << 30):.2f}G"
-    return f"{-(-nbytes // (1 << 20))}M"
