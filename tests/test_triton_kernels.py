@@ -18,6 +18,7 @@ if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("no GPU and Triton is not interpreted", allow_module_level=True)
 
 from fastrot.kernels.gpu import _route, transform  # noqa: E402
+from fastrot.kernels.gpu_matrix import backend_of  # noqa: E402
 from fastrot.kernels.gpu_tiles import TRITON_SHARES_ACCUMULATORS  # noqa: E402
 
 SIZES = [1, 2, 12, 16, 28, 64, 96, 128, 768, 1024, 2880, 4096, 11008, 10944, 29568, 14336, 32768]
@@ -224,3 +225,23 @@ def test_the_oracle_is_the_dense_matrix() -> None:
     rows = x.cpu().transpose(1, 2)
     torch.testing.assert_close(exact(x, signs, 2.0, False), (2 * (rows * d) @ h).transpose(1, 2))
     torch.testing.assert_close(exact(x, signs, 2.0, True), (2 * rows @ h.T * d).transpose(1, 2))
+
+
+def test_what_lies_between_passes_is_not_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One rounding, of the result: a second one, of 16 bits in between, would make 1.41 of it."""
+    n = 10944
+    x, _ = make(1, n, 1, torch.float16, False)
+    route = _route(*factors(n), True, torch.float16, backend_of(x.device))
+    assert len(route.passes) + (route.tile is not None) > 1
+    truth = exact(x, None, n**-0.5, False)
+    rounding = rms(truth.half().double() - truth)
+
+    def error() -> float:
+        out = torch.empty_like(x)
+        transform(x, out, None, n**-0.5, False)
+        return rms(out.cpu().double() - truth) / rounding
+
+    assert error() < 1.1
+    empty = torch.empty_like
+    monkeypatch.setattr(torch, "empty_like", lambda x, dtype=None: empty(x))
+    assert error() > 1.3
