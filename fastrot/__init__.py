@@ -13,6 +13,8 @@ from fastrot.version import __version__
 
 if TYPE_CHECKING:
     from fastrot.api import apply, plan
+    from fastrot.checkpoint.header import CheckpointError
+    from fastrot.checkpoint.rotate import RotatedCheckpoint, rotate_checkpoint
     from fastrot.checks import AlreadyRotatedError
     from fastrot.coverage import UncoveredParameterError
     from fastrot.edits import Plan
