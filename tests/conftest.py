@@ -14,6 +14,12 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_finish():
-    """Half a million objects of imports: fastrot and the collector need not walk them each time."""
+    """Half a million objects of imports: fastrot and the collector need not walk them each time.
+
+    Nor what numba makes when the first kernel is compiled.
+    """
+    import fastrot
+
+    fastrot.hadamard_transform(torch.ones(1, 2), impl="cpu")
     gc.collect()
     gc.freeze()

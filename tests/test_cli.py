@@ -500,8 +500,25 @@ def ascii_terminal():
     return {"env": {**os.environ, "PYTHONIOENCODING": "ascii"}}
 
 
-@pytest.mark.parametrize("options", [closed_stdout, full_stdout, ascii_terminal])
-@pytest.mark.parametrize("name", ["target", os.fsdecode(b"tar\xffget")])
+PLAIN, ODD = "target", os.fsdecode(b"tar\xffget")
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (closed_stdout, PLAIN),
+        (full_stdout, ODD),
+        (ascii_terminal, ODD),
+        *(
+            pytest.param(options, name, marks=pytest.mark.exhaustive)
+            for options, name in [
+                (closed_stdout, ODD),
+                (full_stdout, PLAIN),
+                (ascii_terminal, PLAIN),
+            ]
+        ),
+    ],
+)
 def test_nothing_is_refused_that_is_done(checkpoints, options, name, tmp_path):
     target = tmp_path / name
     result = in_a_child(

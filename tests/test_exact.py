@@ -46,12 +46,17 @@ def lift_float32_norms(model, monkeypatch):
         monkeypatch.setattr(cls, "forward", forward)
 
 
-@CASES
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_float64_and_float32(model_type, kind, tied):
-    for rotations in SUBSETS:
-        for dtype, limit in ((torch.float64, 1e-6), (torch.float32, 1e-5)):
+def half(model_type, kind, tied, shift):
+    """Every second subset, so that any two of model, kind, ties, subset and shift meet."""
+    place = MODEL_TYPES.index(model_type) + list(KINDS).index(kind) + tied + shift
+    return SUBSETS[place % 2 :: 2]
+
+
+def check_float64_and_float32(model_type, kind, tied, subsets):
+    for dtype, limit, chosen in zip(
+        (torch.float64, torch.float32), (1e-6, 1e-5), subsets, strict=True
+    ):
+        for rotations in chosen:
             model, ids, before = rotated(
                 model_type,
                 tied,
@@ -63,14 +68,11 @@ def test_float64_and_float32(model_type, kind, tied):
             assert relative_error(logits(model, ids), before) <= limit, (rotations, dtype)
 
 
-@CASES
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_float64_without_the_norms_float32_cast(model_type, kind, tied, monkeypatch):
+def check_float64_without_the_norms_float32_cast(model_type, kind, tied, subsets, monkeypatch):
     model, ids, _ = original(model_type, tied, torch.float64)
     lift_float32_norms(model, monkeypatch)
     before = logits(model, ids)
-    for rotations in SUBSETS:
+    for rotations in subsets:
         model, _, _ = rotated(
             model_type,
             tied,
@@ -83,6 +85,34 @@ def test_float64_without_the_norms_float32_cast(model_type, kind, tied, monkeypa
         assert relative_error(logits(model, ids), before) <= 1e-12, rotations
 
 
+@pytest.mark.ours
+@CASES
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_float64_and_float32(model_type, kind, tied):
+    subsets = [half(model_type, kind, tied, shift) for shift in range(2)]
+    check_float64_and_float32(model_type, kind, tied, subsets)
+
+
+@pytest.mark.ours
+@CASES
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_float64_without_the_norms_float32_cast(model_type, kind, tied, monkeypatch):
+    subsets = half(model_type, kind, tied, 1)
+    check_float64_without_the_norms_float32_cast(model_type, kind, tied, subsets, monkeypatch)
+
+
+@pytest.mark.exhaustive
+@CASES
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_every_subset(model_type, kind, tied, monkeypatch):
+    check_float64_and_float32(model_type, kind, tied, [SUBSETS, SUBSETS])
+    check_float64_without_the_norms_float32_cast(model_type, kind, tied, SUBSETS, monkeypatch)
+
+
+@pytest.mark.ours
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_bfloat16_is_as_good_as_the_original(model_type, kind):
@@ -108,6 +138,7 @@ def test_head_layouts(model_type, kv_heads):
     assert relative_error(logits(model, ids), before) <= 1e-6
 
 
+@pytest.mark.ours
 @pytest.mark.parametrize("hidden", [96, 80, 160])
 @pytest.mark.parametrize("block_size", [8, 16, {"R1": 16, "R4": 28, "R2": 8, "R3": 4}, None])
 def test_sizes_and_blocks(hidden, block_size):

@@ -18,7 +18,7 @@ from zoo import FAMILIES, build, inputs
 import fastrot
 from fastrot.rotation import KINDS
 
-EXAMPLES = int(os.environ.get("FASTROT_FUZZ_EXAMPLES", "8"))
+EXAMPLES = int(os.environ.get("FASTROT_FUZZ_EXAMPLES", "5"))
 IMPOSSIBLE = (
     ValueError,
     RuntimeError,

@@ -210,15 +210,13 @@ class Interrupt:
         code = frame.f_code
         if not code.co_filename.startswith(PACKAGE):
             return None
-        if code.co_filename.endswith("journal.py"):
-            self.active |= code.co_name == "__enter__"
-            if code.co_name == "__exit__":  # now the work is either complete or being undone
-                self.active = False
+        if code.co_filename.endswith("journal.py") and code.co_name == "__exit__":
+            self.active = False  # now the work is either complete or being undone
         # Leaving the block is the commit: the work is complete.
         leaving = getline(code.co_filename, frame.f_lineno).lstrip().startswith("with Journal")
         if event == "line" and self.active and not leaving:
             self._count((code.co_filename, frame.f_lineno))
-        return self if self.active or code.co_name == "apply" else None
+        return self if self.active else None
 
     def _count(self, line: tuple[str, int]) -> None:
         self.counts[line] = self.counts.get(line, 0) + 1
@@ -229,21 +227,29 @@ class Interrupt:
                 raise KeyboardInterrupt("injected")
 
     def run(self, action: Callable[..., object], *args: object, **kwargs: object) -> None:
-        previous = sys.gettrace()
-        sys.settrace(self)
-        try:
-            action(*args, **kwargs)
-        finally:
-            sys.settrace(previous)
+        """Traced from the journal on: what comes before would only take longer."""
+        previous, enter = sys.gettrace(), Journal.__enter__
+
+        def entered(journal):
+            self.active = True
+            sys._getframe(1).f_trace = self
+            sys.settrace(self)
+            return enter(journal)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Journal, "__enter__", entered)
+            try:
+                action(*args, **kwargs)
+            finally:
+                sys.settrace(previous)
 
 
 KEEPERS = ("journal.py", "install.py")
 """They know how a change is taken back: every line, every time. Of other lines the first and the
-last time that they run."""
+last time that they run, and of these too where only the way back of the weights is another."""
 
 
-@pytest.mark.parametrize("undo", [*UNDO, "none"])
-def test_interrupt_at_every_line(undo, monkeypatch, temporary):
+def interrupt_at_every_line(undo, temporary, keepers=KEEPERS):
     model = small()
     rotate = partial(fastrot.apply, rotations=fastrot.plan(model, **SETTINGS))  # it never writes
     rotate(small(), undo=undo)  # what is imported or computed only once
@@ -253,7 +259,7 @@ def test_interrupt_at_every_line(undo, monkeypatch, temporary):
     before = fingerprint(model)
     failures = []
     for (file, number), count in watch.counts.items():
-        for n in range(1, count + 1) if file.endswith(KEEPERS) else sorted({1, count}):
+        for n in range(1, count + 1) if file.endswith(keepers) else sorted({1, count}):
             interrupted = False
             try:
                 Interrupt((file, number), n).run(rotate, model, undo=undo)
@@ -273,6 +279,17 @@ def test_interrupt_at_every_line(undo, monkeypatch, temporary):
     gc.collect()
     assert list(temporary.iterdir()) == []
     assert failures == []
+
+
+@pytest.mark.parametrize("undo", [*UNDO, "none"])
+def test_interrupt_at_every_line(undo, temporary):
+    interrupt_at_every_line(undo, temporary, KEEPERS if undo == "memory" else KEEPERS[:1])
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("undo", [*UNDO, "none"])
+def test_interrupt_at_every_line_every_time(undo, temporary):
+    interrupt_at_every_line(undo, temporary)
 
 
 @pytest.mark.parametrize("undo", UNDO)

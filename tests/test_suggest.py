@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 from helpers import difference, fingerprint, relative_error, tiny
+from test_zoo import first_of_each_row
 from torch import nn
 from zoo import FAMILIES, build, inputs
 
@@ -54,8 +55,17 @@ FAST = {
     "nemotron_h",
     "kimi_linear",
 }
+
+
+def marks(name):
+    """What is like another family in the tables is suggested like it, too."""
+    if name in FAST:
+        return []
+    return [pytest.mark.slow if name in first_of_each_row() else pytest.mark.exhaustive]
+
+
 TEXT = [
-    pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow])  # all together
+    pytest.param(name, marks=marks(name))
     for name, family in FAMILIES.items()
     if family.vision is None
 ]

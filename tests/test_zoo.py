@@ -3,7 +3,8 @@
 import copy
 import re
 from dataclasses import fields, replace
-from functools import lru_cache
+from functools import cache, lru_cache, partial
+from itertools import product
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from fastrot.index import Index
 from fastrot.mapping import ARCHITECTURES, SHELLS, find_architecture
 
 ROTATIONS = ("R1", "R2", "R3", "R4")
+KINDS = ("hadamard", "random-hadamard")
 EVERY = pytest.mark.parametrize("name", FAMILIES, scope="module")
 """Of this scope, so that the tests of a family follow one another and share its model."""
 
@@ -36,6 +38,12 @@ def original(name, dtype=torch.float64):
 def logits(model, given, **settings):
     floats = {k: v.to(model.dtype) for k, v in given.items() if v.is_floating_point()}
     return model(**(given | floats), **settings).logits.double()
+
+
+@cache
+def config_of(name):
+    """With what the model itself sets there."""
+    return original(name)[0].config
 
 
 @lru_cache(maxsize=4)
@@ -59,17 +67,46 @@ def error_of(name, rotations, dtype=torch.float64, **kwargs):
     return relative_error(logits(model, given), before)
 
 
+def check_exact(name, cases):
+    for rotations, kind, dtype in cases:
+        settings, limit = {"transform_type": kind}, 1e-5
+        if dtype == torch.float64:
+            limit = FAMILIES[name].exact
+            settings |= {"precision": dtype, "randomize": rotations == allowed(name)}
+        error = error_of(name, rotations, dtype, **settings)
+        assert error <= limit, (rotations, kind, dtype, error)
+
+
+def cases(name, every=False):
+    """Each rotation and all of them, kinds, dtypes: any two in every combination, or all three.
+
+    The half that one family leaves out is that of the next.
+    """
+    sets, place = [*allowed(name), allowed(name)], list(FAMILIES).index(name)
+    axes = map(enumerate, (sets, KINDS, (torch.float64, torch.float32)))
+    for (i, rotations), (k, kind), (d, dtype) in product(*axes):
+        if every or (place + i + k + d) % 2 == 0:
+            yield rotations, kind, dtype
+
+
+@pytest.mark.ours
 @EVERY
-@pytest.mark.parametrize("kind", ["hadamard", "random-hadamard"])
-def test_exact(name, kind):
+def test_exact(name):
     possible = allowed(name)
     assert possible, "a family of which nothing can be rotated"
-    for rotations in [*possible, possible]:
-        settings = {"transform_type": kind, "precision": torch.float64}
-        error = error_of(name, rotations, randomize=rotations is possible, **settings)
-        assert error <= FAMILIES[name].exact, (rotations, error)
-        error = error_of(name, rotations, torch.float32, transform_type=kind)
-        assert error <= 1e-5, (rotations, "float32", error)
+    check_exact(name, [case for case in cases(name) if case[0] == possible])
+
+
+@pytest.mark.ours
+@EVERY
+def test_each_rotation_is_exact(name):
+    check_exact(name, [case for case in cases(name) if case[0] != allowed(name)])
+
+
+@pytest.mark.exhaustive
+@EVERY
+def test_every_case_is_exact(name):
+    check_exact(name, cases(name, every=True))
 
 
 class WithoutCasts(TorchFunctionMode):
@@ -95,17 +132,19 @@ def test_exact_to_the_last_digits_without_the_models_own_casts(name):
         assert relative_error(logits(model, given, use_cache=False), before) <= 1e-12
 
 
-def without_one(plan):
-    """The plan without each of its single steps, resets and online sites."""
-    for i, edit in enumerate(plan.weights):
+def without_one(model, plan):
+    """For each single step, reset and online site: what a rotated model is like without it.
+
+    As the value of a parameter, or as the rest of the plan.
+    """
+    for edit in plan.weights:
         for skipped, step in enumerate(edit.steps):
-            edits = list(plan.weights)
-            edits[i] = replace(edit, steps=(*edit.steps[:skipped], *edit.steps[skipped + 1 :]))
-            yield f"{edit.parameter}: {step}", replace(plan, weights=tuple(edits))
-    for i, norm in enumerate(plan.norms):
+            rest = replace(edit, steps=(*edit.steps[:skipped], *edit.steps[skipped + 1 :]))
+            yield f"{edit.parameter}: {step}", partial(dense_product, model, rest)
+    for norm in plan.norms:
         if norm.weighted:
-            norms = (*plan.norms[:i], *plan.norms[i + 1 :])
-            yield f"{norm.parameter}: reset", replace(plan, norms=norms)
+            parameter = model.get_parameter(norm.parameter)
+            yield f"{norm.parameter}: reset", parameter.detach
     for i, site in enumerate(plan.online):
         if site.location != "k_cache":  # without it the queries' hook has no partner to check
             sites = (*plan.online[:i], *plan.online[i + 1 :])
@@ -115,20 +154,33 @@ def without_one(plan):
 def check_edits(name, chosen=dict.items):
     """Nothing is exact without one of the edits ``chosen`` from all, by their names."""
     model, given, before = original(name)
-    whole = fastrot.plan(model, allowed(name), transform_type="random-hadamard")
-    for what, plan in chosen(dict(without_one(whole))):
-        changed = copy.deepcopy(model)
-        fastrot.apply(changed, plan)
-        error = relative_error(logits(changed, given), before)
+    settings = {"transform_type": "random-hadamard", "precision": torch.float64}
+    whole = fastrot.plan(model, allowed(name), **settings)
+    rotated = copy.deepcopy(model)
+    fastrot.apply(rotated, whole, undo="none")
+    assert relative_error(logits(rotated, given), before) <= FAMILIES[name].exact
+    for what, rest in chosen(dict(without_one(model, whole))):
+        if callable(rest):
+            parameter = rotated.get_parameter(what.split(": ")[0])
+            kept, parameter.data = parameter.data, rest()
+            found = logits(rotated, given)
+            parameter.data = kept
+        else:
+            changed = copy.deepcopy(model)
+            fastrot.apply(changed, rest)
+            found = logits(changed, given)
+        error = relative_error(found, before)
         unread = what.split(":")[0].endswith(FAMILIES[name].unread)
         assert unread or error > 1e-3, (what, error)
+    assert relative_error(logits(rotated, given), before) <= FAMILIES[name].exact
 
 
 def one_of_each(edits):
     """Of edits that differ in the numbers of their names only, layers and experts, the last."""
-    return {re.sub(r"\.\d+\b", ".#", what): (what, plan) for what, plan in edits.items()}.values()
+    return {re.sub(r"\.\d+\b", ".#", what): (what, rest) for what, rest in edits.items()}.values()
 
 
+@cache
 def first_of_each_row():
     """A family of every row of the tables, and of every shell."""
     found = {}
@@ -170,6 +222,7 @@ def dense_product(model, edit):
     return weight
 
 
+@pytest.mark.ours
 @EVERY
 def test_every_weight_is_the_dense_product_rounded_once(name):
     model, _, _ = original(name, torch.float32)
@@ -202,7 +255,7 @@ def test_no_row_and_no_rule_is_unused():
     """Every row is that of a family in the zoo, and each of its patterns names something there."""
     types, unused = set(), {}
     for name in FAMILIES:
-        config = original(name)[0].config
+        config = config_of(name)
         types |= {config.model_type, config.get_text_config().model_type}
         row = find_architecture(config)
         used = set(patterns_of(fastrot.rows.present(Index(original(name)[0]), row)))
@@ -235,7 +288,7 @@ def test_every_row_of_every_model_type_is_tried():
     """A model type with several rows needs a family for each."""
     tried = {}
     for name in FAMILIES:
-        config = original(name)[0].config.get_text_config()
+        config = config_of(name).get_text_config()
         when = str(find_architecture(config).when) if config.model_type in ARCHITECTURES else ""
         tried.setdefault(config.model_type, set()).add(when)
     for model_type, rows in ARCHITECTURES.items():
