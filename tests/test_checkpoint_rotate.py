@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -335,8 +336,10 @@ def test_a_signal_stops_all_stages(source, tmp_path, monkeypatch):
 
     def stop(pipeline, file, part):
         if next(count) == 2:
-            signal.raise_signal(signal.SIGINT)
             part.touch()
+            signal.raise_signal(signal.SIGINT)
+            while pipeline._failure is None:
+                time.sleep(0.001)
             raise StoppedError
         write(pipeline, file, part)
 

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import tempfile
 from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +18,11 @@ from fastrot.integrations.transformers import cache_argument
 
 SUBMODULE_IMPORTS = {
     "cache_utils": {"Cache", "DynamicLayer", "EncoderDecoderCache"},
-    "core_model_loading": {"WeightRenaming"},
+    "conversion_mapping": {"get_model_conversion_mapping"},
+    "core_model_loading": {
+        *("WeightConverter", "WeightRenaming", "dot_natural_key"),
+        *("rename_source_key", "revert_weight_conversion"),
+    },
     "integrations.moe": {"ALL_EXPERTS_FUNCTIONS"},
     "models.auto.configuration_auto": {"CONFIG_MAPPING"},
     "models.auto.modeling_auto": {
@@ -56,6 +61,12 @@ def mixtral():
     return transformers.MixtralForCausalLM(config)
 
 
+def loaded():
+    with tempfile.TemporaryDirectory() as folder:
+        llama().save_pretrained(folder)
+        return transformers.LlamaForCausalLM.from_pretrained(folder)
+
+
 def module_of(name):
     return import_module(f"transformers.models.{name}")
 
@@ -69,8 +80,14 @@ ATTRIBUTES = {
     "a model": (
         llama,
         "_adjust_missing_and_unexpected_keys _from_config all_tied_weights_keys "
+        "_keys_to_ignore_on_load_unexpected _keys_to_ignore_on_load_missing base_model_prefix "
         "get_expanded_tied_weights_keys get_input_embeddings "
         "get_output_embeddings set_attn_implementation set_experts_implementation",
+    ),
+    "a model that was loaded": (loaded, "_weight_conversions"),
+    "a conversion of names": (
+        lambda: transformers.core_model_loading.WeightRenaming("a", "b"),
+        "add_tensor convert was_used source_patterns",
     ),
     "an attention module": (lambda: llama().model.layers[0].self_attn, "config head_dim"),
     "the module of an attention class": (
@@ -112,6 +129,8 @@ TORCH = {
     *("_global_forward_hooks", "_global_forward_pre_hooks", "_replace"),
     *("_C", "_are_functorch_transforms_active", "_parser", "_cache"),
     *("_disable_dynamo", "_dynamo_marked_constant", "_exit"),
+    *("_make_wrapper_subclass", "_disabled_torch_function_impl"),
+    *("_to_copy", "_unsafe_view", "_reshape_alias"),
     *("_after_autograd_keyset", "_AutoDispatchBelowAutograd", "_overlaps", "_current_level"),
 }
 """Private attributes of torch's and numba's, and public ones of named tuples and os."""

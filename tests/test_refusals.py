@@ -624,7 +624,7 @@ MODELS = {
     "data parallel": Case(TypeError, ("DataParallel", "config"), {}, nn.DataParallel),
     "adapters": Case(
         ValueError,
-        ("LlamaForCausalLM", "LoRA", "merge_and_unload"),
+        ("LlamaForCausalLM", "adapters", "merge_and_unload"),
         {},
         attribute("peft_config", {"default": None}),
     ),
