@@ -114,6 +114,12 @@ def _rotation_options() -> _Parser:
     options.add_argument(
         "--randomize", action="store_true", help="R2, R3 and R4 of its own for every layer"
     )
+    options.add_argument(
+        "--keep-head",
+        action="store_true",
+        help="R1 leaves embedding, last norm and head alone, and acts online at both ends: tied "
+        "embeddings stay tied",
+    )
     options.add_argument("--block-size", type=_positive, help="block-diagonal R1 and R4")
     options.add_argument("--seed", type=int, default=0, help="of everything random; default: 0")
     options.add_argument(
