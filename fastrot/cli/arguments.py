@@ -63,7 +63,8 @@ def parser() -> argparse.ArgumentParser:
         "--mtp",
         choices=("copy", "drop"),
         default="copy",
-        help="what to do with tensors of multi-token prediction; copying is exact without R1",
+        help="what to do with tensors of multi-token prediction; copying is exact without R1, "
+        "and with --keep-head",
     )
     rotate.add_argument(
         "--worker",

@@ -72,7 +72,7 @@ QWEN3_VL = Shell(
     notes="deep-stack mergers write between layers",
 )
 
-QWEN3_5 = replace(QWEN3_VL, notes="")
+QWEN3_5 = replace(QWEN3_VL, writers=QWEN3_VL.writers[:1], between=(), notes="")
 
 GLM4V = Shell(
     "model.language_model",
