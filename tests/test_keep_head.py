@@ -6,8 +6,9 @@ import pickle
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from helpers import logits as logits_of
-from helpers import random_ids, relative_error, tiny
+from helpers import perturb, random_ids, relative_error, tiny
 from safetensors.torch import load_file, save_file
 from test_zoo import WithoutCasts, first_of_each_row, logits
 from transformers import AutoModel, AutoModelForCausalLM
@@ -164,6 +165,22 @@ def test_it_compiles_in_one_graph():
     assert relative_error(logits(compiled, given, use_cache=False), before) < 1e-5
 
 
+def test_gradient_checkpointing_and_offloading():
+    model, given = model_of("llama-tied", torch.float32)
+    ids = given["input_ids"]
+    fastrot.apply(model, KEEP)
+    model(ids, labels=ids).loss.backward()
+    before = model.model.embed_tokens.weight.grad.clone()
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    model.train()
+    model(ids, labels=ids, use_cache=False).loss.backward()
+    assert relative_error(model.model.embed_tokens.weight.grad, before) < 1e-5
+    expected = logits(model.eval(), given)
+    cpu_offload(model, torch.device("cpu"))
+    assert torch.equal(logits(model, given), expected)
+
+
 def test_what_is_outside_of_the_layers_is_that_of_the_original(tmp_path):
     """Embeddings as input, a resized table, a base model: nothing out there is rotated."""
     model, given = model_of("llama-tied")
@@ -225,6 +242,35 @@ def test_drafts_are_copied(tied, tmp_path):
     got = load_file(tmp_path / "target" / "model.safetensors")
     read = [*draft, "model.embed_tokens.weight", "model.norm.weight"]
     assert all(torch.equal(got[name], tensors[name]) for name in read)
+
+
+def test_drafts_are_those_of_the_original():
+    modeling = pytest.importorskip("transformers.modeling_layers")
+    if not hasattr(modeling, "MtpModel"):
+        pytest.skip("this transformers drafts in another way")
+    from transformers.cache_utils import MtpCache
+
+    def drafts(model):
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            drafting = modeling.MtpModel(model, 1).to(torch.float32).eval()
+            perturb(drafting.layers, 0)
+            logits = drafting(
+                input_ids=ids,
+                last_hidden_states=model.model(ids).last_hidden_state,
+                attention_mask=None,
+                position_ids=torch.arange(ids.shape[1])[None],
+                mtp_cache=MtpCache(config=model.config.get_mtp_config()),
+            )[1]
+        return logits
+
+    model = build(FAMILIES["deepseek_v3"], torch.float32)
+    ids = random_ids(model, 1, 12, seed=0)
+    before = drafts(model)
+    for keep_head, exact in ((True, True), (False, False)):
+        rotated = copy.deepcopy(model)
+        fastrot.apply(rotated, ("R1", "R4"), keep_head=keep_head)
+        assert (relative_error(drafts(rotated), before) < 1e-5) == exact
 
 
 def test_a_plan_is_json():
