@@ -11,11 +11,11 @@ from helpers import logits as logits_of
 from helpers import perturb, random_ids, relative_error, tiny
 from safetensors.torch import load_file, save_file
 from test_zoo import WithoutCasts, first_of_each_row, logits
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from zoo import FAMILIES, build, inputs
 
 import fastrot
-from fastrot.edits import OnlineSite
+from fastrot.cli import main
 from fastrot.online import installed
 
 SOME = ("llama", "qwen3", "gemma2", "gemma3_text", "gpt2", "qwen3_moe", "llava", "qwen3_vl")
@@ -276,10 +276,30 @@ def test_drafts_are_those_of_the_original():
 def test_a_plan_is_json():
     plan = fastrot.plan(tiny("llama"), KEEP)
     assert fastrot.Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
-    ends = [str(site) for site in plan.online]
-    assert [OnlineSite.__str__(site)[:9] for site in plan.online] == ["R1 input ", "R1ᵀ input"], (
-        ends
+    assert [str(site).split(" (")[0] for site in plan.online] == ["R1 input", "R1ᵀ input"]
+
+
+def test_the_command_line(tmp_path, capsys):
+    tiny("llama", tied=True).save_pretrained(tmp_path / "source")
+    source, target = str(tmp_path / "source"), str(tmp_path / "target")
+    assert main(["plan", source, "--rotations", "R1", "--keep-head"]) == 0
+    table = capsys.readouterr().out
+    assert "untied" not in table
+    assert "2 online" in table
+    assert main(["rotate", source, target, "--keep-head"]) == 0
+    assert main(["verify", source, target]) == 0
+
+
+def test_classifiers(tmp_path):
+    tiny("llama").save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, num_labels=3, dtype=torch.float64
     )
+    perturb(model, seed=1)
+    ids = random_ids(model, 2, 12, seed=0)
+    before = logits_of(model, ids)
+    fastrot.apply(model, KEEP)
+    assert relative_error(logits_of(model, ids), before) <= 1e-6
 
 
 def test_refusals():
