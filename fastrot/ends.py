@@ -33,7 +33,8 @@ def between_ends(
         places: of an R1 that rotates everything.
 
     Raises:
-        RotationError: the layers are no single list, or no single norm stands behind them.
+        RotationError: the layers are no single list, or are left out at random, or no single norm
+            stands behind them; a pattern names something on both sides.
     """
     layers = _layers(index, mapping)
     last = _last_norm(index, mapping, norms, layers)
@@ -56,6 +57,12 @@ def _layers(index: Index, mapping: Mapping) -> str:
         raise RotationError(
             f"keep_head rotates the input of the first layer, but the layers of {index.class_name} "
             f"are in {', '.join(sorted(lists)) or 'no list'}; {WAY_OUT}"
+        )
+    drop = getattr(index.config.get_text_config(), "layerdrop", 0)
+    if drop:
+        raise RotationError(
+            f"keep_head rotates the input of the first layer, which layerdrop={drop} leaves out at "
+            f"times in training; set config.layerdrop = 0, or {WAY_OUT}"
         )
     return lists.pop()
 

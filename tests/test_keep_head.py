@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -112,8 +113,6 @@ def test_ties_stay():
 
 @pytest.mark.parametrize("name", ["llama-tied", "gemma2", "gpt2", "qwen3_vl"])
 def test_neither_end_can_be_left_out(name):
-    from dataclasses import replace
-
     model, given = model_of(name)
     before = logits(model, given)
     plan = fastrot.plan(model, KEEP)
@@ -309,7 +308,12 @@ def test_refusals():
         fastrot.Recipe(keep_head=1)
     with pytest.raises(fastrot.RotationError, match=r"last norm of OlmoFor.*leave keep_head out"):
         fastrot.plan(build(FAMILIES["olmo"]), "R1", keep_head=True)
+    with pytest.raises(fastrot.RotationError, match=r"layerdrop=0\.1 .*config\.layerdrop = 0"):
+        fastrot.plan(build(FAMILIES["opt"], layerdrop=0.1), "R1", keep_head=True)
     row = row_of(tiny("llama"))
+    mixed = replace(row.mapping, attn_o=("re:.*(embed_tokens|o_proj)$",))
+    with pytest.raises(fastrot.RotationError, match=r"inside and outside of model\.layers"):
+        fastrot.plan(tiny("llama"), "R1", keep_head=True, mappings=mixed, norm_mappings=row.norms)
     described = {"mappings": row.mapping, "norm_mappings": row.norms[:2]}
     with pytest.raises(fastrot.RotationError, match=r"norm that lm_head reads, .*has none"):
         fastrot.plan(tiny("llama"), "R1", keep_head=True, **described)
