@@ -5,11 +5,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST := $(VENV)/oldest
 NEWEST := $(VENV)/newest
+SERVING := $(VENV)/serving
+TOOLS := $(VENV)/tools
 MEETS_TRANSFORMERS := tests/test_contract.py tests/test_attention.py tests/test_zoo.py \
     tests/test_exact.py tests/test_save_load.py tests/test_generate.py tests/test_online.py
 FAST := "not slow and not exhaustive"
 
-.PHONY: demo test lint fast-test exhaustive test-oldest test-newest attack smollm2 clean
+.PHONY: demo test lint fast-test exhaustive test-oldest test-newest test-serving test-tools attack \
+    smollm2 clean
 
 demo: $(READY)
 	$(BIN)/fastrot demo
@@ -26,6 +29,16 @@ test-newest: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
 	    --target $(NEWEST) transformers
 	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest -q -n 2 -m $(FAST) $(MEETS_TRANSFORMERS)
+
+# Quantizers that are too heavy for every run, laid over the environment.
+test-tools: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	    --target $(TOOLS) -c constraints.txt torchao bitsandbytes hqq
+	PYTHONPATH=$(TOOLS) $(BIN)/python -m pytest -q -n 2 tests/test_quantizers.py
+
+# vLLM on the CPU, in an environment of its own: it pins other versions. Minutes, no part of `make test`.
+test-serving: $(SERVING)/.ready
+	$(SERVING)/bin/python -m pytest -q tests/serving
 
 fast-test: $(READY)
 	$(BIN)/python -m pytest -q -n 2 -m $(FAST)
@@ -61,6 +74,15 @@ $(READY): pyproject.toml constraints.txt
 $(OLDEST)/.ready: constraints-oldest.txt $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
 	    --target $(OLDEST) -r constraints-oldest.txt
+	touch $@
+
+# The list is complete: vLLM asks for torchvision, torchaudio and torchcodec, which no text model uses.
+$(SERVING)/.ready: constraints-serving.txt pyproject.toml
+	$(PYTHON) -m venv $(SERVING)
+	$(SERVING)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	    -r constraints-serving.txt
+	$(SERVING)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	    --no-build-isolation -e .
 	touch $@
 
 clean:

@@ -68,13 +68,16 @@ def test_plan_prints_the_plan(checkpoints, capsys):
     expected = fastrot.plan(load(checkpoints["float32"]), ROTATIONS, randomize=True, seed=3)
     arguments = ("plan", checkpoints["float32"], "--rotations", "r1", "R2", "r3", "R4")
     options = ("--randomize", "--seed", 3)
-    assert run(capsys, *arguments, *options) == (0, f"{expected}\n", "")
+    status, out, err = run(capsys, *arguments, *options)
+    assert (status, err) == (0, "")
+    assert out.startswith(f"{expected}\n1 file of weights, 1M to write; --memory 1M or more, 2.00G")
     status, out, _ = run(capsys, *arguments, *options, "--json")
     data = json.loads(out)
     assert status == 0
     assert data["seed"] == 3
     assert data["transform_config"] == json.loads(json.dumps(expected.transform_config.to_dict()))
     assert [row["name"] for row in data["rows"]] == [row["name"] for row in expected.rows()]
+    assert data["needs"]["disk"] > 4 * expected.shapes["lm_head.weight"][0] * 96
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -90,7 +93,9 @@ def test_rotate_then_verify(checkpoints, dtype, rotations, tmp_path, capsys):
     fastrot.apply(expected, rotations, transform_type="random-hadamard", seed=5)
     ids = random_ids(expected, 2, 12, seed=0)
     assert torch.equal(logits(rotated, ids), logits(expected, ids))
-    status, out, err = run(capsys, "verify", source, target, "--prompts", "w1 w2 w3", "w9")
+    status, out, err = run(
+        capsys, "verify", "--full", source, target, "--prompts", "w1 w2 w3", "w9"
+    )
     assert (status, err) == (0, "")
     assert "4 random ones of 64 tokens, 2 given" in out
     assert "verified: the same function" in out
@@ -120,7 +125,7 @@ def test_rotate_stores_the_dtype_it_is_told(checkpoints, tmp_path, capsys):
     assert run(capsys, "rotate", source, target, "--dtype", "float32")[0] == 0
     assert load(target).dtype == torch.float32
     # Nothing was rounded to 16 bits, so the strict bound of float32 holds.
-    status, out, _ = run(capsys, "verify", source, target)
+    status, out, _ = run(capsys, "verify", "--full", source, target)
     assert (status, "tolerance 1.00e-05" in out) == (0, True)
 
 
@@ -140,7 +145,7 @@ def test_verify_finds_one_wrong_head(checkpoints, dtype, tmp_path, capsys):
     run(capsys, "rotate", source, target)
     name = "model.layers.1.self_attn.o_proj.weight"
     spoil(target, name, lambda weight: torch.cat((-weight[:, :16], weight[:, 16:]), 1))
-    status, out, err = run(capsys, "verify", source, target)
+    status, out, err = run(capsys, "verify", "--full", source, target)
     assert (status, err) == (1, "")
     assert "FAILED: not the same function" in out
 
@@ -151,7 +156,7 @@ def test_verify_finds_a_small_error_in_float32(checkpoints, tmp_path, capsys):
     # One rounding too many.
     name = "model.layers.0.mlp.up_proj.weight"
     spoil(target, name, lambda weight: weight.bfloat16().float())
-    assert run(capsys, "verify", source, target)[0] == 1
+    assert run(capsys, "verify", "--full", source, target)[0] == 1
 
 
 def test_verify_finds_lost_online_rotations(checkpoints, tmp_path, capsys):
@@ -162,22 +167,22 @@ def test_verify_finds_lost_online_rotations(checkpoints, tmp_path, capsys):
         del config[name]
     (target / "config.json").write_text(json.dumps(config))
     edit_weights(target, lambda weights: [weights.pop(n) for n in list(weights) if "fastrot" in n])
-    assert run(capsys, "verify", source, target)[0] == 1
+    assert run(capsys, "verify", "--full", source, target)[0] == 1
 
 
 def test_not_a_number_is_not_verified(checkpoints, tmp_path, capsys):
     source = checkpoints["float32"]
     target = shutil.copytree(source, tmp_path / "target")
     spoil(target, "model.norm.weight", lambda weight: weight * torch.nan)
-    assert run(capsys, "verify", source, target)[0] == 1
+    assert run(capsys, "verify", "--full", source, target)[0] == 1
 
 
 def test_verify_obeys_tolerance_and_precision(checkpoints, tmp_path, capsys):
     source, target = checkpoints["bfloat16"], tmp_path / "target"
     run(capsys, "rotate", source, target)
-    assert run(capsys, "verify", source, target, "--tolerance", 1e-6)[0] == 1
-    assert run(capsys, "verify", source, target, "--tolerance", 1)[0] == 0
-    status, out, _ = run(capsys, "verify", source, target, "--precision", "float64")
+    assert run(capsys, "verify", "--full", source, target, "--tolerance", 1e-6)[0] == 1
+    assert run(capsys, "verify", "--full", source, target, "--tolerance", 1)[0] == 0
+    status, out, _ = run(capsys, "verify", "--full", source, target, "--precision", "float64")
     assert (status, "computed in        float64" in out) == (0, True)
 
 
@@ -197,7 +202,7 @@ def test_the_default_tolerance_is_that_of_one_rounding(checkpoints, tmp_path, ca
 def test_prompts_from_a_file(checkpoints, tmp_path, capsys):
     source, file = checkpoints["float32"], tmp_path / "prompts.txt"
     file.write_text("w1 w2\n\n   \nw5 w6 w7\n")
-    status, out, _ = run(capsys, "verify", source, source, "--prompts-file", file)
+    status, out, _ = run(capsys, "verify", "--full", source, source, "--prompts-file", file)
     assert (status, "2 given" in out) == (0, True)
     assert "relative error     0.00e+00" in out
     assert f"{4 * 64 + 5} of {4 * 64 + 5} positions" in out
@@ -334,7 +339,7 @@ REFUSALS = [
     (["rotate", "S", "S/new"], nothing, "lies in SRC"),
     (["rotate", "S", "/tmp/" + "n" * 256], nothing, "File name too long"),
     (["rotate", "S", "/proc"], nothing, "is not empty"),
-    (["rotate", "S", "/proc/new"], nothing, "/proc has 0.0 GiB free, and the weights that are"),
+    (["rotate", "S", "/proc/new"], nothing, "/proc has 0M free, and the weights that are"),
     (["rotate", "S", "T"], weights_elsewhere, "lies in '../part.safetensors', outside of the fold"),
     (["rotate", "S", "T"], weights_somewhere, "lies in '/part.safetensors', outside of the fold"),
     (["verify", "S", "S"], weights_elsewhere, "lies in '../part.safetensors', outside of the fold"),
@@ -362,12 +367,14 @@ REFUSALS = [
     (["rotate", "S", "T"], other_type, "which a GPT2LMHeadModel does not have"),
     (["rotate", "S", "T"], rotated, "R1 and R2 is already on this LlamaForCausalLM"),
     (["verify", "S", "T"], nothing, "is not the folder of a transformers model"),
+    (["verify", "--full", "S", "T"], nothing, "is not the folder of a transformers model"),
+    (["verify", "S", "S"], nothing, "has no record of a rotation; --full compares logits"),
     (["verify", "S", "S", "--prompts", "w1"], no_tokenizer, "has no tokenizer"),
     (["verify", "S", "S", "--prompts", " "], nothing, "prompt ' ' has no tokens"),
     (["verify", "S", "S", "--prompts-file", "T"], nothing, "No such file"),
     (["verify", "S", "S", "--tolerance", "-1"], nothing, "is negative or no number"),
     (["verify", "S", "S", "--tolerance", "nan"], nothing, "is negative or no number"),
-    (["verify", "S", "T"], other_vocabulary, "has a vocabulary of 64"),
+    (["verify", "--full", "S", "T"], other_vocabulary, "has a vocabulary of 64"),
     (["demo", "--bytes", "none"], nothing, "'none' is not a positive integer"),
     (["demo", "--json", "T/a/b"], nothing, "is not a folder"),
 ]
@@ -524,11 +531,11 @@ def test_files_follow_the_umask(checkpoints, umask, tmp_path, capsys):
 
 def test_a_model_of_zeros_is_itself(source, tmp_path, capsys):
     edit_weights(source, lambda weights: [weight.zero_() for weight in weights.values()])
-    assert run(capsys, "verify", source, source)[0] == 0
+    assert run(capsys, "verify", "--full", source, source)[0] == 0
     target = shutil.copytree(source, tmp_path / "target")
     spoil(target, "model.embed_tokens.weight", lambda weight: weight + 1)
     spoil(target, "model.norm.weight", lambda weight: weight + 1)
-    assert run(capsys, "verify", source, target)[0] == 1
+    assert run(capsys, "verify", "--full", source, target)[0] == 1
 
 
 def test_a_model_of_few_positions(tmp_path, capsys):
@@ -537,9 +544,9 @@ def test_a_model_of_few_positions(tmp_path, capsys):
     GPT2LMHeadModel(config).save_pretrained(source)
     add_tokenizer(source, 64)
     assert run(capsys, "rotate", source, target)[0] == 0
-    status, out, _ = run(capsys, "verify", source, target)
+    status, out, _ = run(capsys, "verify", "--full", source, target)
     assert (status, "4 random ones of 32 tokens" in out) == (0, True)
-    status, _, err = run(capsys, "verify", source, target, "--prompts", "w1 " * 33)
+    status, _, err = run(capsys, "verify", "--full", source, target, "--prompts", "w1 " * 33)
     assert (status, err.count("\n")) == (2, 1)
     assert "32 positions can't read prompts with token" in err
 
@@ -604,8 +611,10 @@ def test_plan_needs_no_weights(source, capsys):
     """Shapes alone decide: the same table with and without the weights."""
     status, whole, _ = run(capsys, "plan", str(source), "--rotations", "R1", "R4")
     (source / "model.safetensors").unlink()
-    assert run(capsys, "plan", str(source), "--rotations", "R1", "R4") == (status, whole, "")
-    assert status == 0
+    status_without, table, err = run(capsys, "plan", str(source), "--rotations", "R1", "R4")
+    assert (status, status_without, err) == (0, 0, "")
+    assert whole.startswith(table)
+    assert whole.removeprefix(table).startswith("1 file of weights")
 
 
 def test_architectures_prints_the_document(capsys):

@@ -88,16 +88,14 @@ def quanto_activations(model):
 
 
 def torchao_weights(model):
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    quantize_(model, Int8WeightOnlyConfig())
+    tool = pytest.importorskip("torchao.quantization")
+    tool.quantize_(model, tool.Int8WeightOnlyConfig())
     return model
 
 
 def torchao_dynamic(model):
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
-    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    tool = pytest.importorskip("torchao.quantization")
+    tool.quantize_(model, tool.Int8DynamicActivationInt8WeightConfig())
     return model
 
 

@@ -1,6 +1,5 @@
 """All that a rotation of a checkpoint does, decided and checked before the first write."""
 
-import copy
 import hashlib
 import json
 import re
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrot.api import plan as plan_model
+from fastrot.checkpoint.fp8 import METHOD, SUFFIX, Scales, scales_of, without
 from fastrot.checkpoint.header import (
     CheckpointError,
     Entry,
@@ -25,7 +25,7 @@ from fastrot.checkpoint.header import (
 from fastrot.checkpoint.source import outline, read_json, weight_files
 from fastrot.checkpoint.tasks import Task, place_of, tasks_of
 from fastrot.checkpoint.trace import Trace, stored_names, trace
-from fastrot.checks import check_norm
+from fastrot.checks import check_norm, quant_method
 from fastrot.edits import OnlineSite, Plan, Rotate
 from fastrot.errors import RotationError
 from fastrot.integrations.guard import lift
@@ -128,14 +128,18 @@ def prepare(
         RotationError: anything that can't be done, naming the tensor and the way out.
         OSError: a file is missing or can't be read.
     """
+    from fastrot.integrations.transformers import old_names
+
     model = outline(source)
     files = weight_files(source)
     if not files or any(file.suffix != ".safetensors" for file in files):
         raise FileNotFoundError(f"{source} has no weights in safetensors (model.safetensors)")
     entries, metadata = read_headers(files)
+    scales = _scales(source, model, entries)
+    entries = {
+        n: e for n, e in entries.items() if n.removesuffix(SUFFIX) not in scales or n in scales
+    }
     earlier = _restored(model)
-    from fastrot.integrations.transformers import old_names
-
     made = trace(model, entries, old_names(earlier.values()))
     for name, rotation in earlier.items():
         if name in made.targets:
@@ -146,7 +150,7 @@ def prepare(
     known = {name: entry for name, entry in entries.items() if name not in made.unknown}
     kept = _leftovers(model, plan, made, drafts)
     norms = _norms(model, plan, made, entries)
-    tasks, equal = tasks_of(model, plan, made, known, dtype)
+    tasks, equal = tasks_of(model, plan, made, known, dtype, scales)
     for name, other in equal.items():
         if not same_bytes(entries[name], entries[other]):
             raise CheckpointError(
@@ -154,9 +158,34 @@ def prepare(
                 "(tie_word_embeddings): it is not clear which one is meant"
             )
     tasks += [Task(name, entries[name], entries[name]) for name in kept]
-    config, constants = _recorded(source, model, plan, made, dtype)
+    wanted = dtype or (torch.bfloat16 if scales else None)
+    config, constants = _recorded(source, model, plan, made, wanted)
     outputs = _files(tasks, constants, entries, metadata, shard)
     return Job(source, plan, outputs, norms, config, _digest(plan, outputs, config))
+
+
+def _scales(
+    source: Path, model: "PreTrainedModel", entries: Mapping[str, Entry]
+) -> dict[str, Scales]:
+    """The scales of an fp8 source; the model then is one of plain numbers."""
+    method = quant_method(model.config)
+    if method in (None, QUANT_METHOD):
+        return {}
+    if method != METHOD:
+        raise RotationError(
+            f"{source} is quantized (quant_method={method}); rotate the unquantized checkpoint, or "
+            "load it with transformers, which may dequantize it, and use fastrot.apply"
+        )
+    settings = read_json(source / "config.json")
+    inner = settings.get("text_config")
+    inside = inner if isinstance(inner, dict) else {}
+    found = scales_of(
+        entries, settings.get("quantization_config") or inside.get("quantization_config") or {}
+    )
+    for part in (model.config, model.config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    return found
 
 
 def _restored(model: "PreTrainedModel") -> dict[str, OnlineRotation]:
@@ -190,15 +219,16 @@ def _read(parameter: str, made: Trace, entries: Mapping[str, Entry]) -> Tensor:
     return value
 
 
+def is_draft(name: str, config: Any) -> bool:
+    """Whether a tensor belongs to multi-token prediction, by its name."""
+    found = DRAFT.search(name)
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    return found is not None and (found["layer"] is None or int(found["layer"]) >= layers)
+
+
 def _leftovers(model: "PreTrainedModel", plan: Plan, made: Trace, drafts: Drafts) -> list[str]:
     """The tensors that the model does not have and the new checkpoint keeps; others refuse."""
-    layers = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
-
-    def is_draft(name: str) -> bool:
-        found = DRAFT.search(name)
-        return found is not None and (found["layer"] is None or int(found["layer"]) >= layers)
-
-    drafted = [name for name in made.unknown if is_draft(name)]
+    drafted = [name for name in made.unknown if is_draft(name, model.config)]
     strange = [n for n in made.unknown if n not in drafted and n not in made.ignored]
     if strange:
         raise CheckpointError(
@@ -249,7 +279,7 @@ def _recorded(
     _attach(model, plan.online)
     operands = {n: r.operand for n, r in _operands(model).items() if n not in before}
     names = stored_names(model, made, operands)
-    config: dict[str, Any] = copy.deepcopy(read_json(source / "config.json"))
+    config = without(read_json(source / "config.json"))
     inner = config.get("text_config")
     parts = [config, *([inner] if isinstance(inner, dict) else [])]
     if any(edit.source is not None for edit in plan.weights):

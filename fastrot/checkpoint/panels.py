@@ -51,16 +51,21 @@ class Panel:
         self._shape = (rows.stop - rows.start, *shape[1:]) if shape else ()
         row = prod(shape[1:])
         start, count = row * rows.start, prod(self._shape)
-        dtype, other = task.source.dtype, task.layout.dtype
-        self.read = start * dtype.itemsize, count * dtype.itemsize
+        raw, other = task.source.dtype, task.layout.dtype
+        self._dtype = torch.float32 if task.scales else raw
+        self.read = start * raw.itemsize, count * raw.itemsize
         self.wrote = start * other.itemsize, count * other.itemsize
-        self._result = 0 if dtype == other else -(-self.read[1] // ALIGNED) * ALIGNED
+        # Codes, numbers and result lie one after the other, as far as they are not the same.
+        self._numbers = _aligned(self.read[1]) if task.scales else 0
+        self._result = self._numbers
+        if self._dtype != other:
+            self._result += _aligned(count * self._dtype.itemsize)
         self.nbytes = max(self.read[1], self._result + self.wrote[1])
 
     @property
     def acts(self) -> bool:
         """Whether anything happens to it on its way."""
-        return bool(self.task.actions) or self.task.source.dtype != self.task.layout.dtype
+        return bool(self.task.actions) or self._result > 0
 
     def result(self, memory: Tensor) -> Tensor:
         """The bytes of the result in ``memory``, ``(nbytes,)`` uint8."""
@@ -94,6 +99,9 @@ class Panel:
         """
         with as_written():
             x, y = self._views(memory)
+            if self.task.scales is not None:
+                codes = memory[: self.read[1]].view(self.task.source.dtype).view(self._shape)
+                self.task.scales.decode(codes, x, self.rows.start)
             if y is not x:
                 y.copy_(x)
             writes = self.writes(memory, norms)
@@ -115,13 +123,19 @@ class Panel:
         return workspace
 
     def _views(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        x = memory[: self.read[1]].view(self.task.source.dtype).view(self._shape)
-        if self.task.source.dtype == self.task.layout.dtype:
-            return x, x
-        return x, self.result(memory).view(self.task.layout.dtype).view(self._shape)
+        """The numbers before and after, which may be the same memory."""
+        y = self.result(memory).view(self.task.layout.dtype).view(self._shape)
+        if self._result == self._numbers:
+            return y, y
+        end = self._numbers + prod(self._shape) * self._dtype.itemsize
+        return memory[self._numbers : end].view(self._dtype).view(self._shape), y
 
     def _box(self, x: Tensor, box: tuple[slice, ...]) -> Tensor:
         return x if self.task.free else x[box]
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNED) * ALIGNED
 
 
 def _enough(workspace: Workspace, writes: Iterable[Write]) -> Workspace:

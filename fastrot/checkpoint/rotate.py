@@ -11,7 +11,8 @@ from tqdm.auto import tqdm
 from fastrot.checkpoint.job import Drafts, Job, OutputFile, prepare
 from fastrot.checkpoint.panels import needs
 from fastrot.checkpoint.pipeline import Pipeline
-from fastrot.checkpoint.store import Store, check_target
+from fastrot.checkpoint.store import Store, check_target, readable
+from fastrot.checkpoint.tasks import Task
 from fastrot.checkpoint.workers import Worker, share, worker_of
 from fastrot.edits import Plan
 from fastrot.errors import RotationError
@@ -24,6 +25,9 @@ MEMORY = 2 << 30
 
 PANEL = 1 << 26
 """Bytes that are worked on at a time of what may be cut."""
+
+LEAST = 1 << 20
+"""The same where memory is short."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,40 @@ class RotatedCheckpoint:
     nbytes: int
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What the rotation of a checkpoint takes.
+
+    Attributes:
+        files: of weights that will be written.
+        disk: their bytes.
+        memory: the least of ``--memory``.
+    """
+
+    files: int
+    disk: int
+    memory: int
+
+    def __str__(self) -> str:
+        count = f"{self.files} file" + ("s" if self.files > 1 else "")
+        return (
+            f"{count} of weights, {readable(self.disk)} to write; --memory "
+            f"{readable(self.memory)} or more, {readable(max(MEMORY, self.memory))} by default"
+        )
+
+
+def needs_of(source: str | Path, recipe: Recipe | None = None) -> Needs:
+    """What :func:`rotate_checkpoint` will need; reads headers and norms.
+
+    Raises:
+        RotationError: the rotation is not possible, or a file is damaged.
+        OSError: a file can't be read.
+    """
+    job = prepare(Path(source).resolve(), recipe or Recipe())
+    widest, scratch = needs(_tasks(job), job.norms, LEAST)
+    return Needs(len(job.files), job.nbytes, widest + scratch)
+
+
 def memory_for(job: Job, memory: int | None = None) -> tuple[int, int, int]:
     """What a job needs: bytes of panels in flight, of scratch memory, and of one panel.
 
@@ -54,15 +92,14 @@ def memory_for(job: Job, memory: int | None = None) -> tuple[int, int, int]:
         RotationError: the limit is too small for the largest weight.
     """
     limit = MEMORY if memory is None else memory
-    most = max(1 << 20, min(PANEL, limit // 8))
-    tasks = [task for file in job.files for task in file.tasks]
-    widest, scratch = needs(tasks, job.norms, most)
+    most = max(LEAST, min(PANEL, limit // 8))
+    widest, scratch = needs(_tasks(job), job.norms, most)
     least = widest + scratch
     if memory is not None and least > memory:
         raise RotationError(
-            f"--memory {_readable(memory)} is not enough for the largest weight, which takes "
-            f"{_readable(widest)}, and {_readable(scratch)} of scratch memory; give at least "
-            f"{_readable(least)}"
+            f"--memory {readable(memory)} is not enough for the largest weight, which takes "
+            f"{readable(widest)}, and {readable(scratch)} of scratch memory; give at least "
+            f"{readable(least)}"
         )
     return max(limit - scratch, widest), scratch, most
 
@@ -161,6 +198,10 @@ def rotate_checkpoint(
     return RotatedCheckpoint(job.plan, complete, missing, sum(file.nbytes for file in todo))
 
 
+def _tasks(job: Job) -> list[Task]:
+    return [task for file in job.files for task in file.tasks]
+
+
 class _Bar:
     """Progress of all workers: of this one as it writes, of others as their files are whole."""
 
@@ -192,9 +233,3 @@ class _Bar:
         if self._bar is not None:
             with suppress(OSError, ValueError):
                 self._bar.close()
-
-
-def _readable(nbytes: int) -> str:
-    if nbytes >= 1 << 30:
-        return f"{nbytes / (1 << 30):.2f}G"
-    return f"{-(-nbytes // (1 << 20))}M"

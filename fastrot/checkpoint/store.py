@@ -148,8 +148,8 @@ class Store:
         free = shutil.disk_usage(self.target.parent).free
         if needed > free:
             raise OSError(
-                f"{self.target.parent} has {free / 2**30:.1f} GiB free, and the weights that are "
-                f"still to be written need {needed / 2**30:.1f} GiB"
+                f"{self.target.parent} has {readable(free)} free, and the weights that are still "
+                f"to be written need {readable(needed)}"
             )
 
     def _sweep(self) -> None:
@@ -247,6 +247,13 @@ def unfinished(target: Path) -> Path:
     name = os.fsencode(target.name)
     short = target.name if len(name) < 200 else hashlib.sha256(name).hexdigest()
     return target.with_name(f"{PREFIX}{short}{SUFFIX}")
+
+
+def readable(nbytes: int) -> str:
+    """A size as the command line takes it."""
+    if nbytes >= 1 << 30:
+        return f"{nbytes / (1 << 30):.2f}G"
+    return f"{-(-nbytes // (1 << 20))}M"
 
 
 def companions(source: Path) -> list[Path]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fastrot.checkpoint.fp8 import Scales
 from fastrot.checkpoint.header import CheckpointError, Entry, Layout
 from fastrot.checkpoint.trace import Target, Trace, stored_names
 from fastrot.checkpoint.traced import Piece
@@ -41,12 +42,14 @@ class Task:
         source: the tensor of the old checkpoint that it is made of.
         layout: its shape and dtype.
         actions: what happens to disjoint boxes of it; all else is copied.
+        scales: what its codes are multiplied with first, if the source is in fp8.
     """
 
     name: str
     source: Entry
     layout: Layout
     actions: tuple[Action, ...] = ()
+    scales: Scales | None = None
 
     @property
     def free(self) -> bool:
@@ -66,6 +69,7 @@ def tasks_of(
     made: Trace,
     entries: Mapping[str, Entry],
     dtype: torch.dtype | None = None,
+    scales: Mapping[str, Scales] | None = None,
 ) -> tuple[list[Task], dict[str, str]]:
     """The tasks of all tensors that a model reads.
 
@@ -74,7 +78,8 @@ def tasks_of(
         plan: for it.
         made: the way of the checkpoint into the model.
         entries: the tensors of the checkpoint.
-        dtype: of floating-point tensors; None leaves them as they are.
+        dtype: of floating-point tensors; None leaves them as they are, but bfloat16 for fp8.
+        scales: of weights in fp8, by their names in the checkpoint.
 
     Returns:
         The tasks, and pairs of tensors that are tied in the model and must be equal in the
@@ -106,10 +111,13 @@ def tasks_of(
                 actions[piece.source].append(Action(box, _local(edit, piece, target)))
     for name, found in actions.items():
         _check_disjoint(name, found)
-    tasks = [
-        Task(name, entries[name], _converted(entries[name], dtype), tuple(found))
-        for name, found in actions.items()
-    ]
+
+    def task(name: str, entry: Entry, found: Sequence[Action]) -> Task:
+        factors = (scales or {}).get(entry.name)
+        layout = _converted(entry, dtype or (torch.bfloat16 if factors else None))
+        return Task(name, entry, layout, tuple(found), factors)
+
+    tasks = [task(name, entries[name], found) for name, found in actions.items()]
     equal = {}
     fresh = {}
     for head, embedding in untied.items():
@@ -124,7 +132,7 @@ def tasks_of(
         entry = entries[piece.source]
         assert new_edit is not None
         action = Action(place_of(piece, entry), _local(new_edit, piece, made.targets[held]))
-        tasks.append(Task(names[new], entry, _converted(entry, dtype), (action,)))
+        tasks.append(task(names[new], entry, (action,)))
     return tasks, equal
 
 

@@ -79,7 +79,9 @@ def parser() -> argparse.ArgumentParser:
     rotate.set_defaults(command=commands.rotate)
 
     verification = actions.add_parser(
-        "verify", parents=[common], help="check that two checkpoints compute the same logits"
+        "verify",
+        parents=[common],
+        help="check that DST is SRC rotated: every tensor, or the logits of both models",
     )
     _add_verify_options(verification)
     verification.set_defaults(command=verify)
@@ -134,6 +136,12 @@ def _rotation_options() -> _Parser:
 def _add_verify_options(options: _Parser) -> None:
     options.add_argument("source", type=Path, metavar="SRC")
     options.add_argument("target", type=Path, metavar="DST")
+    options.add_argument(
+        "--full",
+        action="store_true",
+        help="load both models, one after the other, and compare logits; the options below ask "
+        "for that, too",
+    )
     texts: Any = options.add_mutually_exclusive_group()
     texts.add_argument("--prompts", nargs="+", default=[], metavar="TEXT")
     texts.add_argument("--prompts-file", type=Path, metavar="FILE", help="one prompt in every line")
@@ -144,9 +152,9 @@ def _add_verify_options(options: _Parser) -> None:
         "what rounding the weights to the dtype of DST does to SRC, if that is more",
     )
     options.add_argument(
-        "--precision", choices=tuple(EXACT), default="float32", help="to compute in"
+        "--precision", choices=tuple(EXACT), help="to compute in; default: float32"
     )
-    options.add_argument("--seed", type=int, default=0, help="of the random prompts; default: 0")
+    options.add_argument("--seed", type=int, help="of the random prompts; default: 0")
 
 
 def _positive(text: str) -> int:

@@ -3,24 +3,33 @@
 import json
 import sys
 from argparse import Namespace
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 import fastrot
-from fastrot.checkpoint.source import outline
+from fastrot.checkpoint.source import outline, weight_files
 from fastrot.cli.output import announce
 
 
 def plan(args: Namespace) -> int:
-    """Print what a rotation would do to a checkpoint, as far as shapes decide it."""
-    made = fastrot.plan(outline(args.source).config, _recipe(args))
+    """Print what a rotation would do, and what it needs if the weights are there."""
+    from fastrot.checkpoint.rotate import needs_of
+
+    recipe = _recipe(args)
+    made = fastrot.plan(outline(args.source).config, recipe)
     if not args.json:
         print(made)
+    # What shapes allow, the weights may refuse: that is said after the table.
+    needs = needs_of(args.source, recipe) if weight_files(args.source) else None
+    if not args.json:
+        if needs is not None:
+            print(needs)
         return 0
     data = {
         "model_class": made.model_class,
         "seed": made.seed,
         "rows": list(made.rows()),
         "transform_config": made.transform_config.to_dict(),
+        "needs": None if needs is None else asdict(needs),
     }
     print(json.dumps(data, indent=2, ensure_ascii=False))
     return 0

@@ -1,12 +1,14 @@
-"""``fastrot verify``: two checkpoints, one at a time in memory, as :mod:`fastrot.verification`."""
+"""``fastrot verify``: two checkpoints, tensor by tensor, or by their logits."""
 
 import gc
+import sys
 from argparse import Namespace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fastrot.checkpoint.verify import verify_checkpoint
 from fastrot.cli.checkpoint import load, load_tokenizer
 from fastrot.errors import RotationError
 from fastrot.transform_config import PRECISIONS
@@ -24,7 +26,22 @@ EXACT = tuple(str(dtype).removeprefix("torch.") for dtype in reversed(PRECISIONS
 
 
 def verify(args: Namespace) -> int:
-    """Compare two checkpoints and print how far they agree; 1 if that is not enough."""
+    """Compare two checkpoints and print how they agree; 1 if that is not enough.
+
+    Anything that only logits have, such as a prompt, asks for them.
+    """
+    logits_wanted = (args.prompts, args.prompts_file, args.tolerance, args.precision, args.seed)
+    if args.full or any(given not in ([], None) for given in logits_wanted):
+        return _by_logits(args)
+    result = verify_checkpoint(args.source, args.target, progress=sys.stderr.isatty())
+    print(result)
+    return 0 if result else 1
+
+
+def _by_logits(args: Namespace) -> int:
+    """One model at a time in memory, as :mod:`fastrot.verification`."""
+    args.precision = args.precision or "float32"
+    args.seed = args.seed or 0
     if args.tolerance is not None and not args.tolerance >= 0:
         raise ValueError(f"--tolerance {args.tolerance} is negative or no number")
     given = _given_prompts(args)

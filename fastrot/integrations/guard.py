@@ -20,9 +20,13 @@ DRAFTS = "MtpModel"
 inside is rotated."""
 
 
+VLLM = "vllm"
+"""The attention implementation of models that vLLM builds; there its plugin rotates, and checks."""
+
+
 def guard(model: "PreTrainedModel") -> None:
     """Let a model that is being built refuse to run, if its record names online rotations."""
-    if type(model).__name__ == DRAFTS:
+    if type(model).__name__ == DRAFTS or model.config._attn_implementation == VLLM:
         return
     try:
         needed = any(

@@ -1,0 +1,183 @@
+"""Whether a checkpoint is what a rotation makes of another: tensor by tensor, loading neither."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from fastrot.checkpoint.header import Entry, Layout, read_entry, read_headers, read_into
+from fastrot.checkpoint.job import Job, is_draft, prepare
+from fastrot.checkpoint.panels import Panel, panels_of
+from fastrot.checkpoint.rotate import PANEL
+from fastrot.checkpoint.source import configuration, read_json, weight_files
+from fastrot.checkpoint.tasks import Task
+from fastrot.errors import RecordError, RotationError
+from fastrot.kernels.weight import Workspace
+from fastrot.recipe import Recipe
+
+ARITHMETIC = 2.0**-18
+"""What float32 arithmetic adds, of the root mean square; rounding comes on top."""
+
+
+@dataclass(frozen=True)
+class TensorVerification:
+    """How two checkpoints compare; it counts as true if the second is the first one, rotated.
+
+    Attributes:
+        equal: tensors that are equal bit for bit.
+        rounded: tensors that differ by rounding alone, as another device's may.
+        problems: what is wrong, a line for each tensor.
+    """
+
+    equal: int
+    rounded: int
+    problems: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return not self.problems
+
+    def __str__(self) -> str:
+        lines = [f"tensors            {self.equal} equal bit for bit, {self.rounded} to rounding"]
+        lines += self.problems[:10]
+        if len(self.problems) > 10:
+            lines.append(f"… and {len(self.problems) - 10} more")
+        lines.append(
+            "verified: the rotated source" if self else "FAILED: not what the rotation makes of it"
+        )
+        return "\n".join(lines)
+
+
+def verify_checkpoint(
+    source: str | Path, target: str | Path, *, progress: bool = False
+) -> TensorVerification:
+    """Rotate a checkpoint again, as the record of another one says, and compare every tensor.
+
+    That finds whatever happened to the second one: it does not say whether its rotation is the
+    right one for the model, as the logits do (:func:`fastrot.verify`).
+
+    Args:
+        source: the original.
+        target: the rotated one.
+        progress: show a bar.
+
+    Raises:
+        RotationError: the target has no record, or one of more than the rotation of this source.
+        OSError: a file can't be read.
+    """
+    source, target = Path(source).resolve(), Path(target).resolve()
+    entries, _ = read_headers(weight_files(target))
+    config = configuration(source)
+    recipe = _recorded(source, target)
+    kept = any(is_draft(name, config) for name in entries)
+    job = prepare(source, recipe, drafts="copy" if kept else "drop")
+    found = _Found([*_compared(job, target, entries, progress)])
+    return found.result()
+
+
+class _Found(list[tuple[str, str]]):
+    """A verdict for every tensor: nothing is wrong, it was rounded, or what is wrong."""
+
+    def result(self) -> TensorVerification:
+        verdicts = [verdict for _, verdict in self]
+        problems = tuple(f"{n}: {v}" for n, v in self if v not in ("", "rounded"))
+        return TensorVerification(verdicts.count(""), verdicts.count("rounded"), problems)
+
+
+def _recorded(source: Path, target: Path) -> Recipe:
+    """The recipe that the record of the target adds to that of the source."""
+    records: list[Any] = []
+    for folder in (source, target):
+        configuration(folder)
+        record = read_json(folder / "config.json").get("fastrot")
+        records.append(record.get("applied", []) if isinstance(record, dict) else [])
+    before, after = records
+    if not after:
+        raise RotationError(f"{target} has no record of a rotation; --full compares logits")
+    if after[: len(before)] != before or len(after) != len(before) + 1:
+        raise RotationError(
+            f"the record of {target} has {len(after)} rotations, that of {source} {len(before)}: "
+            "tensors can be compared across one; --full compares logits"
+        )
+    try:
+        return Recipe(transform_config=after[-1]["transform_config"], seed=after[-1]["seed"])
+    except (KeyError, TypeError) as error:
+        raise RecordError(f"the record of {target} is damaged: {error}") from error
+
+
+def _compared(
+    job: Job, target: Path, entries: dict[str, Entry], progress: bool
+) -> Iterator[tuple[str, str]]:
+    left = dict(entries)
+    workspace = Workspace(0, 0)
+    bar = tqdm(total=job.nbytes, desc="comparing", unit="B", unit_scale=True, disable=not progress)
+    with bar:
+        for file in job.files:
+            for name, value in file.constants.items():
+                there = left.pop(name, None)
+                same = there is not None and torch.equal(read_entry(there), value)
+                yield name, "" if same else "missing" if there is None else "another operand"
+            for task in file.tasks:
+                there = left.pop(task.name, None)
+                bar.update(task.layout.nbytes)
+                if there is None or there.shape != task.layout.shape:
+                    yield task.name, "missing" if there is None else f"has shape {there.shape}"
+                    continue
+                if there.dtype.is_floating_point != task.layout.dtype.is_floating_point:
+                    yield task.name, f"is {there.dtype}"
+                    continue
+                as_there = replace(task, layout=Layout(there.shape, there.dtype))
+                verdict, workspace = _judged(as_there, there, job, workspace)
+                yield task.name, verdict
+    for name in left:
+        yield name, "is not of this rotation"
+    wanted = job.config["fastrot"]
+    if read_json(target / "config.json")["fastrot"] != wanted:
+        yield "config.json", "its record ('fastrot') is not that of this rotation"
+
+
+def _judged(task: Task, there: Entry, job: Job, workspace: Workspace) -> tuple[str, Workspace]:
+    verdict = ""
+    with task.source.file.open("rb") as old, there.file.open("rb") as new:
+        for rows in panels_of(task, PANEL):
+            panel = Panel(task, rows)
+            memory = np.empty(max(1, panel.nbytes), np.uint8)
+            start, length = panel.read
+            read_into(old.fileno(), task.source, start, memory.data[:length])
+            tensor = torch.from_numpy(memory)
+            if panel.acts:
+                workspace = panel.rotate(tensor, job.norms, workspace)
+            expected = panel.result(tensor)
+            raw = np.empty(max(1, len(expected)), np.uint8)
+            start, length = panel.wrote
+            read_into(new.fileno(), there, start, raw.data[:length])
+            got = torch.from_numpy(raw)[:length]
+            if torch.equal(got, expected):
+                continue
+            problem = _difference(got.view(there.dtype), expected.view(there.dtype))
+            if problem:
+                return problem, workspace
+            verdict = "rounded"
+    return verdict, workspace
+
+
+def _difference(got: Tensor, expected: Tensor) -> str:
+    """How far two tensors differ by more than rounding; empty if they don't."""
+    if not got.is_floating_point():
+        return f"{int((got != expected).sum())} entries differ"
+    size = torch.finfo(got.dtype).eps
+    got, expected = got.double(), expected.double()
+    rms = float(expected.square().mean().sqrt())
+    allowed = size * expected.abs() + max(size * 2**-4, ARITHMETIC) * rms
+    off = (got - expected).abs()
+    bad = ~(off <= allowed)
+    if not bad.any():
+        return ""
+    return (
+        f"{int(bad.sum())} of {bad.numel()} entries differ by more than rounding, at most "
+        f"{float(off.max()) / max(rms, 1e-300):.1e} of the root mean square"
+    )

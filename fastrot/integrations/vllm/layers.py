@@ -1,0 +1,80 @@
+"""R4 and R3 on the layers of vLLM, by what every caller of a layer goes through.
+
+A wrapper around a quantization method would change its class, by which vLLM chooses how weights are
+loaded; a forward hook would be passed by where LoRA calls the method, or transformers' models
+attention. So it is functions of these instances that are replaced.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrot.edits import OnlineSite
+from fastrot.errors import RotationError
+from fastrot.integrations.vllm.recorded import on_rank
+from fastrot.online import OnlineRotation
+
+
+def rotate_input(method: Any, site: OnlineSite) -> None:
+    """Let the quantization method of one linear layer rotate what it multiplies.
+
+    Args:
+        method: of this layer alone.
+        site: the rotation of the layer's input.
+    """
+    create, apply = method.create_weights, method.apply
+
+    def create_weights(
+        layer: Any, input_size_per_partition: int, *args: Any, **kwargs: Any
+    ) -> None:
+        layer.fastrot_input = _online(on_rank(site, input_size_per_partition))
+        create(layer, input_size_per_partition, *args, **kwargs)
+
+    def rotate_and_apply(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor = apply(layer, layer.fastrot_input(x), *args, **kwargs)
+        return result
+
+    method.create_weights, method.apply = create_weights, rotate_and_apply
+
+
+def rotate_attention(layer: Any, sites: Mapping[str, OnlineSite]) -> None:
+    """Let an attention layer rotate queries and keys, before they are quantized and cached.
+
+    Args:
+        layer: vLLM's, which gets them after RoPE.
+        sites: the rotations by location, ``q_attn`` and ``k_cache``.
+    """
+    heads = {"q_attn": layer.num_heads, "k_cache": layer.num_kv_heads}
+    for location, site in sites.items():
+        rotation = site.rotation
+        if rotation.size != layer.head_size:
+            raise RotationError(
+                f"{site.group} of {site.module} rotates heads of {rotation.size}, vLLM's have "
+                f"{layer.head_size}; serve the model rotated without {site.group}"
+            )
+        size = heads[location] * rotation.size
+        whole = replace(rotation, size=size, block_size=rotation.block)
+        setattr(layer, f"fastrot_{location}", _online(replace(site, rotation=whole)))
+    forward = layer.forward
+
+    def rotated(query: Tensor, key: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        if "q_attn" in sites:
+            query = layer.fastrot_q_attn(query.flatten(1))
+        if "k_cache" in sites and key is not None:
+            key = layer.fastrot_k_cache(key.flatten(1))
+        result: Tensor = forward(query, key, *args, **kwargs)
+        return result
+
+    layer.forward = rotated
+
+
+def _online(site: OnlineSite) -> OnlineRotation:
+    from vllm.platforms import current_platform
+
+    device = torch.get_default_device()
+    if device.type == "meta":
+        device = torch.device(current_platform.device_type)
+    return OnlineRotation(site, device)

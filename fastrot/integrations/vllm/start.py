@@ -1,0 +1,49 @@
+"""What is refused before any worker starts."""
+
+import functools
+from typing import Any
+
+from fastrot.errors import RotationError
+from fastrot.integrations.vllm.recorded import DELEGATED, check_ranks, has_online, recorded_sites
+from fastrot.record import QUANT_METHOD
+
+
+def check_start(model: Any, parallel: Any) -> None:
+    """Refuse to start a server that could not compute what the record asks for.
+
+    Args:
+        model: vLLM's ``ModelConfig``.
+        parallel: its ``ParallelConfig``.
+
+    Raises:
+        RotationError: config.json has the mark of no tool that we know, or tensor parallelism cuts
+            a block in two.
+    """
+    if not has_online(model.hf_config):
+        return
+    if model.quantization != QUANT_METHOD:
+        raise RotationError(
+            f"the record of {model.model} has online rotations, but quantization is "
+            f"{model.quantization!r}, with which vLLM would leave them out; serve it with the "
+            "quantization_config that it was written with, or quantize with one of "
+            f"{', '.join(DELEGATED)}"
+        )
+    if parallel.tensor_parallel_size > 1:
+        check_ranks(recorded_sites(model.hf_config), parallel.tensor_parallel_size)
+
+
+def watch_start() -> None:
+    """Let :func:`check_start` see every model: vLLM shows a plugin no parallel configuration."""
+    from vllm.config import ModelConfig
+
+    verify = ModelConfig.verify_with_parallel_config
+    if hasattr(verify, "fastrot"):
+        return
+
+    @functools.wraps(verify)
+    def verified(self: Any, parallel_config: Any) -> None:
+        verify(self, parallel_config)
+        check_start(self, parallel_config)
+
+    verified.fastrot = True  # type: ignore[attr-defined]
+    ModelConfig.verify_with_parallel_config = verified

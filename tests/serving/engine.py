@@ -1,0 +1,123 @@
+"""Tiny checkpoints, and what vLLM makes of them."""
+
+import gc
+import random
+from collections import Counter
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from helpers import tiny
+from torch import nn
+from vllm import LLM, SamplingParams
+
+import fastrot
+
+# vLLM's attention on CPUs wants heads of a multiple of 32.
+SIZES = {"heads": 4, "kv_heads": 2, "head_dim": 32, "hidden": 128, "intermediate": 224}
+PROMPTS = [random.Random(n).choices(range(3, 256), k=n) for n in (1, 5, 17, 40)]
+
+
+class Answers(NamedTuple):
+    """Greedy tokens after every prompt, and log-probabilities.
+
+    ``logprobs`` are the five best of each token; ``scores`` those of the tokens of the longest
+    prompt, which no choice of a token can change.
+    """
+
+    tokens: list[list[int]]
+    logprobs: torch.Tensor
+    scores: torch.Tensor
+
+
+def model(family, **kwargs):
+    return tiny(family, vocab=256, **SIZES, **kwargs)
+
+
+def checkpoint(folder, family, recipe=None, **kwargs):
+    """A checkpoint of a tiny model, rotated by a recipe if there is one."""
+    made = model(family, **kwargs)
+    if recipe is not None:
+        fastrot.apply(made, fastrot.Recipe(**recipe))
+    made.save_pretrained(folder)
+    return folder
+
+
+@contextmanager
+def engine(folder, **kwargs):
+    """A running vLLM, eager and in float32 unless said otherwise."""
+    options = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "skip_tokenizer_init": True,
+        "max_model_len": 128,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 32,  # the longest prompt is prefilled in chunks
+        "disable_log_stats": True,
+    }
+    llm = LLM(str(folder), **(options | kwargs))
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+def answers(llm, tokens=16):
+    llm.reset_prefix_cache()
+    sampling = SamplingParams(
+        temperature=0, max_tokens=tokens, logprobs=5, ignore_eos=True, detokenize=False
+    )
+    prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    outputs = [done.outputs[0] for done in llm.generate(prompts, sampling, use_tqdm=False)]
+    best = [[_best(step) for step in output.logprobs] for output in outputs]
+    scoring = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
+    steps = llm.generate(prompts[-1:], scoring, use_tqdm=False)[0].prompt_logprobs
+    scores = [step[token].logprob for step, token in zip(steps, PROMPTS[-1], strict=True) if step]
+    tokens = [list(output.token_ids) for output in outputs]
+    return Answers(tokens, torch.tensor(best), torch.tensor(scores))
+
+
+def _best(step):
+    return sorted((entry.logprob for entry in step.values()), reverse=True)[:5]
+
+
+def distance(got, scores):
+    return float((got.scores - scores).abs().mean())
+
+
+def served(folder, **kwargs):
+    with engine(folder, **kwargs) as llm:
+        return answers(llm)
+
+
+def assert_same(got, expected, tolerance=2e-5):
+    assert got.tokens == expected.tokens
+    assert float((got.logprobs - expected.logprobs).abs().max()) < tolerance
+
+
+def rotations(worker_model):
+    """How many online rotations a worker has, by their places."""
+    leaves = (name.rpartition(".")[2] for name, _ in worker_model.named_modules())
+    return dict(Counter(leaf for leaf in leaves if leaf.startswith("fastrot_")))
+
+
+def without(llm, place):
+    """What an engine answers while the rotations of one place are off."""
+    llm.apply_model(partial(_swap, place, f"kept_{place}"))
+    try:
+        return answers(llm)
+    finally:
+        llm.apply_model(partial(_swap, f"kept_{place}", place))
+
+
+def _swap(old, new, worker_model):
+    """Give what is called ``old`` the name ``new``, with nothing in its place, or the way back."""
+    for module in list(worker_model.modules()):
+        if hasattr(module, old):
+            setattr(module, new, getattr(module, old))
+            setattr(module, old, nn.Identity())
+            if old.startswith("kept_"):
+                delattr(module, old)
