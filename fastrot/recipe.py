@@ -11,7 +11,7 @@ import torch
 from fastrot.arguments import parse_matrices, parse_norms, parse_rotations, parse_seed
 from fastrot.checks import check_flag
 from fastrot.errors import RotationError
-from fastrot.mapping import Mapping, NormMapping, as_mapping
+from fastrot.mapping import STREAM, Mapping, NormMapping, as_mapping
 from fastrot.rotation import KINDS, Rotation
 from fastrot.transform_config import TransformConfig, parse_precision, parse_transform_config
 
@@ -40,10 +40,14 @@ class Recipe:
             activations. Default: float64 on weights, float32 on activations.
         matrices: orthogonal matrices of your own, learned for example, by the name of the rotation:
             one, or for R2, R3 and R4 a list with one for each layer. Their order is the block size.
+        keep_head: R1 leaves embedding, last norm and head alone, and acts online at the input of
+            the first layer and, inverse, of the last norm: tied embeddings stay tied, and drafts
+            of tokens that read the head and the embedding stay exact.
         mappings: the roles of a model that fastrot's table does not list.
         norm_mappings: its norms and their readers.
         transform_config: compressed-tensors' ``TransformConfig`` (object or dict); replaces
-            ``rotations``, ``transform_type``, ``randomize``, ``block_size`` and ``mappings``. It
+            ``rotations``, ``transform_type``, ``randomize``, ``block_size``, ``keep_head`` and
+            ``mappings``. It
             may describe any transform on any linear module, so it is its author who answers for
             exactness. Its ``precision`` is that of online arithmetic.
 
@@ -59,6 +63,7 @@ class Recipe:
     seed: int = 0
     precision: torch.dtype | None = None
     matrices: MappingABC[str, tuple[Rotation, ...]] | None = None
+    keep_head: bool = False
     mappings: Mapping | None = None
     norm_mappings: tuple[NormMapping, ...] | None = None
     transform_config: TransformConfig | None = None
@@ -75,6 +80,12 @@ class Recipe:
         if self.matrices and self.transform_config is not None:
             raise RotationError("matrices are for rotations, not for a transform_config")
         check_flag("randomize", self.randomize)
+        check_flag("keep_head", self.keep_head)
+        if self.keep_head and STREAM not in self.rotations:
+            raise RotationError(
+                f"keep_head=True is of {STREAM}, which is not among {', '.join(self.rotations)}; "
+                "leave it out"
+            )
         if self.transform_type not in KINDS:
             raise RotationError(
                 f"transform type {self.transform_type!r} is not one of {', '.join(KINDS)}"

@@ -1,6 +1,6 @@
 """``fastrot.remove``: take online rotations off again, and keep the function."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -13,13 +13,15 @@ from fastrot.edits import Plan, Rotate, WeightEdit
 from fastrot.errors import RotationError
 from fastrot.fit import check_weights
 from fastrot.fuse import Fusion
+from fastrot.index import Index
 from fastrot.integrations.marks import unmark
 from fastrot.journal import Journal, Undo, exclusive
-from fastrot.mapping import STREAM
+from fastrot.mapping import STREAM, NormMapping
 from fastrot.online import installed, rotation_at, uninstall
 from fastrot.record import applications, own_config, retrace, sealed, without_groups
 from fastrot.resolve import resolve
 from fastrot.rotation import MATRIX, Rotation
+from fastrot.rows import known_norms
 from fastrot.transform_config import TransformConfig
 
 if TYPE_CHECKING:
@@ -33,8 +35,9 @@ def remove(
     """Take online rotations off a model; it goes on computing the same function.
 
     R3 has no counterpart in the weights and leaves without a trace. R4 has one: the down
-    projections are rotated back, which rounds them once more. R1 and R2 stay fused; where R1 has
-    an online part, behind the norms that write into the residual stream, it stays as well.
+    projections are rotated back, which rounds them once more. R1 and R2 stay fused, unless R1 has
+    an online part (``keep_head``, norms that write into the residual stream) and is named: then all
+    its weights are rotated back, and its norms stay folded.
 
     Args:
         model: rotated by :func:`fastrot.apply`, or loaded from such a checkpoint.
@@ -43,8 +46,8 @@ def remove(
         undo: copies of the weights, as for :func:`fastrot.apply`.
 
     Raises:
-        RotationError: a group that is not online on this model, R1, one whose rotation is not
-            the recorded one, or whose weights were rotated on the same side again by another one,
+        RotationError: a group that is not online on this model, one whose rotation is not the
+            recorded one, or whose weights were rotated on the same side again by another one,
             so that it can't be undone alone; or a model with adapters. The model is untouched then;
             after other errors as for :func:`fastrot.apply`.
     """
@@ -59,26 +62,34 @@ def _remove(model: "PreTrainedModel", groups: str | Iterable[str] | None, undo: 
         for _, _, online in installed(model)
         if online.rotation.kind == MATRIX and online.value is not None
     }
+    index = Index(model)
+    norms = known_norms(index)
     plans = [
-        (name, resolve(model, TransformConfig({name: scheme}), (), seed, matrices=matrices))
+        (
+            name,
+            resolve(
+                index,
+                TransformConfig({name: scheme}),
+                norms if name == STREAM else (),  # of which it rotated the biases
+                seed,
+                matrices=matrices,
+            ),
+        )
         for seed, config in applications(getattr(model, "config", None))
         for name, scheme in config.config_groups.items()
     ]
     online = [name for name, plan in plans if plan.online]
     given = (groups,) if isinstance(groups, str) else groups
     by_case = {name.upper(): name for name in online}
-    removable = [name for name in online if name != STREAM]
-    wanted = removable if given is None else [by_case.get(name.upper(), name) for name in given]
-    if STREAM in online and STREAM in wanted:
-        raise RotationError(
-            "R1 is fused into the weights and folded with the norms; its online part can't leave "
-            "alone. Start from the original weights"
-        )
+    others = [name for name in online if name != STREAM]
+    wanted = others if given is None else [by_case.get(name.upper(), name) for name in given]
     missing = [name for name in wanted if name not in online]
     if missing or not wanted:
         what = f"{' and '.join(missing)} is not" if missing else "no rotation is"
-        there = ", ".join(removable) or "none"
+        there = ", ".join(online) or "none"
         raise RotationError(f"{what} online on this {type(model).__name__} (online: {there})")
+    if STREAM in wanted and any(s.rotation.fixes_ones for s in dict(plans)[STREAM].online):
+        _check_described(model, norms)
     _check_commutes(plans, wanted)
     for name, plan in plans:
         if name in wanted:
@@ -94,6 +105,15 @@ def _remove(model: "PreTrainedModel", groups: str | Iterable[str] | None, undo: 
             unmark(config)
         retrace()
         fusion.run(journal)
+
+
+def _check_described(model: "PreTrainedModel", norms: Sequence[NormMapping]) -> None:
+    if not norms:
+        raise RotationError(
+            f"R1 rotated the biases of the LayerNorms of this {type(model).__name__}, which "
+            "fastrot's table does not list, so they can't be rotated back; start from the original "
+            "weights"
+        )
 
 
 def _check_installed(model: "PreTrainedModel", plan: Plan) -> None:

@@ -17,7 +17,7 @@ bare vector            ``(out,)``                     0
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastrot.errors import RotationError
 from fastrot.index import Index, find_holders
@@ -80,6 +80,18 @@ def find_sites(
         name: site_of(index, name, holder, group=group, transposed=transposed)
         for name, holder in found.items()
     }
+
+
+def holds_itself(name: str, module: nn.Module) -> bool:
+    """Whether an online rotation at a module lies on it: on a norm, or a layer in a list.
+
+    Whatever else has an input is linear; tools may swap it, so the block around it holds what acts
+    there.
+    """
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor):
+        return weight.dim() == 1
+    return weight is None and name.rpartition(".")[2].isdigit()
 
 
 def site_of(

@@ -12,10 +12,11 @@ from typing import NamedTuple
 
 import torch
 
+from fastrot.ends import between_ends
 from fastrot.errors import RotationError
 from fastrot.heads import check_heads, head_dim_of, key_dim_of
 from fastrot.index import Index
-from fastrot.mapping import PLACES, ROTATIONS, Mapping, NormMapping
+from fastrot.mapping import PLACES, ROTATIONS, STREAM, Mapping, NormMapping
 from fastrot.patterns import NoMatchError
 from fastrot.recipe import Recipe
 from fastrot.rotation import MATRIX, Rotation
@@ -80,10 +81,13 @@ def configured(index: Index, recipe: Recipe) -> Configured:
         name: _fixing_ones(given) if centred and SPINQUANT[name].through_norms else given
         for name, given in (recipe.matrices or {}).items()
     }
+    places = {name: SPINQUANT[name].places(mapping) for name in wanted}
+    if recipe.keep_head:
+        places[STREAM] = between_ends(index, mapping, norms, places[STREAM])
     schemes = {
         name: TransformScheme(
             type=MATRIX if name in matrices else recipe.transform_type,
-            apply=kind.places(mapping),
+            apply=places[name],
             randomize=recipe.randomize and kind.per_layer and name not in matrices,
             head_dim=sizes[name],
             precision=recipe.precision or torch.float32,

@@ -144,10 +144,11 @@ def check_not_lost(edit: WeightEdit, weight: Tensor, scales: list[Tensor]) -> No
 
 def _writers(model: nn.Module, plan: Plan) -> Iterator[Tensor]:
     """The root mean square of every channel, of all that writes into the stream."""
-    embedding: Any = None
     # transformers finds no embedding by itself where names or classes are the user's.
     with suppress(AttributeError, NotImplementedError):
-        embedding = model.get_input_embeddings().weight.data_ptr()  # type: ignore[operator]
+        embedding: Any = model.get_input_embeddings().weight.detach()  # type: ignore[operator]
+        vectors = embedding[:: max(1, len(embedding) // SAMPLE)]
+        yield torch.linalg.vector_norm(vectors.float(), dim=0) / len(vectors) ** 0.5
     for edit in plan.weights:
         weight = model.get_parameter(edit.parameter).detach()
         if weight.dim() != 2:
@@ -155,9 +156,6 @@ def _writers(model: nn.Module, plan: Plan) -> Iterator[Tensor]:
         written = any(
             isinstance(s, Rotate) and s.group == STREAM and s.dim == 0 for s in edit.steps
         )
-        if weight.data_ptr() == embedding:
-            vectors = weight[:: max(1, len(weight) // SAMPLE)]
-            yield torch.linalg.vector_norm(vectors.float(), dim=0) / len(vectors) ** 0.5
-        elif written:
+        if written:
             vectors = weight[:, :: max(1, weight.shape[1] // SAMPLE)]
             yield torch.linalg.vector_norm(vectors.float(), dim=1) / vectors.shape[1] ** 0.5

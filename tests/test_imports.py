@@ -24,7 +24,7 @@ ROOMS = (
     ("edits", "patterns"),
     ("index",),
     ("sites",),
-    ("heads", "coverage"),
+    ("heads", "coverage", "ends"),
     ("arguments", "rows"),
     ("recipe",),
     ("spinquant",),

@@ -31,7 +31,6 @@ from fastrot.errors import RotationError
 from fastrot.integrations.guard import lift
 from fastrot.integrations.marks import GUARD
 from fastrot.journal import Journal
-from fastrot.mapping import STREAM
 from fastrot.online import OnlineRotation, attach, check_site, installed, make
 from fastrot.recipe import Recipe
 from fastrot.record import QUANT_METHOD, check_online, online_sites, sealed, with_application
@@ -122,7 +121,7 @@ def prepare(
         recipe: the rotations.
         dtype: of floating-point tensors; None leaves them as they are.
         drafts: ``copy`` keeps the tensors of multi-token prediction as they are, which is exact
-            without R1; ``drop`` leaves them out.
+            without R1, or with ``keep_head``; ``drop`` leaves them out.
         shard: bytes of a file of weights; None leaves the files as they are.
 
     Raises:
@@ -237,13 +236,22 @@ def _leftovers(model: "PreTrainedModel", plan: Plan, made: Trace, drafts: Drafts
             f"{type(model).__name__} does not have; nothing is dropped in silence, remove them "
             "from the checkpoint if nothing reads them"
         )
-    if drafted and drafts == "copy" and STREAM in plan.transform_config.config_groups:
+    if drafted and drafts == "copy" and not _keeps_ends(model, plan):
         raise RotationError(
             f"the checkpoint has {len(drafted)} tensors of multi-token prediction, {drafted[0]} "
-            "first, that read the residual stream and the head that R1 changes; leave R1 out, "
-            "which copies them as they are, or drop them (--mtp drop)"
+            "first, that read the embedding, the last norm and the head, which R1 changes; they "
+            "are copied as they are if R1 leaves these alone (keep_head=True, --keep-head) or is "
+            "left out; or drop them (--mtp drop)"
         )
     return [n for n in made.unknown if n not in drafted or drafts == "copy"]
+
+
+def _keeps_ends(model: "PreTrainedModel", plan: Plan) -> bool:
+    """Whether a plan leaves what a draft shares with the model as it is."""
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    shared = {id(end.weight) for end in ends if end is not None}
+    named = model.named_parameters(remove_duplicate=False)
+    return not any(id(weight) in shared and name in plan.parameters for name, weight in named)
 
 
 def _norms(

@@ -132,7 +132,8 @@ def rotate_checkpoint(
         memory: bytes for weights that are worked on, and scratch memory; Python and torch take
             about 0.5 GiB besides. None takes 2 GiB, or what the largest weight needs.
         drafts: what to do with tensors of multi-token prediction, which transformers does not
-            load: ``copy`` them as they are, which is exact without R1, or ``drop`` them.
+            load: ``copy`` them as they are, which is exact without R1 or with ``keep_head``, or
+            ``drop`` them.
         shard: bytes of a file of weights; None keeps the files of the source.
         worker: which of several processes this is; None asks torchrun, srun, SLURM or MPI through
             the environment. Every worker does some files; the last to finish completes the target.

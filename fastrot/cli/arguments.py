@@ -63,7 +63,8 @@ def parser() -> argparse.ArgumentParser:
         "--mtp",
         choices=("copy", "drop"),
         default="copy",
-        help="what to do with tensors of multi-token prediction; copying is exact without R1",
+        help="what to do with tensors of multi-token prediction; copying is exact without R1, "
+        "and with --keep-head",
     )
     rotate.add_argument(
         "--worker",
@@ -115,6 +116,12 @@ def _rotation_options() -> _Parser:
     options.add_argument("--transform-type", choices=KINDS, default="hadamard")
     options.add_argument(
         "--randomize", action="store_true", help="R2, R3 and R4 of its own for every layer"
+    )
+    options.add_argument(
+        "--keep-head",
+        action="store_true",
+        help="R1 leaves embedding, last norm and head alone, and acts online at both ends: tied "
+        "embeddings stay tied",
     )
     options.add_argument("--block-size", type=_positive, help="block-diagonal R1 and R4")
     options.add_argument("--seed", type=int, default=0, help="of everything random; default: 0")

@@ -82,7 +82,7 @@ class Plan:
         for edit in self.weights:
             operations = [str(step) for step in edit.steps]
             if edit.source is not None:
-                operations.insert(0, f"untied from {edit.source}")
+                operations.insert(0, f"untied from {edit.source} (keep_head=True leaves them tied)")
             yield {
                 "name": edit.parameter,
                 "shape": self.shapes[edit.parameter],

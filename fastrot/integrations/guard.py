@@ -15,6 +15,10 @@ from fastrot.resolve.places import places
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+DRAFTS = "MtpModel"
+"""transformers' class for drafts, which takes the configuration of the model it drafts for; nothing
+inside is rotated."""
+
 
 VLLM = "vllm"
 """The attention implementation of models that vLLM builds; there its plugin rotates, and checks."""
@@ -22,7 +26,7 @@ VLLM = "vllm"
 
 def guard(model: "PreTrainedModel") -> None:
     """Let a model that is being built refuse to run, if its record names online rotations."""
-    if model.config._attn_implementation == VLLM:
+    if type(model).__name__ == DRAFTS or model.config._attn_implementation == VLLM:
         return
     try:
         needed = any(

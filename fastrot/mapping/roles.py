@@ -83,6 +83,7 @@ class Mapping:
             online.
         post_norm_in: the writers among the above that write into such a norm instead of the stream.
         transposed: the bare matrices among the above that are (in, out).
+        between: those of the above that meet the stream between two layers, and lie in none.
     """
 
     embedding: Patterns = ()
@@ -103,6 +104,7 @@ class Mapping:
     post_norm: Patterns = ()
     post_norm_in: Patterns = ()
     transposed: Patterns = ()
+    between: Patterns = ()
 
     def __post_init__(self) -> None:
         for role in fields(self):
@@ -188,6 +190,7 @@ class Shell:
             sought below it.
         writers: what writes image features into the residual stream: the last linear of projectors.
         transposed: the bare matrices among them that are (in, out).
+        between: those of them that write between two layers of the language model.
         ignore: parameters of the towers; a parameter that a writer owns need not be left out.
         head: full name of the language model's head.
         notes: what is special, for the documentation.
@@ -196,6 +199,7 @@ class Shell:
     text: str
     writers: Patterns = ()
     transposed: Patterns = ()
+    between: Patterns = ()
     ignore: tuple[Untouched, ...] = ()
     head: str = "lm_head"
     notes: str = ""

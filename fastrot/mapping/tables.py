@@ -97,6 +97,7 @@ def _inside(row: Architecture, shell: Shell) -> Architecture:
         mapping,
         writers=(*mapping.writers, *shell.writers),
         transposed=(*mapping.transposed, *shell.transposed),
+        between=(*mapping.between, *shell.between),
     )
     notes = "; ".join(note for note in (row.notes, shell.notes) if note)
     return replace(row, mapping=mapping, norms=norms, notes=notes)

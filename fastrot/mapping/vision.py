@@ -56,9 +56,12 @@ QWEN2_VL = Shell(
     ),
 )
 
+DEEP_STACK = (r"re:model\.visual\.deepstack_merger_list\.\d+\.linear_fc2$",)
+
 QWEN3_VL = Shell(
     "model.language_model",
-    writers=(r"re:model\.visual\.(merger|deepstack_merger_list\.\d+)\.linear_fc2$",),
+    writers=(r"re:model\.visual\.merger\.linear_fc2$", *DEEP_STACK),
+    between=DEEP_STACK,
     ignore=(
         QWEN_TOWER,
         Untouched(
@@ -69,7 +72,7 @@ QWEN3_VL = Shell(
     notes="deep-stack mergers write between layers",
 )
 
-QWEN3_5 = replace(QWEN3_VL, notes="")
+QWEN3_5 = replace(QWEN3_VL, writers=QWEN3_VL.writers[:1], between=(), notes="")
 
 GLM4V = Shell(
     "model.language_model",

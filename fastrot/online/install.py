@@ -12,6 +12,7 @@ from fastrot.online.blocks import FORWARDS, Place, check_block, places_of, set_p
 from fastrot.online.experts import ExpertsForward, check_experts, experts_forward
 from fastrot.online.rotation import OnlineRotation
 from fastrot.online.witness import watch
+from fastrot.sites import holds_itself
 from fastrot.transform_config import ATTENTION_LOCATIONS
 
 
@@ -42,9 +43,7 @@ def _holder(model: nn.Module, site: OnlineSite) -> tuple[nn.Module, str | None]:
     A linear module may be replaced by another, so the block around it holds what acts there.
     """
     module = model.get_submodule(site.module)
-    weight = getattr(module, "weight", None)
-    is_norm = isinstance(weight, Tensor) and weight.dim() == 1
-    if site.location not in ("input", "output") or is_norm:
+    if site.location not in ("input", "output") or holds_itself(site.module, module):
         return module, None
     owner, _, child = site.module.rpartition(".")
     return model.get_submodule(owner), child
@@ -119,6 +118,8 @@ def _hook(module: nn.Module, rotation: OnlineRotation, journal: Undo) -> None:
         set_places(module, (*places_of(module), *_place(rotation)))
     elif location == "output":
         module.register_forward_hook(_rotate_output)
+    elif location == "input":
+        module.register_forward_pre_hook(_rotate_input, with_kwargs=True)
     elif location == "k_cache":
         module.register_forward_pre_hook(rotate_keys, with_kwargs=True)
     elif location == "down_input":
@@ -200,7 +201,8 @@ def _unhook(module: nn.Module, rotation: OnlineRotation) -> None:
     elif rotation.location == "down_input":
         _own_forward(module)
     # Handles do not survive deepcopy and pickle; the functions do.
-    function = {"output": _rotate_output, "k_cache": rotate_keys}.get(rotation.location)
+    functions = {"input": _rotate_input, "output": _rotate_output, "k_cache": rotate_keys}
+    function = functions.get(rotation.location) if rotation.child is None else None
     for hooks in (module._forward_pre_hooks, module._forward_hooks):
         for key, hook in list(hooks.items()):
             if hook is function:
@@ -214,6 +216,16 @@ def _own_forward(module: nn.Module) -> None:
             delattr(module, name)
             if name == "_old_forward":
                 setattr(module, name, type(module).forward.__get__(module))
+
+
+def _rotate_input(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    rotation: Any = module.fastrot_input
+    if args:
+        return (rotation(args[0]), *args[1:]), kwargs
+    # By name; the layers of transformers call it so.
+    return args, {**kwargs, "hidden_states": rotation(kwargs["hidden_states"])}
 
 
 def _rotate_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:

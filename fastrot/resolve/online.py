@@ -10,7 +10,7 @@ from fastrot.errors import RotationError
 from fastrot.heads import KEY_NAMES, head_size
 from fastrot.index import Index, find_holders, find_modules
 from fastrot.resolve.places import places, rotation_of
-from fastrot.sites import site_of
+from fastrot.sites import holds_itself, site_of
 from fastrot.transform_config import ATTENTION_LOCATIONS, TransformArgs, TransformConfig
 
 if TYPE_CHECKING:
@@ -60,6 +60,9 @@ def _online_places(index: Index, group: str, args: TransformArgs) -> Iterator[tu
             yield name, "output", _output_size(group, name, module)
         return
     for name, holder in find_holders(index, args.targets, args.ignore).items():
+        if isinstance(holder, nn.Module) and holds_itself(name, holder):
+            yield name, "input", _stream_size(index, group, name, holder)
+            continue
         size = getattr(holder, "in_features", None)
         if isinstance(size, int):
             # A quantizer may have packed the weight.
@@ -78,6 +81,20 @@ def _online_places(index: Index, group: str, args: TransformArgs) -> Iterator[tu
                 f"{group}: {name} is a bare parameter, the input of which no online transform can "
                 "reach"
             )
+
+
+def _stream_size(index: Index, group: str, name: str, module: nn.Module) -> int:
+    """The size of what goes into a norm, or into a layer as a whole."""
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, nn.Parameter):
+        return weight.numel()
+    size = getattr(index.config.get_text_config(), "hidden_size", None)
+    if not isinstance(size, int):
+        raise RotationError(
+            f"{group}: {name} is a {type(module).__name__}, and the configuration names no "
+            "hidden_size for its input"
+        )
+    return size
 
 
 def _output_size(group: str, name: str, module: nn.Module) -> int:

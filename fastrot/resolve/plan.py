@@ -12,11 +12,9 @@ from fastrot.index import Index, outline
 from fastrot.mapping import STREAM, Mapping, NormMapping
 from fastrot.resolve.norms import fold_norms
 from fastrot.resolve.online import resolve_online
-from fastrot.resolve.places import places
 from fastrot.resolve.steps import Steps, rotate_sites
 from fastrot.resolve.ties import untie
 from fastrot.rotation import Rotation
-from fastrot.sites import find_sites
 from fastrot.transform_config import TransformConfig
 
 if TYPE_CHECKING:
@@ -53,12 +51,9 @@ def resolve(
     sites = resolve_online(index, config, seed)
     steps = Steps()
     rotate_sites(index, config, seed, steps)
-    online = {
-        name
-        for *_, args in places(config, online=True)
-        if args.location == "input"
-        for name in find_sites(index, args.targets, args.ignore)
-    }
+    # Of stacked experts the site is the module around their weight.
+    ends = {"input": "", "down_input": ".down_proj"}
+    online = {f"{s.module}{ends[s.location]}" for s in sites if s.location in ends}
     fold_norms(index, norms, online, steps)
     edits = [
         WeightEdit(
