@@ -1,10 +1,10 @@
-"""Reading, rotating and writing at once, in memory that is bounded and used again."""
+"""Reading, rotating, writing and syncing at once, in memory that is bounded and used again."""
 
 import os
 import queue
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,12 +50,14 @@ class Buffers:
                 self._changed.wait()
             if self._stopped:
                 raise StoppedError
-            for place, memory in enumerate(self._free):
-                if len(memory) == size:
-                    self._used += size
-                    return self._free.pop(place)
-            kept = self._most - self._used - size
-            while self._free and sum(map(len, self._free)) > kept:
+            room = max(size, self._most - self._used)
+            fits = [memory for memory in self._free if size <= len(memory) <= room]
+            if fits:
+                memory = min(fits, key=len)
+                self._free = [other for other in self._free if other is not memory]
+                self._used += len(memory)
+                return memory
+            while self._free and sum(map(len, self._free)) > room - size:
                 self._free.pop(0)
             self._used += size
         return np.empty(size, np.uint8)
@@ -84,7 +86,7 @@ class _Loaded:
 
 
 class Pipeline:
-    """Three stages: one thread reads, the caller's rotates, one writes.
+    """Four stages: one thread reads, the caller's rotates, one writes, one brings to the disk.
 
     Args:
         files: what to write, one after the other.
@@ -112,6 +114,7 @@ class Pipeline:
         self._buffers = Buffers(memory)
         self._loaded: queue.SimpleQueue[_Loaded | None] = queue.SimpleQueue()
         self._rotated: queue.SimpleQueue[_Loaded | None] = queue.SimpleQueue()
+        self._written: queue.SimpleQueue[tuple[OutputFile, Path] | None] = queue.SimpleQueue()
         self._failure: BaseException | None = None
 
     def run(self) -> None:
@@ -124,7 +127,11 @@ class Pipeline:
         """
         threads = [
             threading.Thread(target=self._guarded, args=(stage,), name=f"fastrot-{name}")
-            for name, stage in (("read", self._read), ("write", self._write))
+            for name, stage in (
+                ("read", self._read),
+                ("write", self._write),
+                ("settle", self._settle),
+            )
         ]
         for thread in threads:
             thread.start()
@@ -178,19 +185,25 @@ class Pipeline:
         self._rotated.put(None)
 
     def _write(self) -> None:
-        for file in self._files:
-            part = self._part_of(file)
+        try:
+            for file in self._files:
+                part = self._part_of(file)
+                with _whole_or_gone(part):
+                    self._write_file(file, part)
+                self._written.put((file, part))
+        finally:
+            self._written.put(None)
+
+    def _settle(self) -> None:
+        """Bring files to the disk and give them their names, while the next one is written."""
+        while (item := self._written.get()) is not None:
+            file, part = item
             try:
-                self._write_file(file, part)
-                self._finish(file, part)
-            except BaseException as error:
-                with suppress(OSError):
-                    part.unlink()
-                if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
-                    raise OSError(
-                        f"{part.parent}: the weights can't be written: {error.strerror}"
-                    ) from error
-                raise
+                with _whole_or_gone(part):
+                    _sync(part)
+                    self._finish(file, part)
+            except BaseException as error:  # those behind are whole, and get their names still
+                self._stop(error)
 
     def _write_file(self, file: OutputFile, part: Path) -> None:
         head, starts = header_of(file.layouts, file.metadata)
@@ -202,7 +215,6 @@ class Pipeline:
                 _write_at(descriptor, raw.data, starts[name])
             while (item := self._rotated.get()) is not None and self._failure is None:
                 if item.panel is None:
-                    os.fsync(descriptor)
                     return
                 assert item.memory is not None
                 raw = item.panel.result(torch.from_numpy(item.memory)).numpy()
@@ -213,6 +225,29 @@ class Pipeline:
             raise StoppedError
         finally:
             os.close(descriptor)
+
+
+@contextmanager
+def _whole_or_gone(part: Path) -> Iterator[None]:
+    """Remove a file that could not be written, and say where that was."""
+    try:
+        yield
+    except BaseException as error:
+        with suppress(OSError):
+            part.unlink()
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise OSError(
+                f"{part.parent}: the weights can't be written: {error.strerror}"
+            ) from error
+        raise
+
+
+def _sync(file: Path) -> None:
+    descriptor = os.open(file, os.O_WRONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write_at(descriptor: int, raw: memoryview, offset: int) -> None:
