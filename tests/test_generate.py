@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import random_ids, tiny
 from test_exact import MODEL_TYPES, ROTATIONS
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, QuantizedCache, StaticCache
 
 import fastrot
 from fastrot.integrations.transformers import cache_argument
@@ -109,3 +109,38 @@ def test_two_models_are_strangers(pair):
     assert torch.equal(model(**inputs).logits, before)
     assert model.config._attn_implementation == "sdpa"
     assert not any("fastrot" in name for name, _ in model.named_modules())
+
+
+def test_a_quantized_cache_holds_rotated_keys():
+    """Two channels of the keys are massive: rotated, 4 bits lose a fraction of what they lost."""
+    pytest.importorskip("optimum.quanto")
+    model = tiny("llama", head_dim=64, heads=4, kv_heads=2, hidden=128)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.weight[[3, 70]] *= 30
+            layer.self_attn.q_proj.weight[[3, 67, 134, 198]] /= 30
+    rotated = copy.deepcopy(model)
+    fastrot.apply(rotated, ("R2", "R3", "R4"), transform_type="random-hadamard")
+    ids = random_ids(model, 2, 24, seed=0)
+
+    def answer(model, cache):
+        with torch.no_grad():
+            tokens = ids.split(1, dim=1)
+            return torch.cat(
+                [model(t, **cache_argument(model, cache), use_cache=True).logits for t in tokens], 1
+            ).double()
+
+    exact = answer(model, DynamicCache())
+    assert (answer(rotated, DynamicCache()) - exact).norm() < 1e-5 * exact.norm()
+    plain, turned = (
+        float((answer(m, quantized_cache(m)) - exact).norm() / exact.norm())
+        for m in (model, rotated)
+    )
+    assert 1e-3 < turned < 0.7 * plain
+
+
+def quantized_cache(model):
+    """In 4 bits. Two tokens stay as they are; groups of 32 numbers share a scale."""
+    return QuantizedCache(
+        "quanto", model.config, 4, axis_key=0, axis_value=0, q_group_size=32, residual_length=2
+    )
