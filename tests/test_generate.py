@@ -6,12 +6,18 @@ import pytest
 import torch
 from helpers import random_ids, tiny
 from test_exact import MODEL_TYPES, ROTATIONS
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AttentionInterface,
+    CompileConfig,
     ContinuousBatchingConfig,
     DynamicCache,
     GenerationConfig,
+    PreTrainedTokenizerFast,
     StaticCache,
+    pipeline,
 )
 
 import fastrot
@@ -142,6 +148,36 @@ def test_compiled_in_one_graph(pair):
         static = compiled(**inputs, **cache_argument(rotated, cache), use_cache=True).logits
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(static, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", ["llama"], indirect=True)
+def test_a_static_cache_with_the_decoder_compiled(pair):
+    """As generate does by itself where there is a GPU."""
+    model, rotated = pair
+    inputs = padded_batch(model)
+    compiled = CompileConfig(fullgraph=True)
+    compiled._compile_all_devices = True
+    static = {"cache_implementation": "static", "compile_config": compiled}
+    assert torch.equal(generate(rotated, inputs, **static), generate(model, inputs))
+    assert rotated._compiled_call is not None
+
+
+def test_pipeline(pair, tmp_path):
+    words = {str(number): number for number in range(64)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, "0")), pad_token="0"
+    )
+    tokenizer.backend_tokenizer.pre_tokenizer = Whitespace()
+    texts = []
+    for name, model in zip(("plain", "rotated"), pair, strict=True):
+        for saved in (model, tokenizer):
+            saved.save_pretrained(tmp_path / name)
+        answer = pipeline("text-generation", str(tmp_path / name), device="cpu")
+        asked = ["7 9 31", "60 12 5 5 8"]
+        texts.append(answer(asked, batch_size=2, max_new_tokens=32, do_sample=False))
+    assert texts[0] == texts[1]
+    assert len(texts[0][1][0]["generated_text"]) > 32
 
 
 def test_another_attention_implementation_is_refused_at_run_time(pair, monkeypatch):
