@@ -18,6 +18,7 @@ from fastrot.integrations.transformers import cache_argument
 
 SUBMODULE_IMPORTS = {
     "cache_utils": {"Cache", "DynamicLayer", "EncoderDecoderCache"},
+    "cli.transformers": {"app"},
     "conversion_mapping": {"get_model_conversion_mapping"},
     "core_model_loading": {
         *("WeightConverter", "WeightRenaming", "dot_natural_key"),
@@ -34,6 +35,7 @@ SUBMODULE_IMPORTS = {
     "quantizers.auto": {"register_quantization_config", "register_quantizer"},
     "quantizers.base": {"HfQuantizer"},
     "utils": {"logging"},
+    "utils.import_utils": {"is_serve_available"},
     "utils.quantization_config": {"QuantizationConfigMixin"},
 }
 """Names that do not stand in transformers itself."""
