@@ -7,13 +7,14 @@ OLDEST := $(VENV)/oldest
 NEWEST := $(VENV)/newest
 SERVING := $(VENV)/serving
 TOOLS := $(VENV)/tools
+SERVE := $(VENV)/serve
 MEETS_TRANSFORMERS := tests/test_contract.py tests/test_attention.py tests/test_zoo.py \
     tests/test_exact.py tests/test_save_load.py tests/test_generate.py tests/test_online.py \
     tests/test_checkpoint_trace.py tests/test_checkpoint_rotate.py
 FAST := "not slow and not exhaustive"
 THEIRS := "not slow and not exhaustive and not ours"
 
-.PHONY: demo test lint fast-test exhaustive test-oldest test-newest test-serving test-tools attack \
+.PHONY: demo test lint fast-test exhaustive test-oldest test-newest test-serving test-tools test-serve attack \
     smollm2 clean
 
 demo: $(READY)
@@ -38,6 +39,12 @@ test-tools: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
 	    --target $(TOOLS) -c constraints.txt torchao bitsandbytes hqq
 	PYTHONPATH=$(TOOLS) $(BIN)/python -m pytest -q -n 2 tests/test_quantizers.py
+
+# What `transformers serve` needs, laid over the environment: `fastrot serve` over HTTP.
+test-serve: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade \
+	    --target $(SERVE) -c constraints.txt fastapi uvicorn openai
+	PYTHONPATH=$(SERVE) $(BIN)/python -m pytest -q tests/test_serve.py
 
 # vLLM on the CPU, in an environment of its own: it pins other versions. Minutes, no part of `make test`.
 test-serving: $(SERVING)/.ready

@@ -5,12 +5,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -97,6 +101,14 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
 def relative_error(a: Tensor, b: Tensor) -> float:
     """The norm of the difference over the norm of ``b``; NaN never passes as small."""
     return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """Of a tiny model: a word ``w7`` for every id but those of padding and the end."""
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{number}": number for number in range(3, 64)}
+    core = Tokenizer(WordLevel(words, "<pad>"))
+    core.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>")
 
 
 class Same:

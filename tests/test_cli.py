@@ -610,7 +610,7 @@ def test_version_and_help(capsys):
         assert caught.value.code == 0
     out = capsys.readouterr().out
     assert out.startswith(f"fastrot {fastrot.__version__}\n")
-    for command in ("plan", "rotate", "verify", "demo"):
+    for command in ("plan", "rotate", "verify", "serve", "demo"):
         assert f"    {command} " in out
 
 

@@ -18,11 +18,13 @@ from fastrot.integrations.transformers import cache_argument
 
 SUBMODULE_IMPORTS = {
     "cache_utils": {"Cache", "DynamicLayer", "EncoderDecoderCache"},
+    "cli.transformers": {"app"},
     "conversion_mapping": {"get_model_conversion_mapping"},
     "core_model_loading": {
         *("WeightConverter", "WeightRenaming", "dot_natural_key"),
         *("rename_source_key", "revert_weight_conversion"),
     },
+    "generation.continuous_batching.cache": {"PagedAttentionCache"},
     "integrations.moe": {"ALL_EXPERTS_FUNCTIONS"},
     "models.auto.configuration_auto": {"CONFIG_MAPPING"},
     "models.auto.modeling_auto": {
@@ -33,14 +35,13 @@ SUBMODULE_IMPORTS = {
     "quantizers.auto": {"register_quantization_config", "register_quantizer"},
     "quantizers.base": {"HfQuantizer"},
     "utils": {"logging"},
+    "utils.import_utils": {"is_serve_available"},
     "utils.quantization_config": {"QuantizationConfigMixin"},
 }
 """Names that do not stand in transformers itself."""
 
 REGISTRY_NAMES = {
     "integrations.moe": "ALL_EXPERTS_FUNCTIONS",
-    "masking_utils": "ALL_MASK_ATTENTION_FUNCTIONS",
-    "modeling_utils": "ALL_ATTENTION_FUNCTIONS",
     "quantizers.auto": "AUTO_QUANTIZER_MAPPING",
 }
 """Where fastrot registers once the module was imported."""
@@ -74,13 +75,13 @@ def module_of(name):
 ATTRIBUTES = {
     "a configuration": (
         lambda: llama().config,
-        "_attn_implementation output_attentions get_text_config tie_word_embeddings model_type "
-        "is_encoder_decoder",
+        "_attn_implementation get_text_config tie_word_embeddings model_type is_encoder_decoder",
     ),
     "a model": (
         llama,
         "_adjust_missing_and_unexpected_keys _from_config all_tied_weights_keys "
-        "_keys_to_ignore_on_load_unexpected _keys_to_ignore_on_load_missing base_model_prefix "
+        "_supports_flash_attn _keys_to_ignore_on_load_unexpected "
+        "_keys_to_ignore_on_load_missing base_model_prefix "
         "get_expanded_tied_weights_keys get_input_embeddings "
         "get_output_embeddings set_attn_implementation set_experts_implementation",
     ),
@@ -92,7 +93,7 @@ ATTRIBUTES = {
     "an attention module": (lambda: llama().model.layers[0].self_attn, "config head_dim"),
     "the module of an attention class": (
         partial(module_of, "llama.modeling_llama"),
-        "eager_attention_forward ALL_ATTENTION_FUNCTIONS",
+        "ALL_ATTENTION_FUNCTIONS",
     ),
     "a cache": (transformers.DynamicCache, "update layers"),
     "a cache of cross attention": (
@@ -116,8 +117,7 @@ ATTRIBUTES = {
 """Things of transformers', and the attributes of theirs that fastrot uses."""
 
 IMPLEMENTATIONS = {
-    "modeling_utils.ALL_ATTENTION_FUNCTIONS": {"sdpa", "flex_attention"},
-    "masking_utils.ALL_MASK_ATTENTION_FUNCTIONS": {"eager", "sdpa", "flex_attention"},
+    "modeling_utils.ALL_ATTENTION_FUNCTIONS": {"sdpa", "flex_attention", "paged|eager"},
     "integrations.moe.ALL_EXPERTS_FUNCTIONS": {"grouped_mm", "batched_mm"},
 }
 
@@ -131,6 +131,7 @@ TORCH = {
     *("_disable_dynamo", "_dynamo_marked_constant", "_exit"),
     *("_make_wrapper_subclass", "_disabled_torch_function_impl"),
     *("_to_copy", "_unsafe_view", "_reshape_alias"),
+    *("_disable_dynamo", "_exit"),
     *("_after_autograd_keyset", "_AutoDispatchBelowAutograd", "_overlaps", "_current_level"),
 }
 """Private attributes of torch's and numba's, and public ones of named tuples and os."""
@@ -144,6 +145,17 @@ def missing(what):
 def test_names_stand_where_they_stood(module):
     found = set(dir(import_module(f"transformers.{module}")))
     assert not SUBMODULE_IMPORTS[module] - found, missing(f"them in {module}")
+
+
+def test_attention_functions_rotate():
+    """Every one that a forward gets from an interface, whatever its name."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    seen = []
+    function = ALL_ATTENTION_FUNCTIONS.get_interface("eager", lambda *args: seen.append(args))
+    function(torch.nn.Module(), *"qkv")
+    assert seen[0][1:] == tuple("qkv"), missing("the default of an attention interface")
+    assert ALL_ATTENTION_FUNCTIONS.get_interface.fastrot, missing("AttentionInterface")
 
 
 @pytest.mark.parametrize("module", REGISTRY_NAMES)
@@ -211,7 +223,9 @@ def test_every_import_of_a_submodule_is_listed():
             names = found.setdefault(node.module.removeprefix("transformers."), set())
             names.update(alias.name for alias in node.names)
     assert found == SUBMODULE_IMPORTS
-    assert {f"transformers.{module}" for module in REGISTRY_NAMES} == REGISTRIES.keys()
+    assert {f"transformers.{module}" for module in (*REGISTRY_NAMES, "modeling_utils")} == {
+        *REGISTRIES
+    }
 
 
 def test_every_private_attribute_is_listed():

@@ -4,9 +4,18 @@ import copy
 
 import pytest
 import torch
-from helpers import random_ids, tiny
+from helpers import random_ids, tiny, word_tokenizer
 from test_exact import MODEL_TYPES, ROTATIONS
-from transformers import DynamicCache, QuantizedCache, StaticCache
+from transformers import (
+    AttentionInterface,
+    CompileConfig,
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+    QuantizedCache,
+    StaticCache,
+    pipeline,
+)
 
 import fastrot
 from fastrot.integrations.transformers import cache_argument
@@ -47,10 +56,55 @@ def generate(model, inputs, **kwargs):
 def test_same_64_tokens(pair, cache, attention):
     model, rotated = (copy.deepcopy(m) for m in pair)
     model.set_attn_implementation(attention)
-    rotated.set_attn_implementation(f"fastrot_{attention}")
+    rotated.set_attn_implementation(attention)
     inputs = padded_batch(model)
     expected = generate(model, inputs, **KINDS_OF_CACHE[cache])
     assert torch.equal(generate(rotated, inputs, **KINDS_OF_CACHE[cache]), expected)
+
+
+def batched(model, prompts):
+    """Tokens of continuous batching: prompts share batches of 16, and are cut where one is full."""
+    answers = model.generate_batch(
+        prompts,
+        GenerationConfig(max_new_tokens=16, do_sample=False, eos_token_id=-1, pad_token_id=0),
+        ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=16),
+        progress_bar=False,
+    )
+    assert [answer.error for answer in answers.values()] == [None] * len(prompts)
+    return [answer.generated_tokens for answer in answers.values()]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_continuous_batching(pair, attention):
+    model, rotated = (copy.deepcopy(m) for m in pair)
+    prompts = [random_ids(model, 1, length, seed=length)[0].tolist() for length in (3, 23, 9)]
+    for m in (model, rotated):
+        m.set_attn_implementation(attention)
+    expected = batched(model, prompts)
+    assert batched(rotated, prompts) == expected
+    assert rotated.config._attn_implementation == attention
+    for layer in rotated.model.layers:
+        layer.self_attn.fastrot_q_attn = torch.nn.Identity()
+    assert batched(rotated, prompts) != expected
+
+
+def test_continuous_batching_stays_with_an_attention_that_r3_knows(pair, monkeypatch):
+    """It changes to flash attention where that is installed and the model says it can."""
+    home = "transformers.generation.continuous_batching.continuous_api."
+    for version in (2, 3):
+        monkeypatch.setattr(f"{home}is_flash_attn_{version}_available", lambda **kwargs: True)
+    asked = []
+    model, rotated = (copy.deepcopy(m) for m in pair)
+    monkeypatch.setattr(
+        type(model), "set_attn_implementation", lambda self, name: asked.append(name)
+    )
+    limits = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=16)
+    rotated.init_continuous_batching(model.generation_config, limits)
+    assert asked in ([], ["paged|sdpa"])
+    for m in (model, fastrot.remove(rotated) or rotated):
+        asked.clear()
+        m.init_continuous_batching(model.generation_config, limits)
+        assert "flash" in asked[0]
 
 
 def cached_keys(model, ids, cache):
@@ -93,11 +147,39 @@ def test_compiled_in_one_graph(pair):
     torch.testing.assert_close(static, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_another_attention_implementation_is_refused_at_run_time(pair):
+@pytest.mark.slow
+@pytest.mark.parametrize("pair", ["llama"], indirect=True)
+def test_a_static_cache_with_the_decoder_compiled(pair):
+    """As generate does by itself where there is a GPU."""
+    model, rotated = pair
+    inputs = padded_batch(model)
+    compiled = CompileConfig(fullgraph=True)
+    compiled._compile_all_devices = True
+    static = {"cache_implementation": "static", "compile_config": compiled}
+    assert torch.equal(generate(rotated, inputs, **static), generate(model, inputs))
+    assert rotated._compiled_call is not None
+
+
+def test_pipeline(pair, tmp_path):
+    texts = []
+    for name, model in zip(("plain", "rotated"), pair, strict=True):
+        model.save_pretrained(tmp_path / name)
+        # Given, as the one that is found for a folder depends on the type of its model.
+        answer = pipeline(
+            "text-generation", str(tmp_path / name), tokenizer=word_tokenizer(), device="cpu"
+        )
+        asked = ["w7 w9 w31", "w60 w12 w5 w5 w8"]
+        texts.append(answer(asked, batch_size=2, max_new_tokens=32, do_sample=False))
+    assert texts[0] == texts[1]
+    assert len(texts[0][1][0]["generated_text"]) > 32
+
+
+def test_another_attention_implementation_is_refused_at_run_time(pair, monkeypatch):
     rotated = copy.deepcopy(pair[1])
-    rotated.set_attn_implementation("sdpa")
-    with pytest.raises(RuntimeError, match=r"set_attn_implementation\('fastrot_sdpa'\)"):
-        rotated(**padded_batch(rotated))
+    monkeypatch.setitem(AttentionInterface._global_mapping, "another", print)
+    rotated.set_attn_implementation("another")
+    with pytest.raises(RuntimeError, match=r"'another'; .*set_attn_implementation\('sdpa'\)"):
+        rotated(random_ids(rotated, 1, 5, seed=0))
 
 
 def test_two_models_are_strangers(pair):

@@ -80,7 +80,7 @@ def test_decoding_in_a_static_cache(attention):
     rotated = copy.deepcopy(model)
     fastrot.apply(rotated, ROTATIONS, transform_type="random-hadamard", randomize=True)
     model.set_attn_implementation(attention)
-    rotated.set_attn_implementation(f"fastrot_{attention}")
+    rotated.set_attn_implementation(attention)
     ids = random_ids(model, 2, 12, seed=3).cuda()
     tokens = [
         m.generate(

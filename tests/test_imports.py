@@ -226,16 +226,14 @@ def test_registering_leaves_modules_as_they_are():
     """Looking for a module imports nothing; the module knows nothing of the finder."""
     code = """
 import fastrot, importlib.util, sys
-name = "transformers.masking_utils"
+name = "transformers.integrations.moe"
 spec = importlib.util.find_spec(name)
 assert name not in sys.modules and spec.loader.is_package(name) is False
-assert "ALL_MASK_ATTENTION_FUNCTIONS" in spec.loader.get_source(name)
-import transformers.masking_utils as module
+assert "ALL_EXPERTS_FUNCTIONS" in spec.loader.get_source(name)
+import transformers.integrations.moe as module
 assert type(module.__loader__) is importlib.machinery.SourceFileLoader
 assert module.__spec__.loader is module.__loader__ and module.__spec__.origin == module.__file__
 importlib.reload(fastrot)
 importlib.reload(module)
-print(*[key for key in module.ALL_MASK_ATTENTION_FUNCTIONS if "fastrot" in key])"""
-    assert set(in_a_new_process(code)) == {
-        f"fastrot_{i}" for i in ("eager", "sdpa", "flex_attention")
-    }
+print(*[key for key in module.ALL_EXPERTS_FUNCTIONS if "fastrot" in key])"""
+    assert in_a_new_process(code) == ["fastrot"]

@@ -845,14 +845,6 @@ MODELS = {
         {"rotations": "R3"},
         attribute("config._attn_implementation", "flash_attention_2"),
     ),
-    "attentions in the configuration": Case(
-        ValueError,
-        (f"{LAYER}.self_attn", "output_attentions=True", "pass output_attentions=True to the call"),
-        {"rotations": "R3"},
-        lambda m: attribute("config.output_attentions", True)(
-            attribute("config._attn_implementation", "eager")(m)
-        ),
-    ),
     "attention off the interface": Case(
         ValueError,
         (f"{LAYER}.self_attn", "ClosedAttention", "interface", "leave R3 out"),

@@ -153,7 +153,7 @@ def narrower(model):
 
 
 def other_attention(model):
-    model.config._attn_implementation = "paged|eager"
+    model.config._attn_implementation = "flash_attention_2"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The command line: ``fastrot plan``, ``rotate``, ``verify``, ``architectures`` and ``demo``.
+"""The command line: ``fastrot plan``, ``rotate``, ``verify``, ``serve`` and others.
 
 Exit status: 0 done, 1 a checkpoint failed verification, 2 refused, 129 hung up, 130 interrupted,
 143 terminated.

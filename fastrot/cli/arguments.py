@@ -86,6 +86,16 @@ def parser() -> argparse.ArgumentParser:
     _add_verify_options(verification)
     verification.set_defaults(command=verify)
 
+    # What follows is for another parser, so nothing there is an option of this one.
+    serve = actions.add_parser(
+        "serve",
+        prefix_chars="\0",
+        add_help=False,
+        help="serve a model over HTTP: transformers serve, which knows rotated checkpoints then",
+    )
+    serve.add_argument("arguments", nargs="*", metavar="ARGUMENT")
+    serve.set_defaults(command=commands.serve)
+
     architectures = actions.add_parser(
         "architectures", parents=[common], help="print which models are known, as Markdown"
     )

@@ -1,4 +1,4 @@
-"""The commands ``plan``, ``rotate``, ``architectures`` and ``demo``."""
+"""The commands ``plan``, ``rotate``, ``serve``, ``architectures`` and ``demo``."""
 
 import json
 import sys
@@ -8,6 +8,7 @@ from dataclasses import asdict, fields
 import fastrot
 from fastrot.checkpoint.source import outline, weight_files
 from fastrot.cli.output import announce
+from fastrot.errors import RotationError
 
 
 def plan(args: Namespace) -> int:
@@ -55,6 +56,20 @@ def rotate(args: Namespace) -> int:
     if not done.complete:
         where = f"{args.target} lacks {done.missing} files of weights, which other workers write"
     announce(f"{str(done.plan).splitlines()[0]}\n{where}")
+    return 0
+
+
+def serve(args: Namespace) -> int:
+    """Hand over to transformers' command, in this process, where fastrot is imported."""
+    from transformers.cli.transformers import app
+    from transformers.utils.import_utils import is_serve_available
+
+    if not is_serve_available():
+        raise RotationError(
+            "fastrot serve needs fastapi, uvicorn, openai and pydantic, and not all of them are "
+            "installed; pip install 'transformers[serving]'"
+        )
+    app(["serve", *args.arguments], prog_name="fastrot")
     return 0
 
 

@@ -38,18 +38,11 @@ def _models(module: Any) -> None:
 
 
 def _attention(module: Any) -> None:
-    from fastrot.online.attention import IMPLEMENTATIONS, PREFIX, attention_forward
+    from fastrot.online.attention import rotating_interface
 
-    for base in IMPLEMENTATIONS:
-        module.ALL_ATTENTION_FUNCTIONS.register(f"{PREFIX}{base}", attention_forward(base))
-
-
-def _masks(module: Any) -> None:
-    from fastrot.online.attention import IMPLEMENTATIONS, PREFIX
-
-    functions = module.ALL_MASK_ATTENTION_FUNCTIONS
-    for base in IMPLEMENTATIONS:
-        functions.register(f"{PREFIX}{base}", functions[base])
+    interface = module.AttentionInterface
+    if not hasattr(interface.get_interface, "fastrot"):
+        interface.get_interface = rotating_interface(interface.get_interface)
 
 
 def _experts(module: Any) -> None:
@@ -71,7 +64,6 @@ def _quantizer(module: Any) -> None:
 
 REGISTRIES: dict[str, Callable[[Any], None]] = {
     "transformers.modeling_utils": _models,
-    "transformers.masking_utils": _masks,
     "transformers.integrations.moe": _experts,
     "transformers.quantizers.auto": _quantizer,
 }

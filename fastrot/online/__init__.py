@@ -1,6 +1,6 @@
 """The online part of a plan: rotations of activations, as submodules that can be taken off."""
 
-from fastrot.online.attention import IMPLEMENTATIONS, attention_forward, check_attention
+from fastrot.online.attention import check_attention
 from fastrot.online.install import (
     acts_on,
     attach,
@@ -13,11 +13,9 @@ from fastrot.online.install import (
 from fastrot.online.rotation import OnlineRotation
 
 __all__ = [
-    "IMPLEMENTATIONS",
     "OnlineRotation",
     "acts_on",
     "attach",
-    "attention_forward",
     "check_attention",
     "check_site",
     "installed",

@@ -6,6 +6,7 @@ its cache does not matter: the cache is known by its type. The state lies on the
 the functions here hold none.
 """
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable
@@ -15,45 +16,37 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from fastrot.errors import RotationError
-from fastrot.online.view import viewed
 
 if TYPE_CHECKING:
     from transformers import Cache, EncoderDecoderCache
+    from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
-IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
-"""The attention implementations around which R3 can be put."""
+IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", "paged|eager", "paged|sdpa")
+"""The attention implementations around which R3 can stand; the paged ones are for batches."""
 
-PREFIX = "fastrot_"
 KEYS = "fastrot_keys"
-SHARED_INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 
 
 def check_attention(name: str, module: Any) -> None:
     """Refuse an attention module in which R3 can't stand between RoPE and the cache."""
     parameters = inspect.signature(type(module).forward).parameters.values()
     passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    if not passes_on or _interface(type(module)) is None:
+    if not passes_on or not _asks_interface(type(module)):
         raise RotationError(
             f"{name} ({type(module).__name__}) does not use transformers' attention interface, so "
             "R3 can't rotate its queries and keys after RoPE; leave R3 out"
         )
     implementation = str(module.config._attn_implementation)
-    if implementation.removeprefix(PREFIX) not in IMPLEMENTATIONS:
+    if implementation not in IMPLEMENTATIONS:
         raise RotationError(
             f"{name} uses attention implementation {implementation!r}; R3 works with eager, sdpa "
             "and flex_attention: call model.set_attn_implementation('sdpa') first, or load with "
             "attn_implementation='sdpa'"
         )
-    if getattr(module.config, "output_attentions", False):
-        raise RotationError(
-            f"{name} has output_attentions=True in its configuration, which transformers refuses "
-            "to save beside the attention implementation that R3 needs; set "
-            "config.output_attentions = False and pass output_attentions=True to the call"
-        )
 
 
-def _interface(attention: type) -> tuple[str, str] | None:
-    """Where the attention interface lies that a class' forward calls: a module, and the name there.
+def _asks_interface(attention: type) -> bool:
+    """Whether a class' forward gets its attention function from a :func:`rotating_interface`.
 
     A forward that calls ``super().forward`` stands for the one that it inherits.
     """
@@ -62,17 +55,13 @@ def _interface(attention: type) -> tuple[str, str] | None:
     for owner in attention.__mro__:
         forward = inspect.unwrap(vars(owner)["forward"]) if "forward" in vars(owner) else None
         if isinstance(forward, FunctionType):
-            home = sys.modules.get(forward.__module__)
-            for name in forward.__code__.co_names:
-                if isinstance(getattr(home, name, None), AttentionInterface):
-                    return forward.__module__, name
+            home, names = sys.modules.get(forward.__module__), forward.__code__.co_names
+            for found in (getattr(home, name, None) for name in names):
+                if isinstance(found, AttentionInterface):
+                    return "get_interface" in names and hasattr(found.get_interface, "fastrot")
             if "__class__" not in forward.__code__.co_freevars:
-                return None
-    return None
-
-
-# As torch.compiler.assume_constant_result does, which would import the whole compiler for it.
-_interface._dynamo_marked_constant = True  # type: ignore[attr-defined]
+                return False
+    return False
 
 
 class Keys:
@@ -88,33 +77,45 @@ class Keys:
         self.cached = False
 
 
-def attention_forward(base: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The attention function ``base``, with queries and keys rotated where a module asks for it."""
+def rotating_interface(get_interface: Callable[..., Any]) -> Callable[..., Any]:
+    """``AttentionInterface.get_interface``, so that what it returns rotates where a module asks.
 
-    def forward(
-        module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        module = viewed(module)
+    Every attention function passes there, ``eager`` too, whatever its name; modules without R3 pay
+    for two look-ups.
+    """
+
+    @functools.wraps(get_interface)
+    def get(self: Any, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        return functools.partial(_attend, get_interface(self, *args, **kwargs))
+
+    get.fastrot = True  # type: ignore[attr-defined]
+    return get
+
+
+def _attend(
+    function: Callable[..., Any],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    rotations = getattr(module, "_modules", {})
+    if "fastrot_q_attn" in rotations:
+        query = rotations["fastrot_q_attn"](query)
+    if "fastrot_k_cache" in rotations:
         keys: Keys | None = kwargs.pop(KEYS, None)
-        if keys is None and hasattr(module, "fastrot_k_cache"):
+        if keys is None:
             raise RuntimeError(
                 f"R3: the forward of this {type(module).__name__} was called directly, or keeps "
                 "keyword arguments from its attention function, so its keys would not be rotated; "
                 "call the module itself, or leave R3 out"
             )
-        if keys is not None and not keys.cached:
+        if not keys.cached:
             key = keys.rotation(key)
-        rotation = getattr(module, "fastrot_q_attn", None)
-        if rotation is not None:
-            query = rotation(query)
-        home, interface = _interface(type(module)) or (type(module).__module__, SHARED_INTERFACE)
-        if base == "eager":
-            function = sys.modules[home].eager_attention_forward
-        else:
-            function = getattr(sys.modules[home], interface)[base]
-        return function(module, query, key, *args, **kwargs)
-
-    return forward
+        # A paged cache of transformers 5.17 is updated by the function.
+        kwargs = {name: _own(value) for name, value in kwargs.items()}
+    return function(module, query, key, *args, **kwargs)
 
 
 class KeyRotatingCache:
@@ -123,8 +124,8 @@ class KeyRotatingCache:
     Everything else is the cache's own.
     """
 
-    def __init__(self, cache: "Cache", keys: Keys):
-        self.cache = cache
+    def __init__(self, cache: "Cache | PagedAttentionCache", keys: Keys):
+        self.cache: Any = cache
         self.keys = keys
 
     def update(
@@ -145,12 +146,19 @@ class KeyRotatingCache:
         return getattr(self.cache, name)
 
 
+def _own(value: Any) -> Any:
+    return value.cache if isinstance(value, KeyRotatingCache) else value
+
+
 def _rotating(value: Any, keys: Keys) -> Any:
     from transformers.cache_utils import Cache, EncoderDecoderCache
+    from transformers.generation.continuous_batching.cache import PagedAttentionCache
 
     if isinstance(value, EncoderDecoderCache):
         return _rotating_pair(value, keys)
-    return KeyRotatingCache(value, keys) if isinstance(value, Cache) else value
+    if isinstance(value, (Cache, PagedAttentionCache)):
+        return KeyRotatingCache(value, keys)
+    return value
 
 
 def _rotating_pair(pair: "EncoderDecoderCache", keys: Keys) -> Any:
@@ -172,14 +180,14 @@ def rotate_keys(
     """Forward pre-hook of an attention module.
 
     Raises:
-        RuntimeError: the attention implementation was changed to one that rotates nothing.
+        RuntimeError: the attention implementation was changed to one that R3 does not know.
     """
     implementation = module.config._attn_implementation
-    if not implementation.startswith(PREFIX):
+    if implementation not in IMPLEMENTATIONS:
         raise RuntimeError(
-            f"R3 rotates the keys of this {type(module).__name__}, but attention implementation "
-            f"{implementation!r} would not rotate the queries; call "
-            f"model.set_attn_implementation({PREFIX + implementation!r})"
+            f"R3 is on this {type(module).__name__}, and works with eager, sdpa and "
+            f"flex_attention, not with attention implementation {implementation!r}; call "
+            "model.set_attn_implementation('sdpa')"
         )
     keys = Keys(module.fastrot_k_cache)
     named = {name: _rotating(value, keys) for name, value in kwargs.items()}

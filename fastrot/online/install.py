@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrot.edits import OnlineSite
-from fastrot.online.attention import PREFIX, check_attention, rotate_keys
+from fastrot.online.attention import check_attention, rotate_keys
 from fastrot.online.blocks import FORWARDS, Place, check_block, places_of, set_places
 from fastrot.online.experts import ExpertsForward, check_experts, experts_forward
 from fastrot.online.rotation import OnlineRotation
@@ -18,9 +18,6 @@ from fastrot.transform_config import ATTENTION_LOCATIONS
 
 class Undo(Protocol):
     """What :func:`attach` needs of a journal."""
-
-    def set(self, owner: Any, attribute: str, value: Any) -> None:
-        """Set an attribute so that it can be taken back."""
 
     def on_error(self, action: Callable[[], object]) -> None:
         """Remember what takes a change back."""
@@ -92,11 +89,16 @@ def attach(
         holder, _ = _holder(model, site)
         journal.on_error(_snapshot(holder))
         setattr(holder, rotation.name, rotation)
-        _hook(holder, rotation, journal)
+        _hook(holder, rotation)
     _watch(model)
 
 
-def _watch(model: nn.Module) -> None:
+def _watch(model: Any) -> None:
+    if any(rotation.location in ATTENTION_LOCATIONS for _, _, rotation in installed(model)):
+        # Continuous batching changes to flash attention by itself where the model says it can.
+        model._supports_flash_attn = False
+    else:
+        vars(model).pop("_supports_flash_attn", None)
     # Queries and keys are rotated by one module: where it is replaced, both are not.
     watch(
         model,
@@ -112,7 +114,7 @@ def _place(rotation: OnlineRotation) -> tuple[Place, ...]:
     return () if rotation.child is None else ((rotation.child, rotation.location),)
 
 
-def _hook(module: nn.Module, rotation: OnlineRotation, journal: Undo) -> None:
+def _hook(module: nn.Module, rotation: OnlineRotation) -> None:
     location = rotation.location
     if rotation.child is not None:
         set_places(module, (*places_of(module), *_place(rotation)))
@@ -127,11 +129,6 @@ def _hook(module: nn.Module, rotation: OnlineRotation, journal: Undo) -> None:
         # accelerate stand around the forward that they keep.
         place = FORWARDS["_old_forward" in module.__dict__]
         setattr(module, place, ExpertsForward(experts_forward, module))
-    if location in ATTENTION_LOCATIONS:
-        config: Any = module.config
-        name = config._attn_implementation
-        if not name.startswith(PREFIX):
-            journal.set(config, "_attn_implementation", PREFIX + name)
 
 
 def installed(model: nn.Module) -> Iterator[tuple[str, nn.Module, OnlineRotation]]:
@@ -164,12 +161,6 @@ def uninstall(model: nn.Module, groups: Collection[str], journal: Undo) -> None:
             delattr(module, rotation.name)
             _unhook(module, rotation)
     _watch(model)
-    if not any(r.location in ATTENTION_LOCATIONS for _, _, r in installed(model)):
-        for module in model.modules():
-            config: Any = getattr(module, "config", None)
-            name = getattr(config, "_attn_implementation", None)
-            if isinstance(name, str) and name.startswith(PREFIX):
-                journal.set(config, "_attn_implementation", name.removeprefix(PREFIX))
 
 
 def _snapshot(module: nn.Module) -> Callable[[], None]:
@@ -182,15 +173,16 @@ def _snapshot(module: nn.Module) -> Callable[[], None]:
         module._load_state_dict_pre_hooks,
     )
     copies = [dict(place) for place in places]
-    forwards = {name: module.__dict__[name] for name in FORWARDS if name in module.__dict__}
+    names = (*FORWARDS, "_supports_flash_attn")
+    own = {name: module.__dict__[name] for name in names if name in module.__dict__}
 
     def restore() -> None:
         for place, saved in zip(places, copies, strict=True):
             place.clear()
             place.update(saved)
-        for name in FORWARDS:
+        for name in names:
             module.__dict__.pop(name, None)
-        module.__dict__.update(forwards)
+        module.__dict__.update(own)
 
     return restore
 

@@ -27,8 +27,3 @@ def write_back(twin: nn.Module, names: Mapping[str, Any]) -> None:
     for name, value in twin.__dict__.items():
         if name not in names and name != "fastrot_viewed" and own.get(name) is not value:
             own[name] = value
-
-
-def viewed(module: Any) -> Any:
-    """The module behind a view; a module itself."""
-    return module.__dict__.get("fastrot_viewed", module)
