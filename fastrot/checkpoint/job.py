@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -43,6 +43,9 @@ Drafts = Literal["copy", "drop"]
 
 NEW = "model-fastrot.safetensors"
 """Where tensors go that the old checkpoint does not have, if it has several files."""
+
+SEAL = "fastrot"
+"""Metadata of every file: which rotation of which source wrote it."""
 
 DRAFT = re.compile(r"(^|\.)mtp\w*\.|(^|\.)layers\.(?P<layer>\d+)\.")
 """Names of the tensors of multi-token prediction: of their own, or of layers behind the last."""
@@ -89,7 +92,8 @@ class Job:
         files: what will be written.
         norms: the weights of the norms that are folded, by the names of the model.
         config: the new config.json.
-        digest: of everything that decides a byte of the result.
+        digest: of everything that decides a byte of the result, but the source's own bytes.
+        sources: size and time of the source's files, by name; these stand for the bytes.
     """
 
     source: Path
@@ -98,6 +102,7 @@ class Job:
     norms: Mapping[str, Tensor]
     config: dict[str, Any]
     digest: str
+    sources: Mapping[str, list[int]]
 
     @property
     def nbytes(self) -> int:
@@ -161,7 +166,10 @@ def prepare(
     wanted = dtype or (torch.bfloat16 if scales else None)
     config, constants = _recorded(source, model, plan, made, wanted)
     outputs = _files(tasks, constants, entries, metadata, shard)
-    return Job(source, plan, outputs, norms, config, _digest(plan, outputs, config))
+    digest, states = _digest(plan, outputs, config), _states(outputs)
+    seal = hashlib.sha256(repr((digest, states)).encode()).hexdigest()[:32]
+    outputs = tuple(replace(file, metadata={**file.metadata, SEAL: seal}) for file in outputs)
+    return Job(source, plan, outputs, norms, config, digest, states)
 
 
 def _scales(
@@ -332,6 +340,12 @@ def _files(
         OutputFile(name, tuple(g), constants if name == last else {}, meta.get(name, plain))
         for name, g in groups.items()
     )
+
+
+def _states(files: Iterable[OutputFile]) -> dict[str, list[int]]:
+    sources = {task.source.file for file in files for task in file.tasks}
+    found = {file.name: file.stat() for file in sorted(sources)}
+    return {name: [state.st_size, state.st_mtime_ns] for name, state in found.items()}
 
 
 def _digest(plan: Plan, files: Sequence[OutputFile], config: dict[str, Any]) -> str:
