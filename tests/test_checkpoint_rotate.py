@@ -461,3 +461,15 @@ def test_a_source_of_one_file_with_another_name(tmp_path):
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
     fastrot.rotate_checkpoint(source, tmp_path / "target", ALL)
     load(tmp_path / "target")
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_dtype_that_is_too_narrow_for_a_tensor_that_is_copied(name, source, tmp_path):
+    file = next(f for f in source.glob("*.safetensors") if name in load_file(f))
+    weights = load_file(file)
+    weights[name].view(-1)[1] = 1e5
+    save_file(weights, file, {"format": "pt"})
+    recipe, narrow = fastrot.Recipe(("R2",)), torch.float16
+    with pytest.raises(fastrot.RotationError, match=f"{name} holds 9.98e.04, more than float16"):
+        fastrot.rotate_checkpoint(source, tmp_path / "target", recipe, dtype=narrow)
+    fastrot.rotate_checkpoint(source, tmp_path / "wide", recipe, dtype=torch.float32)

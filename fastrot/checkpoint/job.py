@@ -162,8 +162,8 @@ def prepare(
                 f"{name} and {other} differ, but config.json says that they are one "
                 "(tie_word_embeddings): it is not clear which one is meant"
             )
-    tasks += [Task(name, entries[name], entries[name]) for name in kept]
     wanted = dtype or (torch.bfloat16 if scales else None)
+    tasks += [_copied(entries[name], scales.get(name), wanted) for name in kept]
     config, constants = _recorded(source, model, plan, made, wanted)
     outputs = _files(tasks, constants, entries, metadata, shard)
     digest, states = _digest(plan, outputs, config), _states(outputs)
@@ -252,6 +252,12 @@ def _leftovers(model: "PreTrainedModel", plan: Plan, made: Trace, drafts: Drafts
             "left out; or drop them (--mtp drop)"
         )
     return [n for n in made.unknown if n not in drafted or drafts == "copy"]
+
+
+def _copied(entry: Entry, scales: Scales | None, dtype: torch.dtype | None) -> Task:
+    """A tensor as it is, or the numbers of one whose codes mean nothing without their scales."""
+    layout = entry if scales is None or dtype is None else Layout(entry.shape, dtype)
+    return Task(entry.name, entry, layout, scales=scales)
 
 
 def _keeps_ends(model: "PreTrainedModel", plan: Plan) -> bool:
