@@ -1,5 +1,6 @@
 """Checkpoints rotated file by file, against ``apply`` on the loaded model and its save."""
 
+import errno
 import itertools
 import json
 import os
@@ -327,6 +328,14 @@ def test_launchers_tell_the_worker():
     assert worker_of({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}) == (1, 2)
     array = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_MIN": "4", "SLURM_ARRAY_TASK_COUNT": "2"}
     assert worker_of(array) == (1, 2)
+    assert worker_of(array | {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"}) == (
+        1,
+        2,
+    )
+    strided = array | {"SLURM_ARRAY_TASK_ID": "10", "SLURM_ARRAY_TASK_STEP": "6"}
+    assert worker_of(strided) == (1, 2)
+    with pytest.raises(fastrot.RotationError, match="SLURM_ARRAY_TASK_ID=x"):
+        worker_of(array | {"SLURM_ARRAY_TASK_ID": "x"})
     for text in ("4/4", "1", "a/b", "-1/4", "1/0", ""):
         with pytest.raises(fastrot.RotationError, match="expected I/N"):
             parse_worker(text)
@@ -473,3 +482,20 @@ def test_a_dtype_that_is_too_narrow_for_a_tensor_that_is_copied(name, source, tm
     with pytest.raises(fastrot.RotationError, match=f"{name} holds 9.98e.04, more than float16"):
         fastrot.rotate_checkpoint(source, tmp_path / "target", recipe, dtype=narrow)
     fastrot.rotate_checkpoint(source, tmp_path / "wide", recipe, dtype=torch.float32)
+
+
+def test_what_only_the_index_names_is_not_dropped(source, tmp_path):
+    drafts(source, "mtp.fc.weight", torch.ones(3))
+    save_file({"mtp.other.weight": torch.ones(3)}, source / "draft.safetensors", {"format": "pt"})
+    with pytest.raises(fastrot.CheckpointError, match=r"names mtp\.fc\.weight .* no file holds"):
+        fastrot.rotate_checkpoint(source, tmp_path / "target", fastrot.Recipe(("R2",)))
+
+
+def test_a_source_that_can_not_be_read_is_named(source, tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(OSError, match=r"Input/output error: .*safetensors"):
+        fastrot.rotate_checkpoint(source, tmp_path / "target")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

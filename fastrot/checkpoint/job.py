@@ -22,7 +22,7 @@ from fastrot.checkpoint.header import (
     read_headers,
     same_bytes,
 )
-from fastrot.checkpoint.source import outline, read_json, weight_files
+from fastrot.checkpoint.source import indexed, outline, read_json, weight_files
 from fastrot.checkpoint.tasks import Task, place_of, tasks_of
 from fastrot.checkpoint.trace import Trace, stored_names, trace
 from fastrot.checks import check_norm, quant_method
@@ -140,6 +140,12 @@ def prepare(
     if not files or any(file.suffix != ".safetensors" for file in files):
         raise FileNotFoundError(f"{source} has no weights in safetensors (model.safetensors)")
     entries, metadata = read_headers(files)
+    lost = sorted(indexed(source) - entries.keys())
+    if lost:
+        raise CheckpointError(
+            f"{source}/model.safetensors.index.json names {lost[0]} ({len(lost)} such tensors), "
+            "which no file holds: copy or download the files again, or take it out of the index"
+        )
     scales = _scales(source, model, entries)
     entries = {
         n: e for n, e in entries.items() if n.removesuffix(SUFFIX) not in scales or n in scales
