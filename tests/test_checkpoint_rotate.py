@@ -20,8 +20,12 @@ from zoo import FAMILIES, build
 import fastrot
 from fastrot.checkpoint import rotate as rotate_module
 from fastrot.checkpoint import store as store_module
+from fastrot.checkpoint.header import read_headers
 from fastrot.checkpoint.pipeline import Pipeline, StoppedError
+from fastrot.checkpoint.source import outline, weight_files
 from fastrot.checkpoint.store import MANIFEST, Store, unfinished
+from fastrot.checkpoint.tasks import tasks_of
+from fastrot.checkpoint.trace import trace
 from fastrot.checkpoint.workers import Worker, parse_worker, worker_of
 from fastrot.cli.checkpoint import load
 from fastrot.mapping import ROTATIONS
@@ -499,3 +503,13 @@ def test_a_source_that_can_not_be_read_is_named(source, tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"Input/output error: .*safetensors"):
         fastrot.rotate_checkpoint(source, tmp_path / "target")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_tensor_of_two_parameters_of_which_one_is_rotated(source):
+    model = outline(source)
+    entries, _ = read_headers(weight_files(source))
+    made, plan = trace(model, entries), fastrot.plan(model)
+    up = "model.layers.0.mlp.up_proj.weight"
+    made.targets["another"] = made.targets[up]
+    with pytest.raises(fastrot.RotationError, match=f"{up} .* not rotated alike"):
+        tasks_of(model, plan, made, entries)
