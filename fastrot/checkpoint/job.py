@@ -140,13 +140,13 @@ def prepare(
     if not files or any(file.suffix != ".safetensors" for file in files):
         raise FileNotFoundError(f"{source} has no weights in safetensors (model.safetensors)")
     entries, metadata = read_headers(files)
+    scales = _scales(source, model, entries)
     lost = sorted(indexed(source) - entries.keys())
     if lost:
         raise CheckpointError(
             f"{source}/model.safetensors.index.json names {lost[0]} ({len(lost)} such tensors), "
             "which no file holds: copy or download the files again, or take it out of the index"
         )
-    scales = _scales(source, model, entries)
     entries = {
         n: e for n, e in entries.items() if n.removesuffix(SUFFIX) not in scales or n in scales
     }
