@@ -109,6 +109,24 @@ def _check_on_trial(model: nn.Module, edit: WeightEdit, weight: Tensor) -> None:
         )
 
 
+def check_converted(name: str, before: Tensor, after: Tensor) -> None:
+    """Refuse a conversion to another dtype that makes infinities of numbers.
+
+    Raises:
+        ValueRangeError: names the tensor and the way out.
+    """
+    # One pass: a sum of finite numbers is seldom infinite, and one with others never finite.
+    if not after.is_floating_point() or bool(after.sum(dtype=torch.float32).isfinite()):
+        return
+    lost = before.isfinite() & ~after.isfinite()
+    if lost.any():
+        most, limit = float(before[lost].double().abs().max()), torch.finfo(after.dtype).max
+        raise ValueRangeError(
+            f"{name} holds {most:.3g}, more than {str(after.dtype).removeprefix('torch.')} can "
+            f"({limit:.3g}); choose a wider dtype, such as bfloat16"
+        )
+
+
 def check_rotated(edit: WeightEdit, weight: Tensor) -> None:
     """Refuse what became of a weight, or of a part of it, if it is not finite.
 

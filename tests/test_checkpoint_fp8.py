@@ -8,6 +8,7 @@ from helpers import tiny
 from safetensors.torch import load_file, save_file
 
 import fastrot
+from fastrot.checkpoint.verify import verify_checkpoint
 from fastrot.cli.checkpoint import load
 
 BLOCK = (32, 16)
@@ -138,3 +139,18 @@ def test_a_weight_without_its_scales_is_refused(checkpoint, tmp_path):
     del scales[name]
     save_file(scales, folder / "b.safetensors", {"format": "pt"})
     refused(folder, tmp_path, f"{name} is missing")
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_drafts_keep_their_numbers(dtype, checkpoint, tmp_path):
+    """Their codes mean nothing without the scales, which the new checkpoint does not have."""
+    folder = checkpoint[0]
+    codes, factors = quantize(torch.randn(80, 80))
+    name = "model.layers.2.mlp.up_proj.weight"
+    weights = load_file(folder / "a.safetensors") | {name: codes, f"{name}_scale_inv": factors}
+    save_file(weights, folder / "a.safetensors", {"format": "pt"})
+    fastrot.rotate_checkpoint(folder, tmp_path / "target", fastrot.Recipe(("R2",)), dtype=dtype)
+    got = load_file(tmp_path / "target" / "a.safetensors")
+    wanted = dtype or torch.bfloat16
+    assert torch.equal(got[name], numbers(codes, factors).float().to(wanted))
+    assert verify_checkpoint(folder, tmp_path / "target")

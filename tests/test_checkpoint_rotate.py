@@ -1,10 +1,12 @@
 """Checkpoints rotated file by file, against ``apply`` on the loaded model and its save."""
 
+import errno
 import itertools
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,8 +19,13 @@ from zoo import FAMILIES, build
 
 import fastrot
 from fastrot.checkpoint import rotate as rotate_module
+from fastrot.checkpoint import store as store_module
+from fastrot.checkpoint.header import read_headers
 from fastrot.checkpoint.pipeline import Pipeline, StoppedError
-from fastrot.checkpoint.store import unfinished
+from fastrot.checkpoint.source import outline, weight_files
+from fastrot.checkpoint.store import MANIFEST, Store, unfinished
+from fastrot.checkpoint.tasks import tasks_of
+from fastrot.checkpoint.trace import trace
 from fastrot.checkpoint.workers import Worker, parse_worker, worker_of
 from fastrot.cli.checkpoint import load
 from fastrot.mapping import ROTATIONS
@@ -325,6 +332,14 @@ def test_launchers_tell_the_worker():
     assert worker_of({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}) == (1, 2)
     array = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_MIN": "4", "SLURM_ARRAY_TASK_COUNT": "2"}
     assert worker_of(array) == (1, 2)
+    assert worker_of(array | {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"}) == (
+        1,
+        2,
+    )
+    strided = array | {"SLURM_ARRAY_TASK_ID": "10", "SLURM_ARRAY_TASK_STEP": "6"}
+    assert worker_of(strided) == (1, 2)
+    with pytest.raises(fastrot.RotationError, match="SLURM_ARRAY_TASK_ID=x"):
+        worker_of(array | {"SLURM_ARRAY_TASK_ID": "x"})
     for text in ("4/4", "1", "a/b", "-1/4", "1/0", ""):
         with pytest.raises(fastrot.RotationError, match="expected I/N"):
             parse_worker(text)
@@ -365,3 +380,136 @@ def test_a_source_that_shrinks_meanwhile(source, tmp_path, monkeypatch):
     with pytest.raises(fastrot.CheckpointError, match="cut short"):
         fastrot.rotate_checkpoint(source, tmp_path / "target", ALL)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def seeded(seed):
+    """Rotations that differ, and give files of the same size."""
+    return fastrot.Recipe(("R1",), transform_type="random-hadamard", seed=seed)
+
+
+def begun(source, target, recipe, monkeypatch, after=2):
+    with monkeypatch.context() as patched:
+        interrupt(patched, after)
+        with pytest.raises(InterruptedRunError):
+            fastrot.rotate_checkpoint(source, target, recipe)
+
+
+def test_the_result_of_another_source_is_not_taken_for_this_one(source, tmp_path):
+    """Two states of one training have one configuration, and files of one size."""
+    target, other = tmp_path / "target", tmp_path / "other"
+    tiny("llama", dtype=torch.bfloat16, layers=3, tied=True, seed=1).save_pretrained(
+        other, max_shard_size="60KB"
+    )
+    fastrot.rotate_checkpoint(source, target)
+    with pytest.raises(FileExistsError, match="is not empty"):
+        fastrot.rotate_checkpoint(other, target)
+
+
+def test_files_without_their_manifest_are_not_taken_over(source, tmp_path, monkeypatch):
+    target = tmp_path / "target"
+    begun(source, target, seeded(1), monkeypatch)
+    (unfinished(target) / MANIFEST).write_text("")
+    with pytest.raises(fastrot.RotationError, match=r"missing or damaged, .* --fresh"):
+        fastrot.rotate_checkpoint(source, target, seeded(2))
+    fastrot.rotate_checkpoint(source, target, seeded(1))
+    fastrot.rotate_checkpoint(source, tmp_path / "whole", seeded(1))
+    assert contents(target) == contents(tmp_path / "whole")
+
+
+def test_a_run_whose_folder_was_taken_stops(source, tmp_path, monkeypatch):
+    """``--fresh`` of another rotation: the files of both would look alike."""
+    target, write, count = tmp_path / "target", Pipeline._write_file, itertools.count()
+
+    def take(pipeline, file, part):
+        if next(count) == 2:
+            monkeypatch.setattr(Pipeline, "_write_file", write)
+            with monkeypatch.context() as patched:
+                interrupt(patched, 3)
+                with pytest.raises(InterruptedRunError):
+                    fastrot.rotate_checkpoint(source, target, seeded(2), fresh=True)
+        write(pipeline, file, part)
+
+    monkeypatch.setattr(Pipeline, "_write_file", take)
+    with pytest.raises(fastrot.RotationError, match="that differs in its rotations"):
+        fastrot.rotate_checkpoint(source, target, seeded(1))
+    assert len([*unfinished(target).glob("*.safetensors")]) == 3
+    fastrot.rotate_checkpoint(source, target, seeded(2))
+    fastrot.rotate_checkpoint(source, tmp_path / "whole", seeded(2))
+    assert contents(target) == contents(tmp_path / "whole")
+
+
+def test_a_worker_in_another_container_is_not_swept_away(source, tmp_path, monkeypatch):
+    """Ids of processes mean nothing there, even under one host name; and 1 is everyone's."""
+    target = tmp_path / "target"
+    begun(source, target, ALL, monkeypatch)
+    there = unfinished(target) / f"x.{socket.gethostname()}-1.99999999.ab.part"
+    dead = unfinished(target) / f"x.{store_module._machine()}.99999999.ab.part"
+    for part in (there, dead):
+        part.touch()
+    fastrot.rotate_checkpoint(source, target, ALL, worker=Worker(0, 100))
+    assert (there.exists(), dead.exists()) == (True, False)
+    job = rotate_module.prepare(source, ALL)
+    one, other = (Store(job, target).part_of(job.files[0]) for _ in range(2))
+    assert one != other
+
+
+def test_a_kill_after_the_last_rename_leaves_nothing_either(source, tmp_path, monkeypatch):
+    target = tmp_path / "target"
+    with monkeypatch.context() as patched:
+        patched.setattr(Store, "tidy", lambda self: None)
+        fastrot.rotate_checkpoint(source, target, ALL)
+    assert (target / MANIFEST).exists()
+    fastrot.rotate_checkpoint(source, target, ALL)
+    fastrot.rotate_checkpoint(source, tmp_path / "whole", ALL)
+    assert contents(target) == contents(tmp_path / "whole")
+
+
+def test_a_source_of_one_file_with_another_name(tmp_path):
+    """Without an index transformers would not find it."""
+    source = tmp_path / "source"
+    tiny("llama", dtype=torch.bfloat16).save_pretrained(source)
+    name = "model-00001-of-00001.safetensors"
+    (source / "model.safetensors").rename(source / name)
+    index = {"weight_map": dict.fromkeys(load_file(source / name), name)}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    fastrot.rotate_checkpoint(source, tmp_path / "target", ALL)
+    load(tmp_path / "target")
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_dtype_that_is_too_narrow_for_a_tensor_that_is_copied(name, source, tmp_path):
+    file = next(f for f in source.glob("*.safetensors") if name in load_file(f))
+    weights = load_file(file)
+    weights[name].view(-1)[1] = 1e5
+    save_file(weights, file, {"format": "pt"})
+    recipe, narrow = fastrot.Recipe(("R2",)), torch.float16
+    with pytest.raises(fastrot.RotationError, match=f"{name} holds 9.98e.04, more than float16"):
+        fastrot.rotate_checkpoint(source, tmp_path / "target", recipe, dtype=narrow)
+    fastrot.rotate_checkpoint(source, tmp_path / "wide", recipe, dtype=torch.float32)
+
+
+def test_what_only_the_index_names_is_not_dropped(source, tmp_path):
+    drafts(source, "mtp.fc.weight", torch.ones(3))
+    save_file({"mtp.other.weight": torch.ones(3)}, source / "draft.safetensors", {"format": "pt"})
+    with pytest.raises(fastrot.CheckpointError, match=r"names mtp\.fc\.weight .* no file holds"):
+        fastrot.rotate_checkpoint(source, tmp_path / "target", fastrot.Recipe(("R2",)))
+
+
+def test_a_source_that_can_not_be_read_is_named(source, tmp_path, monkeypatch):
+    def fail(*args):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with pytest.raises(OSError, match=r"Input/output error: .*safetensors"):
+        fastrot.rotate_checkpoint(source, tmp_path / "target")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_tensor_of_two_parameters_of_which_one_is_rotated(source):
+    model = outline(source)
+    entries, _ = read_headers(weight_files(source))
+    made, plan = trace(model, entries), fastrot.plan(model)
+    up = "model.layers.0.mlp.up_proj.weight"
+    made.targets["another"] = made.targets[up]
+    with pytest.raises(fastrot.RotationError, match=f"{up} .* not rotated alike"):
+        tasks_of(model, plan, made, entries)

@@ -184,3 +184,10 @@ def test_one_name_in_two_files_is_refused(tmp_path):
         save_file({"a": TENSORS["a"]}, tmp_path / f"{name}.safetensors")
     with pytest.raises(CheckpointError, match="a lies in"):
         read_headers(tmp_path.glob("*.safetensors"))
+
+
+def test_a_dtype_that_is_not_known_is_no_damage(tmp_path):
+    raw = json.dumps({"codes": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}).encode()
+    (tmp_path / "x").write_bytes(len(raw).to_bytes(8, "little") + raw + bytes(2))
+    with pytest.raises(CheckpointError, match=r"codes in .* is of dtype 'F4', which"):
+        read_header(tmp_path / "x")

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -123,3 +124,17 @@ def test_another_source_fails(pair, tmp_path):
     result = verify_checkpoint(tmp_path / "other", pair[1])
     assert len(result.problems) > 15
     assert "… and" in str(result)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("rms_norm_eps", 0.1), ("tie_word_embeddings", True), ("use_cache", False)]
+)
+def test_the_configuration_counts(name, value, pair, tmp_path):
+    """The same tensors under other settings are another model; some settings are no matter."""
+    target = tmp_path / "target"
+    shutil.copytree(pair[1], target)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | {name: value, "dtype": "float32"}))
+    result = verify_checkpoint(pair[0], target)
+    assert bool(result) == (name == "use_cache")
+    assert all(f"config.json: {name} is {value}, expected" in p for p in result.problems)

@@ -102,7 +102,7 @@ def read_header(file: Path) -> tuple[dict[str, Entry], Metadata]:
         entries = {
             name: Entry(
                 tuple(operator.index(n) for n in item["shape"]),
-                DTYPES[item["dtype"]],
+                _dtype(file, name, item["dtype"]),
                 name,
                 file,
                 8 + length + start,
@@ -110,6 +110,8 @@ def read_header(file: Path) -> tuple[dict[str, Entry], Metadata]:
             for (start, _), name, item in found
         }
         ends = [(start, end) for (start, end), _, _ in found]
+    except CheckpointError:
+        raise
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(
             f"the header of {file} is damaged: {type(error).__name__}: {error}"
@@ -128,6 +130,14 @@ def read_header(file: Path) -> tuple[dict[str, Entry], Metadata]:
             "short or damaged; copy or download it again"
         )
     return entries, {str(key): str(value) for key, value in metadata.items()}
+
+
+def _dtype(file: Path, name: str, code: str) -> torch.dtype:
+    if code not in DTYPES:
+        raise CheckpointError(
+            f"{name} in {file} is of dtype {code!r}, which is none of {', '.join(DTYPES)}"
+        )
+    return DTYPES[code]
 
 
 def read_headers(files: Iterable[Path]) -> tuple[dict[str, Entry], dict[Path, Metadata]]:
@@ -172,10 +182,14 @@ def read_into(descriptor: int, entry: Entry, start: int, buffer: memoryview) -> 
 
     Raises:
         CheckpointError: the file ends before.
+        OSError: it can't be read.
     """
     done = 0
     while done < len(buffer):
-        count = os.preadv(descriptor, [buffer[done:]], entry.offset + start + done)
+        try:
+            count = os.preadv(descriptor, [buffer[done:]], entry.offset + start + done)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(entry.file)) from error
         if count <= 0:
             raise CheckpointError(f"{entry.file} ends within {entry.name}: it was cut short")
         done += count

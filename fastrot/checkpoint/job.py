@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,7 +22,7 @@ from fastrot.checkpoint.header import (
     read_headers,
     same_bytes,
 )
-from fastrot.checkpoint.source import outline, read_json, weight_files
+from fastrot.checkpoint.source import indexed, outline, read_json, weight_files
 from fastrot.checkpoint.tasks import Task, place_of, tasks_of
 from fastrot.checkpoint.trace import Trace, stored_names, trace
 from fastrot.checks import check_norm, quant_method
@@ -43,6 +43,9 @@ Drafts = Literal["copy", "drop"]
 
 NEW = "model-fastrot.safetensors"
 """Where tensors go that the old checkpoint does not have, if it has several files."""
+
+SEAL = "fastrot"
+"""Metadata of every file: which rotation of which source wrote it."""
 
 DRAFT = re.compile(r"(^|\.)mtp\w*\.|(^|\.)layers\.(?P<layer>\d+)\.")
 """Names of the tensors of multi-token prediction: of their own, or of layers behind the last."""
@@ -89,7 +92,8 @@ class Job:
         files: what will be written.
         norms: the weights of the norms that are folded, by the names of the model.
         config: the new config.json.
-        digest: of everything that decides a byte of the result.
+        digest: of everything that decides a byte of the result, but the source's own bytes.
+        sources: size and time of the source's files, by name; these stand for the bytes.
     """
 
     source: Path
@@ -98,6 +102,7 @@ class Job:
     norms: Mapping[str, Tensor]
     config: dict[str, Any]
     digest: str
+    sources: Mapping[str, list[int]]
 
     @property
     def nbytes(self) -> int:
@@ -136,6 +141,12 @@ def prepare(
         raise FileNotFoundError(f"{source} has no weights in safetensors (model.safetensors)")
     entries, metadata = read_headers(files)
     scales = _scales(source, model, entries)
+    lost = sorted(indexed(source) - entries.keys())
+    if lost:
+        raise CheckpointError(
+            f"{source}/model.safetensors.index.json names {lost[0]} ({len(lost)} such tensors), "
+            "which no file holds: copy or download the files again, or take it out of the index"
+        )
     entries = {
         n: e for n, e in entries.items() if n.removesuffix(SUFFIX) not in scales or n in scales
     }
@@ -157,11 +168,14 @@ def prepare(
                 f"{name} and {other} differ, but config.json says that they are one "
                 "(tie_word_embeddings): it is not clear which one is meant"
             )
-    tasks += [Task(name, entries[name], entries[name]) for name in kept]
     wanted = dtype or (torch.bfloat16 if scales else None)
+    tasks += [_copied(entries[name], scales.get(name), wanted) for name in kept]
     config, constants = _recorded(source, model, plan, made, wanted)
     outputs = _files(tasks, constants, entries, metadata, shard)
-    return Job(source, plan, outputs, norms, config, _digest(plan, outputs, config))
+    digest, states = _digest(plan, outputs, config), _states(outputs)
+    seal = hashlib.sha256(repr((digest, states)).encode()).hexdigest()[:32]
+    outputs = tuple(replace(file, metadata={**file.metadata, SEAL: seal}) for file in outputs)
+    return Job(source, plan, outputs, norms, config, digest, states)
 
 
 def _scales(
@@ -244,6 +258,12 @@ def _leftovers(model: "PreTrainedModel", plan: Plan, made: Trace, drafts: Drafts
             "left out; or drop them (--mtp drop)"
         )
     return [n for n in made.unknown if n not in drafted or drafts == "copy"]
+
+
+def _copied(entry: Entry, scales: Scales | None, dtype: torch.dtype | None) -> Task:
+    """A tensor as it is, or the numbers of one whose codes mean nothing without their scales."""
+    layout = entry if scales is None or dtype is None else Layout(entry.shape, dtype)
+    return Task(entry.name, entry, layout, scales=scales)
 
 
 def _keeps_ends(model: "PreTrainedModel", plan: Plan) -> bool:
@@ -332,6 +352,12 @@ def _files(
         OutputFile(name, tuple(g), constants if name == last else {}, meta.get(name, plain))
         for name, g in groups.items()
     )
+
+
+def _states(files: Iterable[OutputFile]) -> dict[str, list[int]]:
+    sources = {task.source.file for file in files for task in file.tasks}
+    found = {file.name: file.stat() for file in sorted(sources)}
+    return {name: [state.st_size, state.st_mtime_ns] for name, state in found.items()}
 
 
 def _digest(plan: Plan, files: Sequence[OutputFile], config: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from fastrot.checkpoint.tasks import Task
 from fastrot.edits import Rotate, Scale
 from fastrot.fuse.writes import Write, as_written, scale_of, writes_of
 from fastrot.kernels.weight import Workspace
-from fastrot.values import check_not_lost, check_rotated
+from fastrot.values import check_converted, check_not_lost, check_rotated
 
 Norms = Mapping[str, Tensor]
 """The weights of folded norms by the names of the model."""
@@ -120,6 +120,8 @@ class Panel:
                     self._box(y, action.box).fill_(action.value)
                 else:
                     check_rotated(action.edit, self._box(y, action.box))
+            if y is not x:
+                check_converted(self.task.name, x, y)
         return workspace
 
     def _views(self, memory: Tensor) -> tuple[Tensor, Tensor]:

@@ -162,6 +162,7 @@ def rotate_checkpoint(
     job = prepare(source, recipe or Recipe(), dtype=dtype, drafts=drafts, shard=shard)
     store = Store(job, target)
     if store.published():
+        store.tidy()
         return RotatedCheckpoint(job.plan, True, 0, 0)
     if taken is not None:
         raise taken
@@ -181,11 +182,11 @@ def rotate_checkpoint(
     try:
         pipeline.run()
         complete = store.publish()
-    except FileNotFoundError:  # another worker has completed the target, and cleared away
-        if not store.published():
-            raise
-        complete = True
-    except BaseException:
+    except BaseException as error:
+        # Another worker may have completed the target, and taken the folder away.
+        complete = isinstance(error, FileNotFoundError) and store.published()
+        if complete:
+            return RotatedCheckpoint(job.plan, True, 0, sum(file.nbytes for file in todo))
         if mine.size == 1:
             store.discard()
         whole = len(job.files) - len(store.missing(job.files))
@@ -195,6 +196,11 @@ def rotate_checkpoint(
     finally:
         bar.close()
     missing = 0 if complete else len(store.missing(job.files))
+    if missing and mine.size == 1:
+        raise RotationError(
+            f"{missing} files in {store.folder} were changed or removed meanwhile; the same call "
+            "writes them again"
+        )
     return RotatedCheckpoint(job.plan, complete, missing, sum(file.nbytes for file in todo))
 
 

@@ -116,15 +116,28 @@ def weight_files(folder: Path) -> list[Path]:
         RotationError: an index that is damaged, or that points out of the folder.
     """
     for name in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{name}.index.json"
         if (folder / name).is_file():
             return [folder / name]
-        if index.is_file():
-            return [folder / part for part in _parts(index)]
+        if (folder / f"{name}.index.json").is_file():
+            return [folder / part for part in sorted(set(_places(folder, name).values()))]
     return []
 
 
-def _parts(index: Path) -> list[str]:
+def indexed(folder: Path) -> set[str]:
+    """The tensors that the index of a checkpoint in safetensors names; none without an index.
+
+    Raises:
+        RotationError: an index that is damaged, or that points out of the folder.
+    """
+    name = "model.safetensors"
+    index = folder / f"{name}.index.json"
+    if (folder / name).is_file() or not index.is_file():
+        return set()
+    return set(_places(folder, name))
+
+
+def _places(folder: Path, name: str) -> dict[str, str]:
+    index = folder / f"{name}.index.json"
     places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(p, str) for p in places.values()):
         raise RotationError(f"{index} has no weight_map from names of weights to names of files")
@@ -133,4 +146,4 @@ def _parts(index: Path) -> list[str]:
             raise RotationError(
                 f"{index}: weight_map says that {weight} lies in {part!r}, outside of the folder"
             )
-    return sorted(set(places.values()))
+    return places

@@ -2,13 +2,16 @@
 
 Files of the folder are the only state, so that a killed run is resumed by the same command, and any
 number of workers share one folder. A file of weights that has its name is whole: it was written
-under another name, brought to the disk, and then renamed. Two workers on one file are harmless.
+under another name, brought to the disk, and then renamed; its head tells whose it is. Two workers
+on one file are harmless.
 """
 
 import errno
 import hashlib
 import json
 import os
+import re
+import secrets
 import shutil
 import socket
 from collections.abc import Iterable, Mapping
@@ -87,12 +90,9 @@ class Store:
     def __init__(self, job: Job, target: Path):
         self.job, self.target = job, target
         self.folder = unfinished(target)
-        self._sizes = {file.name: _size(file) for file in job.files}
-        self._sources = {
-            file.name: [file.stat().st_size, int(file.stat().st_mtime)]
-            for file in sorted({task.source.file for f in job.files for task in f.tasks})
-        }
-        self._own = f".{socket.gethostname()}.{os.getpid()}.part"
+        self._heads = {file.name: header_of(file.layouts, file.metadata)[0] for file in job.files}
+        self._sizes = {file.name: len(self._heads[file.name]) + file.nbytes for file in job.files}
+        self._own = f".{_machine()}.{os.getpid()}.{secrets.token_hex(4)}.part"
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -102,7 +102,7 @@ class Store:
             "fastrot": __version__,
             "rotations": str(self.job.plan).splitlines()[0],
             "digest": self.job.digest,
-            "sources": self._sources,
+            "sources": self.job.sources,
             "files": self._sizes,
         }
 
@@ -110,6 +110,13 @@ class Store:
         """Whether the target is this job's result, whole."""
         there = _read(self.target / "config.json") == self.job.config
         return there and not self.missing(self.job.files, self.target)
+
+    def tidy(self) -> None:
+        """Remove what only a growing folder needs from the target, once it has its name."""
+        if (self.target / MANIFEST).exists():
+            for part in self.target.glob("*.part"):
+                part.unlink(missing_ok=True)
+            (self.target / MANIFEST).unlink(missing_ok=True)
 
     def open(self, fresh: bool = False) -> None:
         """Make the folder, or go on in the one that an earlier run left.
@@ -123,14 +130,7 @@ class Store:
         """
         if fresh and self.folder.is_dir():
             shutil.rmtree(self.folder)
-        there = _read(self.folder / MANIFEST)
-        if self.folder.exists() and there is not None and there != self.manifest:
-            what = next(k for k, v in self.manifest.items() if there.get(k) != v)
-            raise RotationError(
-                f"{self.folder} holds an unfinished rotation that differs in its {what} "
-                f"({_short(there.get(what))}, now {_short(self.manifest[what])}); finish that one "
-                "by the command that began it, or give --fresh to throw it away"
-            )
+        there = self._begun()
         self._check_room()
         for companion in companions(self.job.source):
             companion.stat()
@@ -143,6 +143,26 @@ class Store:
             raise OSError(f"{self.target.parent} can't be written to: {error.strerror}") from error
         self._sweep()
 
+    def _begun(self) -> Mapping[str, Any] | None:
+        """What the folder says of itself; None if nothing was begun in it."""
+        there = _read(self.folder / MANIFEST)
+        if there is None:
+            found = {path.name: path for path in self.folder.glob("*.safetensors")}
+            strange = [n for n, p in found.items() if n not in self._sizes or not self._is_whole(p)]
+            if strange:
+                raise RotationError(
+                    f"{self.folder / MANIFEST} is missing or damaged, and {min(strange)} beside it "
+                    "is not of this rotation; give --fresh to throw the folder away"
+                )
+        elif there != self.manifest:
+            what = next((k for k, v in self.manifest.items() if there.get(k) != v), "manifest")
+            raise RotationError(
+                f"{self.folder} holds an unfinished rotation that differs in its {what} "
+                f"({_short(there.get(what))}, now {_short(self.manifest.get(what))}); finish that "
+                "one by the command that began it, or give --fresh to throw it away"
+            )
+        return there
+
     def _check_room(self) -> None:
         needed = sum(self._sizes[file.name] for file in self.missing(self.job.files))
         free = shutil.disk_usage(self.target.parent).free
@@ -154,11 +174,10 @@ class Store:
 
     def _sweep(self) -> None:
         """Remove what dead workers of this machine were writing."""
-        host = f".{socket.gethostname()}."
+        ours = re.compile(rf"\.{re.escape(_machine())}\.(\d+)\.\w+\.part$")
         for part in self.folder.glob("*.part"):
-            _, found, rest = part.name.partition(host)
-            pid = rest.removesuffix(".part")
-            if found and pid.isdigit() and not _alive(int(pid)):
+            found = ours.search(part.name)
+            if found and not _alive(int(found[1])):
                 part.unlink(missing_ok=True)
 
     def missing(self, files: Iterable[OutputFile], folder: Path | None = None) -> list[OutputFile]:
@@ -167,8 +186,10 @@ class Store:
         return [file for file in files if not self._is_whole(place / file.name)]
 
     def _is_whole(self, file: Path) -> bool:
-        with suppress(OSError):
-            return file.stat().st_size == self._sizes[file.name]
+        head = self._heads[file.name]
+        with suppress(OSError), file.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            return size == self._sizes[file.name] and stream.read(len(head)) == head
         return False
 
     def part_of(self, file: OutputFile) -> Path:
@@ -176,7 +197,12 @@ class Store:
         return self.folder / f"{file.name}{self._own}"
 
     def finish(self, file: OutputFile, part: Path) -> None:
-        """Give a file that is whole its name."""
+        """Give a file that is whole its name.
+
+        Raises:
+            RotationError: ``--fresh`` of another rotation has taken the folder.
+        """
+        self._begun()
         part.replace(self.folder / file.name)
         _sync(self.folder)
 
@@ -187,15 +213,18 @@ class Store:
             Whether it has it, by this process or by another.
         """
         if self.published():
+            if _read(self.folder / MANIFEST) == self.manifest:
+                shutil.rmtree(self.folder, ignore_errors=True)  # begun as another one finished
             return True
         if self.missing(self.job.files):
             return False
+        self._begun()
         try:
             self._complete()
             with held_signals():
                 self.folder.replace(self.target)
                 _sync(self.target.parent)
-                (self.target / MANIFEST).unlink(missing_ok=True)
+                self.tidy()
         except OSError as error:
             if self.published():
                 return True
@@ -208,7 +237,7 @@ class Store:
         return True
 
     def _complete(self) -> None:
-        if len(self.job.files) > 1:
+        if [file.name for file in self.job.files] != ["model.safetensors"]:
             places = {name: file.name for file in self.job.files for name in file.layouts}
             index = {
                 "metadata": {"total_size": self.job.nbytes},
@@ -217,26 +246,29 @@ class Store:
             self._put("model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
         copy_companions(self.job.source, self.folder)
         self._put("config.json", json.dumps(self.job.config, indent=2) + "\n")
-        for part in self.folder.glob("*.part"):
-            part.unlink(missing_ok=True)
         mode = self.folder.stat().st_mode & 0o666
         for path in self.folder.rglob("*"):
-            if path.is_file():
+            if path.is_file() and path.suffix != ".part":
                 path.chmod(mode)
+                _sync(path)
+        _sync(self.folder)
 
     def _put(self, name: str, text: str) -> None:
         part = self.folder / f"{name}{self._own}"
         part.write_text(text, encoding="utf-8")
+        _sync(part)
         part.replace(self.folder / name)
 
     def discard(self) -> None:
-        """Remove the folder, unless it has files that are whole, or another process writes in it.
+        """Remove the folder, unless it has files that are whole, or is another process's, too.
 
         A source that turned out to be damaged leaves nothing, a long run that was interrupted all
         that it finished.
         """
         others = (p for p in self.folder.glob("*.part") if not p.name.endswith(self._own))
-        if any(others) or len(self.missing(self.job.files)) < len(self.job.files):
+        if _read(self.folder / MANIFEST) != self.manifest or any(others):
+            return
+        if len(self.missing(self.job.files)) < len(self.job.files):
             return
         with held_signals():
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -265,14 +297,16 @@ def copy_companions(source: Path, folder: Path) -> None:
     """Copy what belongs to a checkpoint besides weights and their configuration."""
     for path in companions(source):
         if path.is_dir():
+            (folder / path.name).mkdir(exist_ok=True)
             shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
         else:
             shutil.copyfile(path, folder / path.name)
 
 
-def _size(file: OutputFile) -> int:
-    layouts = file.layouts
-    return len(header_of(layouts, file.metadata)[0]) + file.nbytes
+def _machine() -> str:
+    """Where the id of a process means something: a host, or a container on it."""
+    space = Path("/proc/self/ns/pid")
+    return socket.gethostname() + (f"-{space.stat().st_ino}" if space.exists() else "")
 
 
 def _read(manifest: Path) -> Mapping[str, Any] | None:
@@ -297,10 +331,10 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _sync(folder: Path) -> None:
-    """Bring new names in a folder to the disk."""
+def _sync(path: Path) -> None:
+    """Bring a file, or new names in a folder, to the disk."""
     with suppress(OSError):  # some file systems can't
-        descriptor = os.open(folder, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, product
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -102,6 +102,7 @@ def tasks_of(
         return next((edits[name] for name in (parameter, *others) if name in edits), None)
 
     actions: dict[str, list[Action]] = {name: [] for name in entries}
+    copied: dict[str, list[Action]] = {name: [] for name in entries}
     for name, target in made.targets.items():
         for piece in target.pieces:
             box, edit = place_of(piece, entries[piece.source]), edit_of(name)
@@ -109,8 +110,10 @@ def tasks_of(
                 actions[piece.source].append(Action(box, value=values[name]))
             elif edit is not None:
                 actions[piece.source].append(Action(box, _local(edit, piece, target)))
+            else:
+                copied[piece.source].append(Action(box))
     for name, found in actions.items():
-        _check_disjoint(name, found)
+        _check_disjoint(name, found, copied[name])
 
     def task(name: str, entry: Entry, found: Sequence[Action]) -> Task:
         factors = (scales or {}).get(entry.name)
@@ -219,10 +222,10 @@ def _inside(step: Rotate, ends: tuple[int, int], length: int) -> Rotate | None:
     raise RotationError(f"{step}: the checkpoint cuts the values apart; use fastrot.apply")
 
 
-def _check_disjoint(name: str, actions: Sequence[Action]) -> None:
-    for a, b in combinations(actions, 2):
+def _check_disjoint(name: str, actions: Sequence[Action], copied: Sequence[Action]) -> None:
+    for a, b in (*combinations(actions, 2), *product(actions, copied)):
         if all(s.start < t.stop and t.start < s.stop for s, t in zip(a.box, b.box, strict=True)):
             raise RotationError(
-                f"{name} becomes a part of two parameters that are rotated in different ways; load "
+                f"{name} becomes a part of two parameters that are not rotated alike; load "
                 "the model and use fastrot.apply"
             )

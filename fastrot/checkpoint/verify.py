@@ -1,8 +1,10 @@
 """Whether a checkpoint is what a rotation makes of another: tensor by tensor, loading neither."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,18 @@ from fastrot.recipe import Recipe
 
 ARITHMETIC = 2.0**-18
 """What float32 arithmetic adds, of the root mean square; rounding comes on top."""
+
+
+UNREAD = {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "fastrot",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+"""Settings that may differ: logits do not depend on them, or they are compared by themselves."""
 
 
 @dataclass(frozen=True)
@@ -135,9 +149,31 @@ def _compared(
                 yield task.name, verdict
     for name in left:
         yield name, "is not of this rotation"
-    wanted = job.config["fastrot"]
-    if read_json(target / "config.json")["fastrot"] != wanted:
+    yield from _unlike(job.config, target)
+
+
+def _unlike(expected: dict[str, Any], target: Path) -> Iterator[tuple[str, str]]:
+    """What the configuration says otherwise; the same weights would be another model."""
+    if read_json(target / "config.json")["fastrot"] != expected["fastrot"]:
         yield "config.json", "its record ('fastrot') is not that of this rotation"
+    with TemporaryDirectory() as folder:  # read by the same code, which has values of its own
+        (Path(folder) / "config.json").write_text(json.dumps(expected), encoding="utf-8")
+        wanted, got = (_settings(configuration(f).to_dict()) for f in (Path(folder), target))
+    for name in sorted(wanted.keys() | got.keys()):
+        if wanted.get(name) != got.get(name):
+            yield (
+                "config.json",
+                f"{name} is {got.get(name)!r:.60}, expected {wanted.get(name)!r:.60}",
+            )
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a configuration decides about logits, here and in its parts."""
+    return {
+        name: _settings(value) if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name not in UNREAD
+    }
 
 
 def _judged(task: Task, there: Entry, job: Job, workspace: Workspace) -> tuple[str, Workspace]:

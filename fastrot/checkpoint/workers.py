@@ -32,11 +32,17 @@ def worker_of(environment: Mapping[str, str] | None = None) -> Worker:
     given = os.environ if environment is None else environment
     for rank, count, sign in LAUNCHERS:
         if sign in given and rank in given and count in given:
-            return parse_worker(f"{given[rank]}/{given[count]}", f"{rank}/{count}")
-    if "SLURM_ARRAY_TASK_ID" in given and "SLURM_ARRAY_TASK_COUNT" in given:
-        place = int(given["SLURM_ARRAY_TASK_ID"]) - int(given.get("SLURM_ARRAY_TASK_MIN", 0))
-        count = given["SLURM_ARRAY_TASK_COUNT"]
-        return parse_worker(f"{place}/{count}", "SLURM_ARRAY_TASK_ID/SLURM_ARRAY_TASK_COUNT")
+            found = parse_worker(f"{given[rank]}/{given[count]}", f"{rank}/{count}")
+            if found.size > 1:  # one alone may be a task of an array
+                return found
+    array = "SLURM_ARRAY_TASK_"
+    if f"{array}ID" in given and f"{array}COUNT" in given:
+        try:
+            place = int(given[f"{array}ID"]) - int(given.get(f"{array}MIN", 0))
+            place //= int(given.get(f"{array}STEP", 1))
+        except (ValueError, ZeroDivisionError) as error:
+            raise RotationError(f"{array}ID={given[f'{array}ID']}: {error}") from error
+        return parse_worker(f"{place}/{given[f'{array}COUNT']}", f"{array}ID/{array}COUNT")
     return Worker()
 
 
