@@ -10,8 +10,8 @@ from test_released import outline
 from transformers.core_model_loading import revert_weight_conversion
 
 import fastrot
+from fastrot.checkpoint.drafts import DRAFT
 from fastrot.checkpoint.header import Entry
-from fastrot.checkpoint.job import DRAFT
 from fastrot.checkpoint.tasks import tasks_of
 from fastrot.checkpoint.trace import trace
 from fastrot.mapping.tables import find_architecture

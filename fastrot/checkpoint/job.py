@@ -1,32 +1,31 @@
 """All that a rotation of a checkpoint does, decided and checked before the first write."""
 
 import hashlib
-import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fastrot.api import plan as plan_model
+from fastrot.checkpoint.drafts import Drafts, leftovers
 from fastrot.checkpoint.fp8 import METHOD, SUFFIX, Scales, scales_of, without
 from fastrot.checkpoint.header import (
     CheckpointError,
     Entry,
     Layout,
-    Metadata,
     read_entry,
     read_headers,
     same_bytes,
 )
+from fastrot.checkpoint.outputs import SEAL, Job, digest_of, files_of, states_of
 from fastrot.checkpoint.source import indexed, outline, read_json, weight_files
 from fastrot.checkpoint.tasks import Task, place_of, tasks_of
 from fastrot.checkpoint.trace import Trace, stored_names, trace
 from fastrot.checks import check_norm, quant_method
-from fastrot.edits import OnlineSite, Plan, Rotate
+from fastrot.edits import OnlineSite, Plan
 from fastrot.errors import RotationError
 from fastrot.integrations.guard import lift
 from fastrot.integrations.marks import GUARD
@@ -37,77 +36,6 @@ from fastrot.record import QUANT_METHOD, check_online, online_sites, sealed, wit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-Drafts = Literal["copy", "drop"]
-"""What is done with the tensors of multi-token prediction, which transformers does not load."""
-
-NEW = "model-fastrot.safetensors"
-"""Where tensors go that the old checkpoint does not have, if it has several files."""
-
-SEAL = "fastrot"
-"""Metadata of every file: which rotation of which source wrote it."""
-
-DRAFT = re.compile(r"(^|\.)mtp\w*\.|(^|\.)layers\.(?P<layer>\d+)\.")
-"""Names of the tensors of multi-token prediction: of their own, or of layers behind the last."""
-
-
-@dataclass(frozen=True)
-class OutputFile:
-    """A file of weights of the new checkpoint.
-
-    Attributes:
-        name: of the file.
-        tasks: its tensors that are made of old ones.
-        constants: its other tensors.
-        metadata: what its header says besides.
-    """
-
-    name: str
-    tasks: tuple[Task, ...]
-    constants: Mapping[str, Tensor]
-    metadata: Metadata
-
-    @property
-    def layouts(self) -> dict[str, Layout]:
-        """All tensors in the order in which they lie."""
-        made = {task.name: task.layout for task in self.tasks}
-        return made | {
-            name: Layout(tuple(tensor.shape), tensor.dtype)
-            for name, tensor in self.constants.items()
-        }
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(layout.nbytes for layout in self.layouts.values())
-
-
-@dataclass(frozen=True)
-class Job:
-    """A rotation of a checkpoint.
-
-    Attributes:
-        source: the folder.
-        plan: of the model.
-        files: what will be written.
-        norms: the weights of the norms that are folded, by the names of the model.
-        config: the new config.json.
-        digest: of everything that decides a byte of the result, but the source's own bytes.
-        sources: size and time of the source's files, by name; these stand for the bytes.
-    """
-
-    source: Path
-    plan: Plan
-    files: tuple[OutputFile, ...]
-    norms: Mapping[str, Tensor]
-    config: dict[str, Any]
-    digest: str
-    sources: Mapping[str, list[int]]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all weights that will be written."""
-        return sum(file.nbytes for file in self.files)
 
 
 @torch.no_grad()
@@ -159,7 +87,7 @@ def prepare(
         check_online(model)
     plan = plan_model(model, recipe)
     known = {name: entry for name, entry in entries.items() if name not in made.unknown}
-    kept = _leftovers(model, plan, made, drafts)
+    kept = leftovers(model, plan, made, drafts)
     norms = _norms(model, plan, made, entries)
     tasks, equal = tasks_of(model, plan, made, known, dtype, scales)
     for name, other in equal.items():
@@ -171,8 +99,8 @@ def prepare(
     wanted = dtype or (torch.bfloat16 if scales else None)
     tasks += [_copied(entries[name], scales.get(name), wanted) for name in kept]
     config, constants = _recorded(source, model, plan, made, wanted)
-    outputs = _files(tasks, constants, entries, metadata, shard)
-    digest, states = _digest(plan, outputs, config), _states(outputs)
+    outputs = files_of(tasks, constants, entries, metadata, shard)
+    digest, states = digest_of(plan, outputs, config), states_of(outputs)
     seal = hashlib.sha256(repr((digest, states)).encode()).hexdigest()[:32]
     outputs = tuple(replace(file, metadata={**file.metadata, SEAL: seal}) for file in outputs)
     return Job(source, plan, outputs, norms, config, digest, states)
@@ -233,45 +161,10 @@ def _read(parameter: str, made: Trace, entries: Mapping[str, Entry]) -> Tensor:
     return value
 
 
-def is_draft(name: str, config: Any) -> bool:
-    """Whether a tensor belongs to multi-token prediction, by its name."""
-    found = DRAFT.search(name)
-    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-    return found is not None and (found["layer"] is None or int(found["layer"]) >= layers)
-
-
-def _leftovers(model: "PreTrainedModel", plan: Plan, made: Trace, drafts: Drafts) -> list[str]:
-    """The tensors that the model does not have and the new checkpoint keeps; others refuse."""
-    drafted = [name for name in made.unknown if is_draft(name, model.config)]
-    strange = [n for n in made.unknown if n not in drafted and n not in made.ignored]
-    if strange:
-        raise CheckpointError(
-            f"the checkpoint has {strange[0]} ({len(strange)} such tensors), which a "
-            f"{type(model).__name__} does not have; nothing is dropped in silence, remove them "
-            "from the checkpoint if nothing reads them"
-        )
-    if drafted and drafts == "copy" and not _keeps_ends(model, plan):
-        raise RotationError(
-            f"the checkpoint has {len(drafted)} tensors of multi-token prediction, {drafted[0]} "
-            "first, that read the embedding, the last norm and the head, which R1 changes; they "
-            "are copied as they are if R1 leaves these alone (keep_head=True, --keep-head) or is "
-            "left out; or drop them (--mtp drop)"
-        )
-    return [n for n in made.unknown if n not in drafted or drafts == "copy"]
-
-
 def _copied(entry: Entry, scales: Scales | None, dtype: torch.dtype | None) -> Task:
     """A tensor as it is, or the numbers of one whose codes mean nothing without their scales."""
     layout = entry if scales is None or dtype is None else Layout(entry.shape, dtype)
     return Task(entry.name, entry, layout, scales=scales)
-
-
-def _keeps_ends(model: "PreTrainedModel", plan: Plan) -> bool:
-    """Whether a plan leaves what a draft shares with the model as it is."""
-    ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    shared = {id(end.weight) for end in ends if end is not None}
-    named = model.named_parameters(remove_duplicate=False)
-    return not any(id(weight) in shared and name in plan.parameters for name, weight in named)
 
 
 def _norms(
@@ -315,66 +208,3 @@ def _recorded(
         config["quantization_config"] = {"quant_method": QUANT_METHOD}
         config[GUARD] = QUANT_METHOD
     return config, {names[name]: operand for name, operand in operands.items()}
-
-
-def _files(
-    tasks: Iterable[Task],
-    constants: Mapping[str, Tensor],
-    entries: Mapping[str, Entry],
-    metadata: Mapping[Path, Metadata],
-    shard: int | None,
-) -> tuple[OutputFile, ...]:
-    """Which tensor goes into which file: each where it was, or into files of at most ``shard``."""
-    plain: Metadata = {"format": "pt"}
-    meta = {file.name: found or plain for file, found in metadata.items()}
-    several = len(meta) > 1
-    ordered = sorted(tasks, key=lambda t: (t.source.file.name, t.source.offset, t.name))
-    groups: dict[str, list[Task]] = {}
-    if shard is None:
-        for task in ordered:
-            fresh = several and task.name not in entries
-            groups.setdefault(NEW if fresh else task.source.file.name, []).append(task)
-        if constants and several:
-            groups.setdefault(NEW, [])
-    else:
-        parts: list[list[Task]] = [[]]
-        for task in ordered:
-            filled = sum(t.layout.nbytes for t in parts[-1])
-            if filled and filled + task.layout.nbytes > shard:
-                parts.append([])
-            parts[-1].append(task)
-        count = len(parts)
-        for number, part in enumerate(parts, 1):
-            name = f"model-{number:05}-of-{count:05}" if count > 1 else "model"
-            groups[f"{name}.safetensors"] = part
-    last = [*groups][-1]
-    return tuple(
-        OutputFile(name, tuple(g), constants if name == last else {}, meta.get(name, plain))
-        for name, g in groups.items()
-    )
-
-
-def _states(files: Iterable[OutputFile]) -> dict[str, list[int]]:
-    sources = {task.source.file for file in files for task in file.tasks}
-    found = {file.name: file.stat() for file in sorted(sources)}
-    return {name: [state.st_size, state.st_mtime_ns] for name, state in found.items()}
-
-
-def _digest(plan: Plan, files: Sequence[OutputFile], config: dict[str, Any]) -> str:
-    """The last digits of random matrices differ between machines, so their bytes count."""
-    found = hashlib.sha256(json.dumps([plan.to_dict(), config], sort_keys=True).encode())
-    turns = (step for edit in plan.weights for step in edit.steps if isinstance(step, Rotate))
-    dense = {turn.rotation: turn.rotation for turn in turns if turn.rotation.dense}
-    for rotation in dense:
-        assert rotation.operand is not None
-        found.update(rotation.operand.numpy().tobytes())
-    for file in files:
-        found.update(repr((file.name, file.metadata, file.layouts, [*file.constants])).encode())
-        for task in file.tasks:
-            entry = task.source
-            place = entry.name, entry.file.name, entry.offset, entry.shape, entry.dtype
-            done = [
-                (a.box, a.value, a.edit and [str(s) for s in a.edit.steps]) for a in task.actions
-            ]
-            found.update(repr((place, done)).encode())
-    return found.hexdigest()

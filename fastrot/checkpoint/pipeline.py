@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from fastrot.checkpoint.header import header_of, read_into
-from fastrot.checkpoint.job import OutputFile
+from fastrot.checkpoint.outputs import OutputFile
 from fastrot.checkpoint.panels import Norms, Panel, panels_of
 from fastrot.kernels.weight import Workspace
 

@@ -8,10 +8,13 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from fastrot.checkpoint.job import Drafts, Job, OutputFile, prepare
+from fastrot.checkpoint.drafts import Drafts
+from fastrot.checkpoint.job import prepare
+from fastrot.checkpoint.outputs import Job, OutputFile
 from fastrot.checkpoint.panels import needs
 from fastrot.checkpoint.pipeline import Pipeline
-from fastrot.checkpoint.store import Store, check_target, readable
+from fastrot.checkpoint.store import Store
+from fastrot.checkpoint.target import check_target, readable
 from fastrot.checkpoint.tasks import Task
 from fastrot.checkpoint.workers import Worker, share, worker_of
 from fastrot.edits import Plan

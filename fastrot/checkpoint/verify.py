@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from fastrot.checkpoint.drafts import is_draft
 from fastrot.checkpoint.header import Entry, Layout, read_entry, read_headers, read_into
-from fastrot.checkpoint.job import Job, is_draft, prepare
+from fastrot.checkpoint.job import prepare
+from fastrot.checkpoint.outputs import Job
 from fastrot.checkpoint.panels import Panel, panels_of
 from fastrot.checkpoint.rotate import PANEL
 from fastrot.checkpoint.source import configuration, read_json, weight_files

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from fastrot.checkpoint.job import OutputFile
+from fastrot.checkpoint.outputs import OutputFile
 from fastrot.errors import RotationError
 
 LAUNCHERS = (

@@ -1,0 +1,147 @@
+"""The files of the new checkpoint: which tensor goes where, and what tells them from others."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fastrot.checkpoint.header import (
+    Entry,
+    Layout,
+    Metadata,
+)
+from fastrot.checkpoint.tasks import Task
+from fastrot.edits import Plan, Rotate
+
+NEW = "model-fastrot.safetensors"
+"""Where tensors go that the old checkpoint does not have, if it has several files."""
+
+SEAL = "fastrot"
+"""Metadata of every file: which rotation of which source wrote it."""
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A file of weights of the new checkpoint.
+
+    Attributes:
+        name: of the file.
+        tasks: its tensors that are made of old ones.
+        constants: its other tensors.
+        metadata: what its header says besides.
+    """
+
+    name: str
+    tasks: tuple[Task, ...]
+    constants: Mapping[str, Tensor]
+    metadata: Metadata
+
+    @property
+    def layouts(self) -> dict[str, Layout]:
+        """All tensors in the order in which they lie."""
+        made = {task.name: task.layout for task in self.tasks}
+        return made | {
+            name: Layout(tuple(tensor.shape), tensor.dtype)
+            for name, tensor in self.constants.items()
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(layout.nbytes for layout in self.layouts.values())
+
+
+@dataclass(frozen=True)
+class Job:
+    """A rotation of a checkpoint.
+
+    Attributes:
+        source: the folder.
+        plan: of the model.
+        files: what will be written.
+        norms: the weights of the norms that are folded, by the names of the model.
+        config: the new config.json.
+        digest: of everything that decides a byte of the result, but the source's own bytes.
+        sources: size and time of the source's files, by name; these stand for the bytes.
+    """
+
+    source: Path
+    plan: Plan
+    files: tuple[OutputFile, ...]
+    norms: Mapping[str, Tensor]
+    config: dict[str, Any]
+    digest: str
+    sources: Mapping[str, list[int]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights that will be written."""
+        return sum(file.nbytes for file in self.files)
+
+
+def files_of(
+    tasks: Iterable[Task],
+    constants: Mapping[str, Tensor],
+    entries: Mapping[str, Entry],
+    metadata: Mapping[Path, Metadata],
+    shard: int | None,
+) -> tuple[OutputFile, ...]:
+    """Which tensor goes into which file: each where it was, or into files of at most ``shard``."""
+    plain: Metadata = {"format": "pt"}
+    meta = {file.name: found or plain for file, found in metadata.items()}
+    several = len(meta) > 1
+    ordered = sorted(tasks, key=lambda t: (t.source.file.name, t.source.offset, t.name))
+    groups: dict[str, list[Task]] = {}
+    if shard is None:
+        for task in ordered:
+            fresh = several and task.name not in entries
+            groups.setdefault(NEW if fresh else task.source.file.name, []).append(task)
+        if constants and several:
+            groups.setdefault(NEW, [])
+    else:
+        parts: list[list[Task]] = [[]]
+        for task in ordered:
+            filled = sum(t.layout.nbytes for t in parts[-1])
+            if filled and filled + task.layout.nbytes > shard:
+                parts.append([])
+            parts[-1].append(task)
+        count = len(parts)
+        for number, part in enumerate(parts, 1):
+            name = f"model-{number:05}-of-{count:05}" if count > 1 else "model"
+            groups[f"{name}.safetensors"] = part
+    last = [*groups][-1]
+    return tuple(
+        OutputFile(name, tuple(g), constants if name == last else {}, meta.get(name, plain))
+        for name, g in groups.items()
+    )
+
+
+def states_of(files: Iterable[OutputFile]) -> dict[str, list[int]]:
+    """Size and time of every file that is read: another source has others."""
+    sources = {task.source.file for file in files for task in file.tasks}
+    found = {file.name: file.stat() for file in sorted(sources)}
+    return {name: [state.st_size, state.st_mtime_ns] for name, state in found.items()}
+
+
+def digest_of(plan: Plan, files: Sequence[OutputFile], config: dict[str, Any]) -> str:
+    """The last digits of random matrices differ between machines, so their bytes count."""
+    found = hashlib.sha256(json.dumps([plan.to_dict(), config], sort_keys=True).encode())
+    turns = (step for edit in plan.weights for step in edit.steps if isinstance(step, Rotate))
+    dense = {turn.rotation: turn.rotation for turn in turns if turn.rotation.dense}
+    for rotation in dense:
+        assert rotation.operand is not None
+        found.update(rotation.operand.numpy().tobytes())
+    for file in files:
+        found.update(repr((file.name, file.metadata, file.layouts, [*file.constants])).encode())
+        for task in file.tasks:
+            entry = task.source
+            place = entry.name, entry.file.name, entry.offset, entry.shape, entry.dtype
+            done = [
+                (a.box, a.value, a.edit and [str(s) for s in a.edit.steps]) for a in task.actions
+            ]
+            found.update(repr((place, done)).encode())
+    return found.hexdigest()

@@ -1,0 +1,77 @@
+"""The folder that a checkpoint is written to, and what goes there besides weights."""
+
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from fastrot.errors import RotationError
+
+COMPANIONS = (
+    "*.jinja",
+    "*.model",
+    "*.tiktoken",
+    "*processor_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "added_tokens.json",
+    "additional_chat_templates",
+    "chat_template*",
+    "generation_config.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer*",
+    "vocab*",
+)
+"""What belongs to a checkpoint besides weights and their configuration."""
+
+
+def check_target(source: Path, target: Path) -> None:
+    """Refuse, before any work, a folder that a checkpoint can't be written to.
+
+    Args:
+        source: the checkpoint that is read, resolved.
+        target: the folder, resolved.
+
+    Raises:
+        RotationError: it is the source, lies in it, or is a mount point.
+        OSError: it is taken, its name is too long, or where it should lie is no folder.
+    """
+    with suppress(FileNotFoundError):
+        target.lstat()  # tells of a name that no folder can have
+    if target == source:
+        raise RotationError(f"DST is SRC ({source}); give the rotated model a folder of its own")
+    if source in target.parents:
+        raise RotationError(f"DST ({target}) lies in SRC; give the rotated model a place outside")
+    if target.exists() and not target.is_dir():
+        raise FileExistsError(f"{target} is a file")
+    if target.exists() and any(target.iterdir()):
+        raise FileExistsError(f"{target} is not empty, and nothing is overwritten")
+    if target.is_mount():
+        raise RotationError(
+            f"{target} is a mount point, which no finished folder can replace; name a new folder "
+            "in it"
+        )
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target.parent}, where {target.name} should lie, is not a folder")
+
+
+def companions(source: Path) -> list[Path]:
+    """Tokenizer, processor, chat templates and licence, as far as there are any."""
+    return sorted({path for pattern in COMPANIONS for path in source.glob(pattern)})
+
+
+def copy_companions(source: Path, folder: Path) -> None:
+    """Copy what belongs to a checkpoint besides weights and their configuration."""
+    for path in companions(source):
+        if path.is_dir():
+            (folder / path.name).mkdir(exist_ok=True)
+            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+        else:
+            shutil.copyfile(path, folder / path.name)
+
+
+def readable(nbytes: int) -> str:
+    """A size as the command line takes it."""
+    if nbytes >= 1 << 30:
+        return f"{nbytes / (1 << 30):.2f}G"
+    return f"{-(-nbytes // (1 << 20))}M"
