@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -352,7 +353,7 @@ def test_a_signal_stops_all_stages(source, tmp_path, monkeypatch):
     def stop(pipeline, file, part):
         if next(count) == 2:
             part.touch()
-            signal.raise_signal(signal.SIGINT)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
             while pipeline._failure is None:
                 time.sleep(0.001)
             raise StoppedError

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -450,7 +451,7 @@ def test_a_terminated_run_leaves_nothing(
     write = Pipeline._write_file
 
     def stop(pipeline, file, part):
-        signal.raise_signal(number)
+        signal.pthread_kill(threading.main_thread().ident, number)
         write(pipeline, file, part)
         raise StoppedError
 

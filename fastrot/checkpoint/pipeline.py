@@ -16,6 +16,7 @@ from fastrot.checkpoint.header import header_of, read_into
 from fastrot.checkpoint.outputs import OutputFile
 from fastrot.checkpoint.panels import Norms, Panel, panels_of
 from fastrot.kernels.weight import Workspace
+from fastrot.signals import held_signals
 
 PAGE = 1 << 20
 
@@ -137,9 +138,12 @@ class Pipeline:
             thread.start()
         try:
             self._rotate()
+            for thread in threads:
+                thread.join()
         except BaseException as error:
             self._stop(error)
-        finally:
+        # Nobody writes behind the back of whoever takes the error, a second Ctrl-C or not.
+        with held_signals():
             for thread in threads:
                 thread.join()
         if self._failure is not None:
