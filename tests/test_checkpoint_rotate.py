@@ -348,13 +348,15 @@ def test_launchers_tell_the_worker():
 
 def test_a_signal_stops_all_stages(source, tmp_path, monkeypatch):
     """The threads end, the file that was being written goes, those before it stay."""
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # workers of xdist ignore it
     write, count = Pipeline._write_file, itertools.count()
 
     def stop(pipeline, file, part):
         if next(count) == 2:
             part.touch()
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-            while pipeline._failure is None:
+            end = time.monotonic() + 60
+            while pipeline._failure is None and time.monotonic() < end:
                 time.sleep(0.001)
             raise StoppedError
         write(pipeline, file, part)
@@ -364,6 +366,7 @@ def test_a_signal_stops_all_stages(source, tmp_path, monkeypatch):
         patched.setattr(Pipeline, "_write_file", stop)
         with pytest.raises(KeyboardInterrupt):
             fastrot.rotate_checkpoint(source, target, ALL)
+    signal.signal(signal.SIGINT, usual)
     assert not [*unfinished(target).glob("*.part")]
     assert len([*unfinished(target).glob("*.safetensors")]) == 2
     fastrot.rotate_checkpoint(source, target, ALL)

@@ -143,6 +143,8 @@ def missing(what):
 
 @pytest.mark.parametrize("module", SUBMODULE_IMPORTS)
 def test_names_stand_where_they_stood(module):
+    if module.startswith("cli."):
+        pytest.importorskip("requests")  # what transformers 5.17 asks of its own command
     found = set(dir(import_module(f"transformers.{module}")))
     assert not SUBMODULE_IMPORTS[module] - found, missing(f"them in {module}")
 

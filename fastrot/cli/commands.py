@@ -61,14 +61,18 @@ def rotate(args: Namespace) -> int:
 
 def serve(args: Namespace) -> int:
     """Hand over to transformers' command, in this process, where fastrot is imported."""
-    from transformers.cli.transformers import app
     from transformers.utils.import_utils import is_serve_available
 
+    missing = RotationError(
+        "fastrot serve needs fastapi, uvicorn, openai and pydantic, and not all of them are "
+        "installed; pip install 'transformers[serving]'"
+    )
     if not is_serve_available():
-        raise RotationError(
-            "fastrot serve needs fastapi, uvicorn, openai and pydantic, and not all of them are "
-            "installed; pip install 'transformers[serving]'"
-        )
+        raise missing
+    try:
+        from transformers.cli.transformers import app
+    except ModuleNotFoundError as error:  # an older one needs more, such as requests
+        raise missing from error
     app(["serve", *args.arguments], prog_name="fastrot")
     return 0
 
