@@ -15,7 +15,7 @@ import torch
 from fastrot.ends import between_ends
 from fastrot.errors import RotationError
 from fastrot.heads import check_heads, head_dim_of, key_dim_of
-from fastrot.index import Index
+from fastrot.index import Index, find_holders
 from fastrot.mapping import PLACES, ROTATIONS, STREAM, Mapping, NormMapping
 from fastrot.patterns import NoMatchError
 from fastrot.recipe import Recipe
@@ -82,6 +82,7 @@ def configured(index: Index, recipe: Recipe) -> Configured:
         for name, given in (recipe.matrices or {}).items()
     }
     places = {name: SPINQUANT[name].places(mapping) for name in wanted}
+    find_holders(index, mapping.between)  # it names something, whether it is asked for or not
     if recipe.keep_head:
         places[STREAM] = between_ends(index, mapping, norms, places[STREAM])
     schemes = {

@@ -63,6 +63,7 @@ FINE = {
         "post_norm": NOTHING,
         "post_norm_in": WORDS,  # a pattern may match nothing
         "transposed": WORDS,
+        "between": NOTHING,
     },
     "norm": {"offset": {"0"}},
     "scheme": {
