@@ -22,6 +22,7 @@ from fastrot.errors import HalfRotatedError, RecordError
 from fastrot.journal import Journal
 from fastrot.online import OnlineRotation, acts_on, installed
 from fastrot.resolve import resolve_online
+from fastrot.resolve.places import places
 from fastrot.rotation import MATRIX, digest
 from fastrot.transform_config import TransformConfig, parse_transform_config
 
@@ -146,6 +147,11 @@ def _problem(module: OnlineRotation) -> str | None:
 def applied_groups(config: Any) -> list[str]:
     """Names of all rotations on a model, for example ``["R1", "R2"]``."""
     return [name for _, item in applications(config) for name in item.config_groups]
+
+
+def has_online(config: Any) -> bool:
+    """Whether the record in a model's configuration asks for any online rotation."""
+    return any(True for _, item in applications(config) for _ in places(item, online=True))
 
 
 def online_sites(model: "PreTrainedModel") -> list[OnlineSite]:

@@ -87,6 +87,11 @@ def notes(model: nn.Module, plan: Plan) -> tuple[str, ...]:
     )
 
 
+def _surely_finite(values: Tensor) -> bool:
+    """By one pass: a sum of finite numbers is seldom infinite, and one with others never finite."""
+    return bool(values.sum().isfinite())
+
+
 def _check_finite(name: str, values: Tensor) -> None:
     bad = ~values.isfinite()
     if bad.any():
@@ -115,8 +120,7 @@ def check_converted(name: str, before: Tensor, after: Tensor) -> None:
     Raises:
         ValueRangeError: names the tensor and the way out.
     """
-    # One pass: a sum of finite numbers is seldom infinite, and one with others never finite.
-    if not after.is_floating_point() or bool(after.sum(dtype=torch.float32).isfinite()):
+    if not after.is_floating_point() or _surely_finite(after):
         return
     lost = before.isfinite() & ~after.isfinite()
     if lost.any():
@@ -133,8 +137,7 @@ def check_rotated(edit: WeightEdit, weight: Tensor) -> None:
     Raises:
         ValueRangeError: names the weight and the way out.
     """
-    # One pass: a sum of finite numbers is seldom infinite, and one with others never finite.
-    if bool(weight.sum().isfinite()):
+    if _surely_finite(weight):
         return
     bad = sum(int((~part.isfinite()).sum()) for part in weight.split(1024))
     if bad:

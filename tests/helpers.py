@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+
+import fastrot
 
 CLASSES = {
     "llama": (LlamaConfig, LlamaForCausalLM, {"attention_bias": True, "mlp_bias": True}),
@@ -109,6 +112,19 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     core = Tokenizer(WordLevel(words, "<pad>"))
     core.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def save_rotated(folder: Path) -> tuple[nn.Module, float]:
+    """Save a tiny model with all rotations; the model, and the sum of its logits on five ids."""
+    model = tiny("llama")
+    fastrot.apply(model, ("R1", "R2", "R3", "R4"))
+    model.save_pretrained(folder)
+    return model, logits(model, random_ids(model, 1, 5, seed=0)).sum().item()
 
 
 class Same:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import logits, random_ids, tiny
+from helpers import save_rotated
 
 import fastrot
 
@@ -34,10 +34,7 @@ with torch.no_grad():
 @pytest.fixture(scope="module")
 def rotated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rotated")
-    model = tiny("llama")
-    fastrot.apply(model, ("R1", "R2", "R3", "R4"))
-    model.save_pretrained(folder)
-    return str(folder), logits(model, random_ids(model, 1, 5, seed=0)).sum().item()
+    return str(folder), save_rotated(folder)[1]
 
 
 @pytest.fixture

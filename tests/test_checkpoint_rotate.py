@@ -14,7 +14,7 @@ import time
 
 import pytest
 import torch
-from helpers import tiny
+from helpers import contents, tiny
 from safetensors.torch import load_file, save_file
 from zoo import FAMILIES, build
 
@@ -38,10 +38,6 @@ ALL = fastrot.Recipe(ROTATIONS, transform_type="random-hadamard", randomize=True
 def tensors(folder):
     files = sorted(folder.glob("*.safetensors"))
     return {name: tensor for file in files for name, tensor in load_file(file).items()}
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import logits, random_ids, tiny
+from helpers import save_rotated
 
 import fastrot
 
@@ -175,12 +175,10 @@ def test_what_is_exported():
 @pytest.fixture(scope="module")
 def rotated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rotated")
-    model = tiny("llama")
-    fastrot.apply(model, ("R1", "R2", "R3", "R4"))
-    model.save_pretrained(folder)
+    model, expected = save_rotated(folder)
     (folder / "model.pickle").write_bytes(pickle.dumps(model))
     (folder / "config.pickle").write_bytes(pickle.dumps(model.config))
-    return folder, logits(model, random_ids(model, 1, 5, seed=0)).sum().item()
+    return folder, expected
 
 
 SUM = """

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 import fastrot
 from fastrot.edits import OnlineSite
 from fastrot.integrations.vllm.operands import INDEX, SINGLE, with_matrices
-from fastrot.integrations.vllm.recorded import check_ranks, has_online, on_rank, recorded_sites
+from fastrot.integrations.vllm.recorded import check_ranks, on_rank, recorded_sites
 from fastrot.integrations.vllm.start import check_start
+from fastrot.record import has_online
 from fastrot.rotation import Rotation
 
 ALL = ("R1", "R2", "R3", "R4")

@@ -3,9 +3,7 @@
 import re
 from typing import TYPE_CHECKING, Any, Literal
 
-from fastrot.checkpoint.header import (
-    CheckpointError,
-)
+from fastrot.checkpoint.header import CheckpointError
 from fastrot.checkpoint.trace import Trace
 from fastrot.edits import Plan
 from fastrot.errors import RotationError

@@ -1,8 +1,6 @@
 """All that a rotation of a checkpoint does, decided and checked before the first write."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +18,7 @@ from fastrot.checkpoint.header import (
     read_headers,
     same_bytes,
 )
-from fastrot.checkpoint.outputs import SEAL, Job, digest_of, files_of, states_of
+from fastrot.checkpoint.outputs import Job, files_of, sealed_job
 from fastrot.checkpoint.source import indexed, outline, read_json, weight_files
 from fastrot.checkpoint.tasks import Task, place_of, tasks_of
 from fastrot.checkpoint.trace import Trace, stored_names, trace
@@ -100,10 +98,7 @@ def prepare(
     tasks += [_copied(entries[name], scales.get(name), wanted) for name in kept]
     config, constants = _recorded(source, model, plan, made, wanted)
     outputs = files_of(tasks, constants, entries, metadata, shard)
-    digest, states = digest_of(plan, outputs, config), states_of(outputs)
-    seal = hashlib.sha256(repr((digest, states)).encode()).hexdigest()[:32]
-    outputs = tuple(replace(file, metadata={**file.metadata, SEAL: seal}) for file in outputs)
-    return Job(source, plan, outputs, norms, config, digest, states)
+    return sealed_job(source, plan, outputs, norms, config)
 
 
 def _scales(

@@ -3,17 +3,13 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from fastrot.checkpoint.header import (
-    Entry,
-    Layout,
-    Metadata,
-)
+from fastrot.checkpoint.header import Entry, Layout, Metadata
 from fastrot.checkpoint.tasks import Task
 from fastrot.edits import Plan, Rotate
 
@@ -104,11 +100,13 @@ def files_of(
             groups.setdefault(NEW, [])
     else:
         parts: list[list[Task]] = [[]]
+        filled = 0
         for task in ordered:
-            filled = sum(t.layout.nbytes for t in parts[-1])
             if filled and filled + task.layout.nbytes > shard:
                 parts.append([])
+                filled = 0
             parts[-1].append(task)
+            filled += task.layout.nbytes
         count = len(parts)
         for number, part in enumerate(parts, 1):
             name = f"model-{number:05}-of-{count:05}" if count > 1 else "model"
@@ -120,14 +118,28 @@ def files_of(
     )
 
 
-def states_of(files: Iterable[OutputFile]) -> dict[str, list[int]]:
+def sealed_job(
+    source: Path,
+    plan: Plan,
+    files: Sequence[OutputFile],
+    norms: Mapping[str, Tensor],
+    config: dict[str, Any],
+) -> Job:
+    """The job whose files all carry a seal of it, and of the source that it reads."""
+    digest, states = _digest(plan, files, config), _states(files)
+    seal = hashlib.sha256(repr((digest, states)).encode()).hexdigest()[:32]
+    marked = (replace(file, metadata={**file.metadata, SEAL: seal}) for file in files)
+    return Job(source, plan, tuple(marked), norms, config, digest, states)
+
+
+def _states(files: Iterable[OutputFile]) -> dict[str, list[int]]:
     """Size and time of every file that is read: another source has others."""
     sources = {task.source.file for file in files for task in file.tasks}
     found = {file.name: file.stat() for file in sorted(sources)}
     return {name: [state.st_size, state.st_mtime_ns] for name, state in found.items()}
 
 
-def digest_of(plan: Plan, files: Sequence[OutputFile], config: dict[str, Any]) -> str:
+def _digest(plan: Plan, files: Sequence[OutputFile], config: dict[str, Any]) -> str:
     """The last digits of random matrices differ between machines, so their bytes count."""
     found = hashlib.sha256(json.dumps([plan.to_dict(), config], sort_keys=True).encode())
     turns = (step for edit in plan.weights for step in edit.steps if isinstance(step, Rotate))

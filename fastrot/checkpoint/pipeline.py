@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from fastrot.checkpoint.header import header_of, read_into
 from fastrot.checkpoint.outputs import OutputFile
 from fastrot.checkpoint.panels import Norms, Panel, panels_of
+from fastrot.checkpoint.target import sync
 from fastrot.kernels.weight import Workspace
 from fastrot.signals import held_signals
 
@@ -204,7 +205,7 @@ class Pipeline:
             file, part = item
             try:
                 with _whole_or_gone(part):
-                    _sync(part)
+                    sync(part)
                     self._finish(file, part)
             except BaseException as error:  # those behind are whole, and get their names still
                 self._stop(error)
@@ -244,14 +245,6 @@ def _whole_or_gone(part: Path) -> Iterator[None]:
                 f"{part.parent}: the weights can't be written: {error.strerror}"
             ) from error
         raise
-
-
-def _sync(file: Path) -> None:
-    descriptor = os.open(file, os.O_WRONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_at(descriptor: int, raw: memoryview, offset: int) -> None:

@@ -84,8 +84,8 @@ def needs_of(source: str | Path, recipe: Recipe | None = None) -> Needs:
     return Needs(len(job.files), job.nbytes, widest + scratch)
 
 
-def memory_for(job: Job, memory: int | None = None) -> tuple[int, int, int]:
-    """What a job needs: bytes of panels in flight, of scratch memory, and of one panel.
+def memory_for(job: Job, memory: int | None = None) -> tuple[int, int]:
+    """Bytes of all panels in flight, and of one panel, that leave room for scratch memory.
 
     Args:
         job: what is written.
@@ -104,7 +104,7 @@ def memory_for(job: Job, memory: int | None = None) -> tuple[int, int, int]:
             f"{readable(widest)}, and {readable(scratch)} of scratch memory; give at least "
             f"{readable(least)}"
         )
-    return max(limit - scratch, widest), scratch, most
+    return max(limit - scratch, widest), most
 
 
 def rotate_checkpoint(
@@ -169,7 +169,7 @@ def rotate_checkpoint(
         return RotatedCheckpoint(job.plan, True, 0, 0)
     if taken is not None:
         raise taken
-    buffers, _, most = memory_for(job, memory)
+    buffers, most = memory_for(job, memory)
     store.open(fresh)
     todo = store.missing(share(job.files, mine))
     bar = _Bar(job, store, progress and mine.rank == 0)

@@ -21,7 +21,7 @@ from typing import Any
 
 from fastrot.checkpoint.header import header_of
 from fastrot.checkpoint.outputs import Job, OutputFile
-from fastrot.checkpoint.target import companions, copy_companions, readable
+from fastrot.checkpoint.target import companions, copy_companions, readable, sync
 from fastrot.errors import RotationError
 from fastrot.signals import held_signals
 from fastrot.version import __version__
@@ -263,10 +263,5 @@ def _alive(pid: int) -> bool:
 
 
 def _sync(path: Path) -> None:
-    """Bring a file, or new names in a folder, to the disk."""
     with suppress(OSError):  # some file systems can't
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(path)

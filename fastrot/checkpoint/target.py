@@ -1,5 +1,6 @@
 """The folder that a checkpoint is written to, and what goes there besides weights."""
 
+import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -68,6 +69,19 @@ def copy_companions(source: Path, folder: Path) -> None:
             shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
         else:
             shutil.copyfile(path, folder / path.name)
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or new names in a folder, to the disk.
+
+    Raises:
+        OSError: the disk fails, or the file system can't do it for a folder.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def readable(nbytes: int) -> str:

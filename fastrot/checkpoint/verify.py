@@ -27,6 +27,8 @@ from fastrot.recipe import Recipe
 ARITHMETIC = 2.0**-18
 """What float32 arithmetic adds, of the root mean square; rounding comes on top."""
 
+FINE = EQUAL, ROUNDED = "", "rounded"
+"""Verdicts on a tensor; any other says what is wrong with it."""
 
 UNREAD = {
     "_name_or_path",
@@ -91,17 +93,10 @@ def verify_checkpoint(
     recipe = _recorded(source, target)
     kept = any(is_draft(name, config) for name in entries)
     job = prepare(source, recipe, drafts="copy" if kept else "drop")
-    found = _Found([*_compared(job, target, entries, progress)])
-    return found.result()
-
-
-class _Found(list[tuple[str, str]]):
-    """A verdict for every tensor: nothing is wrong, it was rounded, or what is wrong."""
-
-    def result(self) -> TensorVerification:
-        verdicts = [verdict for _, verdict in self]
-        problems = tuple(f"{n}: {v}" for n, v in self if v not in ("", "rounded"))
-        return TensorVerification(verdicts.count(""), verdicts.count("rounded"), problems)
+    found = [*_compared(job, target, entries, progress)]
+    verdicts = [verdict for _, verdict in found]
+    problems = tuple(f"{name}: {verdict}" for name, verdict in found if verdict not in FINE)
+    return TensorVerification(verdicts.count(EQUAL), verdicts.count(ROUNDED), problems)
 
 
 def _recorded(source: Path, target: Path) -> Recipe:
@@ -136,7 +131,7 @@ def _compared(
             for name, value in file.constants.items():
                 there = left.pop(name, None)
                 same = there is not None and torch.equal(read_entry(there), value)
-                yield name, "" if same else "missing" if there is None else "another operand"
+                yield name, EQUAL if same else "missing" if there is None else "another operand"
             for task in file.tasks:
                 there = left.pop(task.name, None)
                 bar.update(task.layout.nbytes)
@@ -179,7 +174,7 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _judged(task: Task, there: Entry, job: Job, workspace: Workspace) -> tuple[str, Workspace]:
-    verdict = ""
+    verdict = EQUAL
     with task.source.file.open("rb") as old, there.file.open("rb") as new:
         for rows in panels_of(task, PANEL):
             panel = Panel(task, rows)
@@ -199,7 +194,7 @@ def _judged(task: Task, there: Entry, job: Job, workspace: Workspace) -> tuple[s
             problem = _difference(got.view(there.dtype), expected.view(there.dtype))
             if problem:
                 return problem, workspace
-            verdict = "rounded"
+            verdict = ROUNDED
     return verdict, workspace
 
 

@@ -9,14 +9,9 @@ from fastrot.errors import RotationError
 TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
 
 
-def size(folder: Path, dtype: str = "auto") -> int:
-    """Bytes that the weights of a checkpoint take, or would take in another dtype."""
-    import torch
-
-    if dtype == "auto":
-        return sum(file.stat().st_size for file in weight_files(folder))
-    numbers = sum(weight.numel() for weight in outline(folder).parameters())
-    return numbers * int(getattr(torch, dtype).itemsize)
+def size(folder: Path) -> int:
+    """Bytes that the weights of a checkpoint take."""
+    return sum(file.stat().st_size for file in weight_files(folder))
 
 
 def load(folder: Path, dtype: str = "auto") -> Any:

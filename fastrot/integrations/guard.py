@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fastrot.edits import OnlineSite
 from fastrot.errors import RecordError
 from fastrot.online import rotation_at
-from fastrot.record import applications, online_sites
-from fastrot.resolve.places import places
+from fastrot.record import has_online, online_sites
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,9 +28,7 @@ def guard(model: "PreTrainedModel") -> None:
     if type(model).__name__ == DRAFTS or model.config._attn_implementation == VLLM:
         return
     try:
-        needed = any(
-            True for _, item in applications(model.config) for _ in places(item, online=True)
-        )
+        needed = has_online(model.config)
     except RecordError:
         needed = True  # The first forward says what is wrong with it.
     if needed:

@@ -12,16 +12,12 @@ import sys
 import time
 
 import pytest
-from helpers import tiny
+from helpers import contents, tiny
 
 from fastrot.checkpoint.store import unfinished
 from fastrot.cli import main
 
 RUNS = int(os.environ.get("FASTROT_ATTACKS", "15")) // 5
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

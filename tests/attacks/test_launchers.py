@@ -10,7 +10,7 @@ import time
 
 import psutil
 import pytest
-from helpers import tiny
+from helpers import contents, tiny
 
 from fastrot.checkpoint.store import unfinished
 from fastrot.cli import main
@@ -18,10 +18,6 @@ from fastrot.cli import main
 RUNS = max(1, int(os.environ.get("FASTROT_ATTACKS", "0")) // 20)
 
 pytestmark = pytest.mark.slow
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def free_port():

@@ -20,8 +20,8 @@ from fastrot.edits import OnlineSite
 from fastrot.errors import RecordError, RotationError
 from fastrot.integrations.vllm.layers import rotate_attention, rotate_input
 from fastrot.integrations.vllm.operands import with_matrices
-from fastrot.integrations.vllm.recorded import DELEGATED, has_online, recorded_sites
-from fastrot.record import QUANT_METHOD
+from fastrot.integrations.vllm.recorded import DELEGATED, recorded_sites
+from fastrot.record import QUANT_METHOD, has_online
 from fastrot.resolve.places import layer_of
 from fastrot.transform_config import ATTENTION_LOCATIONS
 

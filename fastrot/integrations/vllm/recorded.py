@@ -10,19 +10,13 @@ from fastrot.errors import RotationError
 from fastrot.hadamard import block_sizes
 from fastrot.integrations.marks import unmark
 from fastrot.integrations.outlines import model_of
-from fastrot.record import applications, online_sites
-from fastrot.resolve.places import places
+from fastrot.record import online_sites
 
 DELEGATED = ("compressed-tensors",)
 """Quantization methods of other tools before which a rotation can stand."""
 
 SPLIT_LOCATIONS = ("input", "down_input")
 """Where tensor parallelism leaves a rank a part of the vectors; attention has whole heads."""
-
-
-def has_online(config: Any) -> bool:
-    """Whether the record in a model's configuration asks for any online rotation."""
-    return any(True for _, item in applications(config) for _ in places(item, online=True))
 
 
 def recorded_sites(config: Any) -> list[OnlineSite]:

@@ -4,8 +4,8 @@ import functools
 from typing import Any
 
 from fastrot.errors import RotationError
-from fastrot.integrations.vllm.recorded import DELEGATED, check_ranks, has_online, recorded_sites
-from fastrot.record import QUANT_METHOD
+from fastrot.integrations.vllm.recorded import DELEGATED, check_ranks, recorded_sites
+from fastrot.record import QUANT_METHOD, has_online
 
 
 def check_start(model: Any, parallel: Any) -> None:
