@@ -25,6 +25,7 @@ from fastrot.checkpoint.trace import Trace, stored_names, trace
 from fastrot.checks import check_norm, quant_method
 from fastrot.edits import OnlineSite, Plan
 from fastrot.errors import RotationError
+from fastrot.fit import check
 from fastrot.integrations.guard import lift
 from fastrot.integrations.marks import GUARD
 from fastrot.journal import Journal
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
 @torch.no_grad()
 def prepare(
     source: Path,
-    recipe: Recipe,
+    recipe: Recipe | Plan,
     *,
     dtype: torch.dtype | None = None,
     drafts: Drafts = "copy",
@@ -49,7 +50,7 @@ def prepare(
 
     Args:
         source: the folder of a checkpoint of transformers, in safetensors.
-        recipe: the rotations.
+        recipe: the rotations, or the plan that was made of them and of the configuration.
         dtype: of floating-point tensors; None leaves them as they are.
         drafts: ``copy`` keeps the tensors of multi-token prediction as they are, which is exact
             without R1, or with ``keep_head``; ``drop`` leaves them out.
@@ -83,7 +84,7 @@ def prepare(
             rotation.operand = _read(name, made, entries)
     if earlier and earlier.keys() <= made.targets.keys():
         check_online(model)
-    plan = plan_model(model, recipe)
+    plan = check(model, recipe) if isinstance(recipe, Plan) else plan_model(model, recipe)
     known = {name: entry for name, entry in entries.items() if name not in made.unknown}
     kept = leftovers(model, plan, made, drafts)
     norms = _norms(model, plan, made, entries)

@@ -72,14 +72,14 @@ class Needs:
         )
 
 
-def needs_of(source: str | Path, recipe: Recipe | None = None) -> Needs:
-    """What :func:`rotate_checkpoint` will need; reads headers and norms.
+def needs_of(source: str | Path, plan: Plan) -> Needs:
+    """What :func:`rotate_checkpoint` will need for a plan; reads headers and norms.
 
     Raises:
         RotationError: the rotation is not possible, or a file is damaged.
         OSError: a file can't be read.
     """
-    job = prepare(Path(source).resolve(), recipe or Recipe())
+    job = prepare(Path(source).resolve(), plan)
     widest, scratch = needs(_tasks(job), job.norms, LEAST)
     return Needs(len(job.files), job.nbytes, widest + scratch)
 

@@ -15,13 +15,10 @@ def plan(args: Namespace) -> int:
     """Print what a rotation would do, and what it needs if the weights are there."""
     from fastrot.checkpoint.rotate import needs_of
 
-    recipe = _recipe(args)
-    made = fastrot.plan(outline(args.source).config, recipe)
+    made = fastrot.plan(outline(args.source).config, _recipe(args))
+    needs = needs_of(args.source, made) if weight_files(args.source) else None
     if not args.json:
         print(made)
-    # What shapes allow, the weights may refuse: that is said after the table.
-    needs = needs_of(args.source, recipe) if weight_files(args.source) else None
-    if not args.json:
         if needs is not None:
             print(needs)
         return 0
