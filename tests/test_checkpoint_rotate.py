@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent import futures
 
 import pytest
 import torch
@@ -322,19 +323,21 @@ def test_two_processes_on_the_same_files(source, tmp_path):
 
 
 def test_launchers_tell_the_worker():
-    assert worker_of({}) == (0, 1)
-    assert worker_of({"RANK": "2", "WORLD_SIZE": "4"}) == (2, 4)
-    assert worker_of({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}) == (0, 1)
-    assert worker_of({"SLURM_PROCID": "1", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}) == (1, 4)
-    assert worker_of({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}) == (1, 2)
-    array = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_MIN": "4", "SLURM_ARRAY_TASK_COUNT": "2"}
-    assert worker_of(array) == (1, 2)
-    assert worker_of(array | {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"}) == (
-        1,
-        2,
+    assert worker_of({}) == Worker(0, 1)
+    assert worker_of({"RANK": "2", "WORLD_SIZE": "4"}) == Worker(2, 4)
+    elastic = {"RANK": "2", "WORLD_SIZE": "4", "TORCHELASTIC_RUN_ID": "none"}
+    assert worker_of(elastic) == Worker(2, 4, stays=True)
+    assert worker_of({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}) == Worker(0, 1)
+    assert worker_of({"SLURM_PROCID": "1", "SLURM_NTASKS": "4", "SLURM_STEP_ID": "0"}) == Worker(
+        1, 4
     )
+    assert worker_of({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"}) == Worker(1, 2)
+    array = {"SLURM_ARRAY_TASK_ID": "5", "SLURM_ARRAY_TASK_MIN": "4", "SLURM_ARRAY_TASK_COUNT": "2"}
+    assert worker_of(array) == Worker(1, 2)
+    single = {"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"}
+    assert worker_of(array | single) == Worker(1, 2)
     strided = array | {"SLURM_ARRAY_TASK_ID": "10", "SLURM_ARRAY_TASK_STEP": "6"}
-    assert worker_of(strided) == (1, 2)
+    assert worker_of(strided) == Worker(1, 2)
     with pytest.raises(fastrot.RotationError, match="SLURM_ARRAY_TASK_ID=x"):
         worker_of(array | {"SLURM_ARRAY_TASK_ID": "x"})
     for text in ("4/4", "1", "a/b", "-1/4", "1/0", ""):
@@ -451,6 +454,22 @@ def test_a_worker_in_another_container_is_not_swept_away(source, tmp_path, monke
     job = rotate_module.prepare(source, ALL)
     one, other = (Store(job, target).part_of(job.files[0]) for _ in range(2))
     assert one != other
+
+
+def test_a_worker_that_stays_waits_for_the_others_or_does_their_work(source, tmp_path, monkeypatch):
+    target, alone = tmp_path / "target", tmp_path / "alone"
+    staying = Worker(0, 2, stays=True)
+    with futures.ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(fastrot.rotate_checkpoint, source, target, ALL, worker=staying)
+        with pytest.raises(futures.TimeoutError):
+            waiting.result(2)
+        assert fastrot.rotate_checkpoint(source, target, ALL, worker=Worker(1, 2)).complete
+        assert waiting.result().complete
+    monkeypatch.setattr(rotate_module, "QUIET", 0.3)
+    left = fastrot.rotate_checkpoint(source, alone, ALL, worker=staying)
+    assert left.complete
+    assert left.nbytes > waiting.result().nbytes
+    assert contents(alone) == contents(target)
 
 
 def test_a_kill_after_the_last_rename_leaves_nothing_either(source, tmp_path, monkeypatch):

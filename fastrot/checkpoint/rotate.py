@@ -32,6 +32,9 @@ PANEL = 1 << 26
 LEAST = 1 << 20
 """The same where memory is short."""
 
+QUIET = 300.0
+"""Seconds without news after which a worker that stays does what others have left."""
+
 
 @dataclass(frozen=True)
 class RotatedCheckpoint:
@@ -140,6 +143,7 @@ def rotate_checkpoint(
         shard: bytes of a file of weights; None keeps the files of the source.
         worker: which of several processes this is; None asks torchrun, srun, SLURM or MPI through
             the environment. Every worker does some files; the last to finish completes the target.
+            Under torchrun all stay until then, so that it can start a lost one anew.
         fresh: throw away what an earlier call for this target left unfinished.
         progress: show a bar of the whole job, on the first worker.
 
@@ -173,18 +177,28 @@ def rotate_checkpoint(
     store.open(fresh)
     todo = store.missing(share(job.files, mine))
     bar = _Bar(job, store, progress and mine.rank == 0)
-    pipeline = Pipeline(
-        todo,
-        job.norms,
-        store.part_of,
-        bar.finish,
-        memory=buffers,
-        most=most,
-        progress=bar.update,
-    )
+
+    def write(files: list[OutputFile]) -> None:
+        Pipeline(
+            files,
+            job.norms,
+            store.part_of,
+            bar.finish,
+            memory=buffers,
+            most=most,
+            progress=bar.update,
+        ).run()
+
     try:
-        pipeline.run()
+        write(todo)
         complete = store.publish()
+        while mine.stays and not complete:
+            if not store.wait(QUIET):
+                late = store.missing(job.files)
+                log.warning("nothing has grown for %g s; writing what others left", QUIET)
+                write(late)
+                todo = [*todo, *late]
+            complete = store.publish()
     except BaseException as error:
         # Another worker may have completed the target, and taken the folder away.
         complete = isinstance(error, FileNotFoundError) and store.published()

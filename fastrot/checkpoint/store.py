@@ -14,6 +14,7 @@ import re
 import secrets
 import shutil
 import socket
+import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -30,6 +31,8 @@ PREFIX = ".fastrot-"
 SUFFIX = ".unfinished"
 MANIFEST = "fastrot-manifest.json"
 FORMAT = 1
+PAUSE = 0.2
+"""Seconds between two looks at what other workers do."""
 
 
 class Store:
@@ -211,6 +214,32 @@ class Store:
         part.write_text(text, encoding="utf-8")
         _sync(part)
         part.replace(self.folder / name)
+
+    def wait(self, quiet: float) -> bool:
+        """Wait until other workers have written what is missing.
+
+        Args:
+            quiet: seconds without any change in the folder after which none seems to be left.
+
+        Returns:
+            Whether they have.
+        """
+        last, since = self._state(), time.monotonic()
+        while self.missing(self.job.files) and not self.published():
+            time.sleep(PAUSE)
+            now = self._state()
+            if now != last:
+                last, since = now, time.monotonic()
+            elif time.monotonic() - since > quiet:
+                return False
+        return True
+
+    def _state(self) -> dict[str, int]:
+        state = {}
+        for path in self.folder.glob("*"):
+            with suppress(OSError):
+                state[path.name] = path.stat().st_size
+        return state
 
     def discard(self) -> None:
         """Remove the folder, unless it has files that are whole, or is another process's, too.

@@ -16,11 +16,23 @@ LAUNCHERS = (
 """Variables of launchers that tell rank and count, and one that is there only if they count."""
 
 
+RESTARTED = "TORCHELASTIC_RUN_ID"
+"""A variable of the launcher that starts all workers anew if one is lost."""
+
+
 class Worker(NamedTuple):
-    """One of ``size`` processes; ``rank`` begins at 0."""
+    """One of several processes on one checkpoint.
+
+    Attributes:
+        rank: its number, from 0.
+        size: how many there are.
+        stays: until the checkpoint is whole. torchrun can't replace a lost worker any more once
+            those of another machine have ended.
+    """
 
     rank: int = 0
     size: int = 1
+    stays: bool = False
 
 
 def worker_of(environment: Mapping[str, str] | None = None) -> Worker:
@@ -34,7 +46,7 @@ def worker_of(environment: Mapping[str, str] | None = None) -> Worker:
         if sign in given and rank in given and count in given:
             found = parse_worker(f"{given[rank]}/{given[count]}", f"{rank}/{count}")
             if found.size > 1:  # one alone may be a task of an array
-                return found
+                return found._replace(stays=RESTARTED in given)
     array = "SLURM_ARRAY_TASK_"
     if f"{array}ID" in given and f"{array}COUNT" in given:
         try:

@@ -2,7 +2,6 @@
 
 import os
 import random
-import signal
 import socket
 import subprocess
 import sys
@@ -39,6 +38,18 @@ def launch(source, target):
     ]
 
 
+def kill_one(agents, growing, chance):
+    """Kill a worker of an unfinished job: one that is about to end could not be replaced."""
+    workers = [w for a in agents if a.poll() is None for w in psutil.Process(a.pid).children()]
+    for worker in workers:
+        worker.suspend()
+    if hit := bool(workers) and growing.exists():
+        chance.choice(workers).kill()
+    for worker in workers:
+        worker.resume()
+    return hit
+
+
 def test_a_killed_worker_is_replaced(tmp_path):
     source = tmp_path / "source"
     model = tiny("llama", layers=48, hidden=192, intermediate=448)
@@ -53,11 +64,7 @@ def test_a_killed_worker_is_replaced(tmp_path):
         while not unfinished(target).exists() and any(agent.poll() is None for agent in agents):
             time.sleep(0.002)
         time.sleep(chance.uniform(0, 0.2))
-        workers = [w for a in agents if a.poll() is None for w in psutil.Process(a.pid).children()]
-        if workers:
-            victim = chance.choice(workers)
-            victim.send_signal(signal.SIGKILL)
-            killed += 1
+        killed += kill_one(agents, unfinished(target), chance)
         output = [agent.communicate(timeout=240)[0].decode()[-2000:] for agent in agents]
         assert [agent.returncode for agent in agents] == [0, 0], output
         assert contents(target) == whole
