@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from fastrot.recipe import Recipe
     from fastrot.removal import remove
     from fastrot.restoration import restore
-    from fastrot.rotation import Rotation
+    from fastrot.rotations import Rotation
     from fastrot.rows import UnsupportedRotationError
     from fastrot.suggest import Suggestion, suggest_mapping
     from fastrot.transform_config import TransformArgs, TransformConfig, TransformScheme
@@ -100,7 +100,7 @@ _HOMES = {
     "Recipe": "recipe",
     "RecordError": "errors",
     "RotatedCheckpoint": "checkpoint.rotate",
-    "Rotation": "rotation",
+    "Rotation": "rotations",
     "RotationError": "errors",
     "Suggestion": "suggest",
     "TransformArgs": "transform_config",

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastrot.errors import RotationError
 from fastrot.mapping import ROTATIONS, NormMapping, as_norm_mapping
-from fastrot.rotation import MATRIX, Rotation
+from fastrot.rotations import MATRIX, Rotation
 
 
 def parse_rotations(rotations: str | Sequence[str]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from fastrot.patterns import NoMatchError, matches, no_match_message
-from fastrot.rotation import Rotation
+from fastrot.rotations import Rotation
 
 T = TypeVar("T")
 

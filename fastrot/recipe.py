@@ -12,7 +12,7 @@ from fastrot.arguments import parse_matrices, parse_norms, parse_rotations, pars
 from fastrot.checks import check_flag
 from fastrot.errors import RotationError
 from fastrot.mapping import STREAM, Mapping, NormMapping, as_mapping
-from fastrot.rotation import KINDS, Rotation
+from fastrot.rotations import KINDS, Rotation
 from fastrot.transform_config import TransformConfig, parse_precision, parse_transform_config
 
 Function = TypeVar("Function", bound=Callable[..., Any])

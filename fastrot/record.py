@@ -23,7 +23,7 @@ from fastrot.journal import Journal
 from fastrot.online import OnlineRotation, acts_on, installed
 from fastrot.resolve import resolve_online
 from fastrot.resolve.places import places
-from fastrot.rotation import MATRIX, digest
+from fastrot.rotations import MATRIX, digest
 from fastrot.transform_config import TransformConfig, parse_transform_config
 
 if TYPE_CHECKING:

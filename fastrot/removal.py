@@ -20,7 +20,7 @@ from fastrot.mapping import STREAM, NormMapping
 from fastrot.online import installed, rotation_at, uninstall
 from fastrot.record import applications, own_config, retrace, sealed, without_groups
 from fastrot.resolve import resolve
-from fastrot.rotation import MATRIX, Rotation
+from fastrot.rotations import MATRIX, Rotation
 from fastrot.rows import known_norms
 from fastrot.transform_config import TransformConfig
 

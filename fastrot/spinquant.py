@@ -19,7 +19,7 @@ from fastrot.index import Index, find_holders
 from fastrot.mapping import PLACES, ROTATIONS, STREAM, Mapping, NormMapping
 from fastrot.patterns import NoMatchError
 from fastrot.recipe import Recipe
-from fastrot.rotation import MATRIX, Rotation
+from fastrot.rotations import MATRIX, Rotation
 from fastrot.rows import UnsupportedRotationError, known_norms, roles_of
 from fastrot.sites import find_sites
 from fastrot.transform_config import TransformArgs, TransformConfig, TransformScheme

@@ -30,7 +30,7 @@ import torch
 from fastrot.checks import check_flag
 from fastrot.errors import RotationError
 from fastrot.mapping import as_patterns
-from fastrot.rotation import KINDS, MATRIX
+from fastrot.rotations import KINDS, MATRIX
 
 FUSED_LOCATIONS = ("weight_input", "weight_output")
 ATTENTION_LOCATIONS = ("q_attn", "k_cache")
@@ -75,7 +75,7 @@ class TransformScheme:
     """One rotation and all places where it acts.
 
     Attributes:
-        type: a :data:`~fastrot.rotation.RotationKind`; ``matrix`` is beyond compressed-tensors'
+        type: a :data:`~fastrot.rotations.RotationKind`; ``matrix`` is beyond compressed-tensors'
             schema.
         apply: the places.
         randomize: a rotation of its own for every decoder layer.

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 import fastrot
-from fastrot.rotation import KINDS
+from fastrot.rotations import KINDS
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 ROTATIONS = ("R1", "R2", "R3", "R4")

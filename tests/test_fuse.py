@@ -14,7 +14,7 @@ from fastrot import Rotation
 from fastrot.edits import Rotate, Scale
 from fastrot.fuse import Fusion
 from fastrot.journal import Journal
-from fastrot.rotation import KINDS
+from fastrot.rotations import KINDS
 
 
 def dense(rotation, inverse):

@@ -16,7 +16,7 @@ from test_zoo import ROTATIONS, WithoutCasts, allowed, logits
 from zoo import FAMILIES, build, inputs
 
 import fastrot
-from fastrot.rotation import KINDS
+from fastrot.rotations import KINDS
 
 EXAMPLES = int(os.environ.get("FASTROT_FUZZ_EXAMPLES", "5"))
 IMPOSSIBLE = (

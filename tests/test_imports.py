@@ -17,7 +17,7 @@ ROOMS = (
     ("hadamard",),
     ("journal", "memory"),
     ("kernels",),
-    ("rotation",),
+    ("rotations",),
     ("mapping",),
     ("checks",),
     ("transform_config",),

@@ -11,7 +11,7 @@ from test_exact import ROTATIONS
 
 import fastrot
 from fastrot.online import OnlineRotation, installed
-from fastrot.rotation import KINDS
+from fastrot.rotations import KINDS
 
 
 @pytest.fixture(params=KINDS)

@@ -14,7 +14,7 @@ from fastrot.integrations.vllm.operands import INDEX, SINGLE, with_matrices
 from fastrot.integrations.vllm.recorded import check_ranks, on_rank, recorded_sites
 from fastrot.integrations.vllm.start import check_start
 from fastrot.record import has_online
-from fastrot.rotation import Rotation
+from fastrot.rotations import Rotation
 
 ALL = ("R1", "R2", "R3", "R4")
 

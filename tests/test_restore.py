@@ -13,7 +13,7 @@ from zoo import FAMILIES, build
 
 import fastrot
 from fastrot.online import installed
-from fastrot.rotation import KINDS
+from fastrot.rotations import KINDS
 
 MODELS = ("llama", "gpt2", "mixtral", "gemma2")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fastrot import HadamardSizeError, Rotation
-from fastrot.rotation import KINDS
+from fastrot.rotations import KINDS
 
 SHAPES = [(64, None), (96, None), (96, 12), (28, None), (60, 20), (1, None)]
 

@@ -13,7 +13,7 @@ from test_exact import MODEL_TYPES, ROTATIONS
 from transformers import AttentionInterface, AutoModel, AutoModelForCausalLM
 
 import fastrot
-from fastrot.rotation import KINDS
+from fastrot.rotations import KINDS
 
 LOAD = "from transformers import AutoModelForCausalLM as A; m = A.from_pretrained({!r}{})"
 

@@ -19,7 +19,7 @@ from zoo import FAMILIES, build
 
 import fastrot
 from fastrot.kernels import cpu_weight, gpu_weight
-from fastrot.kernels.weight import Side, Stage, Workspace
+from fastrot.kernels.weight import Side, TwoSided, Workspace
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -124,7 +124,7 @@ def test_plans_take_the_kernel(name, monkeypatch):
 def test_rehearsing_writes_nothing():
     w = torch.randn(48, 96, device=DEVICE)
     out = torch.full_like(w, torch.nan)
-    stages = [Stage(Side(48), Side(96)), Stage(Side(12), None)]
+    stages = [TwoSided(Side(48), Side(96)), TwoSided(Side(12), None)]
     rotation = gpu_weight.TritonRotation(w, out, stages, torch.float64)
     assert rotation.scratch == 48 * 96 * 8
     workspace = Workspace(rotation.scratch, rotation.panel, w.device)

@@ -8,7 +8,7 @@ from fastrot.checkpoint.workers import parse_worker
 from fastrot.cli import commands
 from fastrot.cli.verify import EXACT, verify
 from fastrot.mapping import ROTATIONS
-from fastrot.rotation import KINDS
+from fastrot.rotations import KINDS
 from fastrot.version import __version__
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastrot.edits.plan import Plan
 from fastrot.edits.steps import FoldedNorm, OnlineSite, Part, Rotate, Scale, WeightEdit
 from fastrot.errors import RotationError
-from fastrot.rotation import MATRIX, Rotation
+from fastrot.rotations import MATRIX, Rotation
 from fastrot.transform_config import parse_precision, parse_transform_config
 
 FORMAT = 1

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fastrot.edits.steps import FoldedNorm, OnlineSite, Rotate, WeightEdit
-from fastrot.rotation import MATRIX
+from fastrot.rotations import MATRIX
 from fastrot.transform_config import TransformConfig
 
 

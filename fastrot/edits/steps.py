@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from fastrot.mapping import NormKind
-from fastrot.rotation import Rotation
+from fastrot.rotations import Rotation
+from fastrot.rotations.stages import Stage, inverted
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,12 @@ class Rotate:
     inverse: bool
     group: str
     part: Part | None = None
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The factors of the rotation, or of its inverse."""
+        stages = self.rotation.stages()
+        return inverted(stages) if self.inverse else stages
 
     def __str__(self) -> str:
         values = "" if self.part is None else f"[values of {self.part.groups}]"

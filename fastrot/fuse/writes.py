@@ -12,7 +12,8 @@ from fastrot.edits import Rotate, Scale, WeightEdit
 from fastrot.fuse.torch_weight import TorchRotation
 from fastrot.kernels import gpu_weight
 from fastrot.kernels.gpu_weight import TritonRotation
-from fastrot.kernels.weight import Side, Stage, Workspace
+from fastrot.kernels.weight import Side, TwoSided, Workspace
+from fastrot.rotations.stages import Matrix, Signs, Stage, merged
 
 if TYPE_CHECKING:  # it imports numba, and whoever only plans has no use for that
     from fastrot.kernels.cpu_weight import MatrixRotation
@@ -21,8 +22,8 @@ if TYPE_CHECKING:  # it imports numba, and whoever only plans has no use for tha
 Norms = Callable[[str], Tensor]
 """The weight of a norm by the name of the parameter."""
 
-_Step = Rotate | Tensor
-"""A rotation, or a diagonal as long as the dimension."""
+_Step = tuple[Stage, ...] | Tensor
+"""A rotation as its stages, or a diagonal as long as the dimension."""
 
 
 class Write(NamedTuple):
@@ -72,7 +73,7 @@ def writes_of(norms: Norms, source: Tensor, target: Tensor, edit: WeightEdit) ->
     dims = max(source.dim(), 2)
     # A vector is a matrix of one row, and its only dimension the last.
     x, out = (t.detach().view((1,) * (dims - t.dim()) + t.shape) for t in (source, target))
-    steps: dict[int, list[_Step]] = {dims - 2: [], dims - 1: []}
+    steps: dict[int, list[Rotate | Tensor]] = {dims - 2: [], dims - 1: []}
     for step in edit.steps:
         of_dim = steps[step.dim + dims - source.dim()]
         if isinstance(step, Rotate):
@@ -99,31 +100,32 @@ def scale_of(norms: Norms, step: Scale, dtype: torch.dtype = torch.float64) -> T
     return torch.where(gamma == 0, 0.0, 1 / gamma) if step.inverse else gamma
 
 
-def _pieces(length: int, steps: list[_Step]) -> list[tuple[slice, list[_Step]]]:
+def _pieces(length: int, steps: list[Rotate | Tensor]) -> list[tuple[slice, list[_Step]]]:
     """The parts of a dimension in which the same steps act, each with its steps."""
     parts = [step.part for step in steps if isinstance(step, Rotate) and step.part is not None]
     if not parts:
-        return [(slice(0, length), steps)]
+        return [(slice(0, length), _steps(steps, slice(0, length)))]
+    return [(piece, _steps(steps, piece, within)) for piece, within in parts[0].pieces(length)]
 
-    def those(piece: slice, within: bool) -> list[_Step]:
-        return [
-            step if isinstance(step, Rotate) else step[piece]
-            for step in steps
-            if within or not isinstance(step, Rotate) or step.part is None
-        ]
 
-    return [(piece, those(piece, within)) for piece, within in parts[0].pieces(length)]
+def _steps(steps: list[Rotate | Tensor], piece: slice, within: bool = True) -> list[_Step]:
+    return [
+        step.stages if isinstance(step, Rotate) else step[piece]
+        for step in steps
+        if within or not isinstance(step, Rotate) or step.part is None
+    ]
 
 
 def _rotation(
     x: Tensor, out: Tensor, left: list[_Step], right: list[_Step], dtype: torch.dtype
 ) -> "MatrixRotation | TritonRotation | TorchRotation":
     """What does it by a kernel where there is one for this memory, else by torch."""
-    dense = any(isinstance(step, Rotate) and step.rotation.dense for step in (*left, *right))
+    dense = any(isinstance(stage, Matrix) for stage in _flat([*left, *right]))
     if x.stride(-1) == 1 and out.stride(-1) == 1 and not dense:
-        sides = zip_longest(_sides(left), _sides(right), fillvalue=(None, None))
-        stages = [Stage(on_left, on_right, g, h) for (on_left, h), (on_right, g) in sides]
-        stages = stages or [Stage()]
+        ways = _sides(left, x.shape[0]), _sides(right, x.shape[1])
+        sides = zip_longest(*ways, fillvalue=(None, None))
+        stages = [TwoSided(on_left, on_right, g, h) for (on_left, h), (on_right, g) in sides]
+        stages = stages or [TwoSided()]
         if x.device.type == "cpu":
             from fastrot.kernels.cpu_weight import MatrixRotation
 
@@ -133,21 +135,21 @@ def _rotation(
     return TorchRotation(x, left, right, dtype)
 
 
-def _sides(steps: list[_Step]) -> list[tuple[Side | None, Tensor | None]]:
+def _flat(steps: list[_Step]) -> Iterator[Stage | Tensor]:
+    for step in steps:
+        yield from (step,) if isinstance(step, Tensor) else step
+
+
+def _sides(steps: list[_Step], length: int) -> list[tuple[Side | None, Tensor | None]]:
     """The transforms that make up the steps in their order, and the diagonal before each."""
     sides: list[tuple[Side | None, Tensor | None]] = []
     diagonal: Tensor | None = None
-    for step in steps:
-        if not isinstance(step, Rotate):
-            diagonal = step if diagonal is None else diagonal * step
+    for stage in merged(_flat(steps)):
+        if isinstance(stage, Side):
+            sides.append((stage, diagonal))
+            diagonal = None
             continue
-        rotation = step.rotation
-        if rotation.fixes_ones:
-            assert rotation.operand is not None
-            middle = rotation.operand.repeat(rotation.size // rotation.block)
-            sides.append((Side(rotation.block, rotation.column_signs, False), diagonal))
-            sides.append((Side(rotation.block, rotation.column_signs, True), middle))
-        else:
-            sides.append((Side(rotation.block, rotation.operand, step.inverse), diagonal))
-        diagonal = None
+        assert not isinstance(stage, Matrix)
+        values = stage.values.repeat(length // stage.block) if isinstance(stage, Signs) else stage
+        diagonal = values if diagonal is None else diagonal * values
     return sides if diagonal is None else [*sides, (None, diagonal)]

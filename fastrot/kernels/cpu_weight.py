@@ -19,7 +19,7 @@ from fastrot.kernels.cpu import (
     plan_sweep,
     run,
 )
-from fastrot.kernels.weight import Side, Stage, Workspace
+from fastrot.kernels.weight import Side, TwoSided, Workspace
 
 TILE_BYTES = 1 << 22
 """The largest panel for two sides at once; beyond, a scratch matrix takes the intermediate."""
@@ -55,7 +55,7 @@ class MatrixRotation:
         ValueError: ``out`` lies in memory that may be read but not written.
     """
 
-    def __init__(self, like: Tensor, out: Tensor, stages: Sequence[Stage], dtype: torch.dtype):
+    def __init__(self, like: Tensor, out: Tensor, stages: Sequence[TwoSided], dtype: torch.dtype):
         self.shape, self.dtype = (int(like.shape[0]), int(like.shape[1])), dtype
         self.kind = dtype
         item = max(like.element_size(), out.element_size())
@@ -101,12 +101,12 @@ def rotate_matrix(
     row_gamma: Tensor | None = None,
     dtype: torch.dtype,
 ) -> None:
-    """Prepare and run one :class:`Stage` from ``w`` into ``out``, which may be ``w`` itself."""
-    rotation = MatrixRotation(w, out, [Stage(left, right, gamma, row_gamma)], dtype)
+    """Prepare and run one :class:`TwoSided` from ``w`` into ``out``, which may be ``w`` itself."""
+    rotation = MatrixRotation(w, out, [TwoSided(left, right, gamma, row_gamma)], dtype)
     rotation.run(w, out, Workspace(rotation.scratch, rotation.panel))
 
 
-def _sweeps(stage: Stage, shape: tuple[int, int], item: int, dtype: torch.dtype) -> list[_Sweep]:
+def _sweeps(stage: TwoSided, shape: tuple[int, int], item: int, dtype: torch.dtype) -> list[_Sweep]:
     """One pass, or two where a panel with both sides would leave the cache."""
     left, right = stage.left, stage.right
     nothing = 1, False

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fastrot.hadamard import factors
-from fastrot.kernels.weight import Side, Stage, Workspace
+from fastrot.kernels.weight import Side, TwoSided, Workspace
 
 if TYPE_CHECKING:  # it imports triton, which not every platform has
     from fastrot.kernels.gpu_weight_pass import Pass
@@ -95,7 +95,7 @@ class TritonRotation:
 
     panel = 0
 
-    def __init__(self, like: Tensor, out: Tensor, stages: Sequence[Stage], dtype: torch.dtype):
+    def __init__(self, like: Tensor, out: Tensor, stages: Sequence[TwoSided], dtype: torch.dtype):
         from fastrot.kernels.gpu_matrix import backend_of
 
         backend = backend_of(like.device)
@@ -151,7 +151,7 @@ def rotate_matrix(
     row_gamma: Tensor | None = None,
     dtype: torch.dtype,
 ) -> None:
-    """Prepare and run one :class:`Stage` from ``w`` into ``out``, which may be ``w`` itself."""
+    """Prepare and run one :class:`TwoSided` from ``w`` into ``out``, which may be ``w`` itself."""
     from fastrot.kernels.gpu_matrix import interpreted
 
     if interpreted() and torch.bfloat16 in (w.dtype, out.dtype):
@@ -162,13 +162,13 @@ def rotate_matrix(
         )
         out.copy_(wide)
         return
-    rotation = TritonRotation(w, out, [Stage(left, right, gamma, row_gamma)], dtype)
+    rotation = TritonRotation(w, out, [TwoSided(left, right, gamma, row_gamma)], dtype)
     workspace = Workspace(rotation.scratch, rotation.panel, w.device)
     rotation.rehearse(w, out, workspace)
     rotation.run(w, out, workspace)
 
 
-def _prepared(stage: Stage, like: Tensor, dtype: torch.dtype, backend: str) -> _Stage:
+def _prepared(stage: TwoSided, like: Tensor, dtype: torch.dtype, backend: str) -> _Stage:
     left, right = stage.left, stage.right
     rows, columns = like.shape
     return _Stage(

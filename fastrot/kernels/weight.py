@@ -15,7 +15,7 @@ class Side(NamedTuple):
     transpose: bool = False
 
 
-class Stage(NamedTuple):
+class TwoSided(NamedTuple):
     """``w → Lᵀ (diag(row_gamma) w diag(gamma)) R``; None is the identity.
 
     R transforms every block of ``right.size`` columns of each row and L every block of

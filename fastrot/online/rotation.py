@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrot.edits import OnlineSite
-from fastrot.rotation import Rotation
+from fastrot.rotations import Rotation
 
 FLOAT16_MAX = torch.finfo(torch.float16).max
 

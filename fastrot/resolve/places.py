@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from fastrot.errors import RotationError
 from fastrot.index import Index
-from fastrot.rotation import Rotation
+from fastrot.rotations import Rotation
 from fastrot.transform_config import (
     FUSED_LOCATIONS,
     TransformArgs,

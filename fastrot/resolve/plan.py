@@ -14,7 +14,7 @@ from fastrot.resolve.norms import fold_norms
 from fastrot.resolve.online import resolve_online
 from fastrot.resolve.steps import Steps, rotate_sites
 from fastrot.resolve.ties import untie
-from fastrot.rotation import Rotation
+from fastrot.rotations import Rotation
 from fastrot.transform_config import TransformConfig
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from helpers import logits, random_ids, tiny
 from transformers import AutoModelForCausalLM
 
 import fastrot
-from fastrot.rotation import KINDS
+from fastrot.rotations import KINDS
 
 RUNS = int(os.environ.get("FASTROT_ATTACKS", "5")) * 4
 VALUES = (None, True, False, 0, 1, -1, 2, 8, 10**30, 0.5, "", "x", "R4", "input", "output", [], {})

@@ -12,7 +12,7 @@ import torch
 
 from fastrot.edits import OnlineSite
 from fastrot.errors import RecordError, RotationError
-from fastrot.rotation import MATRIX, Rotation
+from fastrot.rotations import MATRIX, Rotation
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -1,25 +1,30 @@
 """``Rotation``: an orthogonal matrix, described instead of materialised."""
 
-import hashlib
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastrot.errors import RotationError
-from fastrot.hadamard import block_sizes, factors, hadamard_matrix
+from fastrot.hadamard import block_sizes, factors
 from fastrot.kernels import hadamard_transform
+from fastrot.rotations.operands import digest, given_matrix, random_matrix, seeded_signs
+from fastrot.rotations.stages import (
+    Hadamard,
+    Matrix,
+    Signs,
+    Stage,
+    dense,
+    inverted,
+    multiply,
+)
 
 RotationKind = Literal["hadamard", "random-hadamard", "random-matrix", "matrix"]
 MATRIX: RotationKind = "matrix"
 KINDS = tuple(kind for kind in get_args(RotationKind) if kind != MATRIX)
 """The kinds that a name and a seed describe."""
-
-ORTHOGONAL = 1e-12
-"""Largest entry of ``QᵀQ - I`` in float64 of a matrix that counts as orthogonal."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +32,7 @@ class Rotation:
     """The orthogonal matrix ``Q = I ⊗ B`` of order ``size``, with equal diagonal blocks ``B``.
 
     ``B`` is ``H/√b`` (``hadamard``), ``D·H/√b`` with seeded signs ``D`` (``random-hadamard``), or
-    distributed uniformly over the orthogonal group (``random-matrix``; Stewart, "The efficient
-    generation of random orthogonal matrices", 1980), or given (``matrix``, see
+    distributed uniformly over the orthogonal group (``random-matrix``), or given (``matrix``, see
     :meth:`from_matrix`). The inverse is always the transpose.
 
     With ``fixes_ones`` each block maps the all-ones vector to itself, so that the rotation commutes
@@ -87,24 +91,7 @@ class Rotation:
             RotationError: ``|QᵀQ - I|`` has an entry above 1e-12, or the ones are not fixed.
             TypeError: no floating-point tensor.
         """
-        if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
-            what = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
-            raise TypeError(f"a rotation needs a floating-point matrix, got {what}")
-        if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.numel():
-            raise RotationError(f"a rotation needs a square matrix, got {tuple(matrix.shape)}")
-        q = matrix.detach().to("cpu", torch.float64, copy=True).contiguous()
-        error = float((q.T @ q - torch.eye(len(q), dtype=q.dtype)).abs().max())
-        if not error <= ORTHOGONAL:
-            raise RotationError(
-                f"the matrix of order {len(q)} is not orthogonal, |QᵀQ - I| reaches {error:.1e}, "
-                f"more than {ORTHOGONAL:g}; orthogonalise it in float64, by its QR decomposition "
-                "or U Vᵀ of its singular value decomposition"
-            )
-        if fixes_ones and not float((q.sum(0) - 1).abs().max()) <= 1e-10:
-            raise RotationError(
-                f"the matrix of order {len(q)} does not map the all-ones vector to itself, as a "
-                "model with LayerNorm needs it"
-            )
+        q = given_matrix(matrix, fixes_ones)
         return cls(MATRIX, len(q), None, 0, digest(q), fixes_ones, given=q)
 
     @property
@@ -136,10 +123,7 @@ class Rotation:
         """What defines the block besides its order, on the CPU.
 
         None for ``hadamard``, unless it fixes the ones; the signs ``D``, ``(b,)`` int8, for
-        ``random-hadamard``; the block itself, ``(b, b)`` float64, where it is dense. The signs
-        are bits of SHAKE-256 over seed, label and order, so that no library version can change
-        them; the random matrix comes from a QR decomposition, whose last digits depend on the
-        machine.
+        ``random-hadamard``; the block itself, ``(b, b)`` float64, where it is dense.
         """
         if self.unit is not None:
             return self.unit.operand
@@ -150,27 +134,16 @@ class Rotation:
                     "was read from JSON needs its matrices, Plan.from_dict(data, matrices)"
                 )
             return self.given
-        if self.kind == "hadamard":
-            return self._signs("fixes-ones") if self.fixes_ones else None
         name = f"{self.seed}:{self.label}"
-        if self.kind == "random-hadamard":
-            return self._signs(f"{name}:fixes-ones" if self.fixes_ones else name)
-        order = self.block - self.fixes_ones
-        generator = np.random.default_rng(int.from_bytes(self._key(name).digest(16), "little"))
-        gaussian = torch.from_numpy(generator.standard_normal((order, order)))
-        q, r = torch.linalg.qr(gaussian)
-        q = q * r.diagonal().sign()
-        return _bordered(q) if self.fixes_ones else q
-
-    def _key(self, name: str) -> Any:
-        return hashlib.shake_256(f"fastrot:{name}:{self.block}".encode())
-
-    def _signs(self, name: str) -> Tensor:
-        digest = np.frombuffer(self._key(name).digest((self.block + 7) // 8), dtype=np.uint8)
-        signs = 1 - 2 * np.unpackbits(digest)[: self.block].astype(np.int8)
-        if self.fixes_ones:
-            signs[0] = 1
-        return torch.from_numpy(signs)
+        if self.kind == "random-matrix":
+            return random_matrix(name, self.block, self.fixes_ones)
+        if not self.fixes_ones:
+            return seeded_signs(name, self.block) if self.kind == "random-hadamard" else None
+        signs = seeded_signs(
+            "fixes-ones" if self.kind == "hadamard" else f"{name}:fixes-ones", self.block
+        )
+        signs[0] = 1
+        return signs
 
     @cached_property
     def column_signs(self) -> Tensor:
@@ -178,6 +151,24 @@ class Rotation:
         unit = torch.zeros(self.block, dtype=torch.float64)
         unit[0] = 1
         return hadamard_transform(unit, transpose=True).to(torch.int8)
+
+    def stages(self, operand: Tensor | None = None) -> tuple[Stage, ...]:
+        """``Q`` as a product, the first factor first; all blocks have order ``b``.
+
+        Args:
+            operand: :attr:`operand` as it lies on some device; default, on the CPU.
+        """
+        if operand is None and self.has_operand:
+            operand = self.operand
+        forth = Hadamard(self.block)
+        if operand is None:
+            return (forth,)
+        if self.dense:
+            return (Matrix(operand),)
+        if not self.fixes_ones:
+            return Signs(operand), forth
+        first = Signs(self.column_signs.to(operand.device))
+        return first, forth, Signs(operand), Hadamard(self.block, transpose=True), first
 
     def apply(
         self,
@@ -210,73 +201,15 @@ class Rotation:
         if operand is None and self.has_operand:
             assert self.operand is not None
             operand = self.operand.to(x.device)
-        if not self.dense and not self.fixes_ones:
-            block = self.block
-            return hadamard_transform(
-                x,
-                block**-0.5,
-                dim=dim,
-                block_size=block,
-                signs=operand,
-                transpose=inverse,
-                impl=impl,
-            )
-        assert operand is not None
-        if not self.dense:
-            # The product is symmetric: its inverse is itself.
-            options: dict[str, Any] = {
-                "scale": self.block**-0.5,
-                "dim": dim,
-                "block_size": self.block,
-                "signs": self.column_signs.to(x.device),
-                "impl": impl,
-            }
-            wide = x.to(torch.promote_types(x.dtype, torch.float32))
-            middle = hadamard_transform(wide, **options)
-            middle = middle.movedim(dim, -1).unflatten(-1, (-1, self.block))
-            middle = (middle * operand.to(wide.dtype)).flatten(-2).movedim(-1, dim)
-            return hadamard_transform(middle, transpose=True, **options).to(x.dtype)
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        matrix = operand.to(dtype)
-        vectors = x.to(dtype).movedim(dim, -1).unflatten(-1, (-1, self.block))
-        rotated = vectors @ (matrix.T if inverse else matrix)
-        return rotated.flatten(-2).movedim(-1, dim).to(x.dtype)
+        stages = self.stages(operand)
+        return multiply(x, inverted(stages) if inverse else stages, dim, impl=impl)
 
     def matrix(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """The dense matrix ``Q``, ``(size, size)``, on the CPU."""
-        if self.dense:
-            assert self.operand is not None
-            block = self.operand
-        else:
-            block = torch.from_numpy(hadamard_matrix(self.block)).to(torch.float64)
-            block = block * self.block**-0.5
-            if self.fixes_ones:
-                assert self.operand is not None
-                half = block[:, :1].sign() * block
-                block = (half * self.operand) @ half.T
-            elif self.operand is not None:
-                block = self.operand[:, None] * block
-        return torch.block_diag(*[block] * (self.size // self.block)).to(dtype)
+        return torch.block_diag(*[dense(self.stages())] * (self.size // self.block)).to(dtype)
 
     def __str__(self) -> str:
         """Short form for tables, for example ``hadamard 2048`` or ``hadamard 32x64``."""
         blocks = self.size // self.block
         order = f"{self.size}" if blocks == 1 else f"{blocks}x{self.block}"
         return f"{self.kind} {order}{', fixes ones' if self.fixes_ones else ''}"
-
-
-def digest(matrix: Tensor) -> str:
-    """Of a float64 matrix on the CPU, to tell whether two are one."""
-    return hashlib.sha256(matrix.contiguous().numpy().tobytes()).hexdigest()
-
-
-def _bordered(q: Tensor) -> Tensor:
-    """The orthogonal matrix that fixes the ones and acts as ``q`` on their complement."""
-    n = len(q) + 1
-    # The reflection that exchanges the first unit vector and the normalised ones.
-    v = torch.full((n,), -(n**-0.5), dtype=q.dtype)
-    v[0] += 1
-    if n > 1:
-        v /= v.norm()
-    reflection = torch.eye(n, dtype=q.dtype) - 2 * torch.outer(v, v)
-    return reflection @ torch.block_diag(torch.ones(1, 1, dtype=q.dtype), q) @ reflection
