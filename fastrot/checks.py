@@ -113,10 +113,15 @@ def check_parameter(name: str, parameter: Tensor) -> None:
             f"{name} has dtype {parameter.dtype}: quantized weights can't be rotated exactly; "
             "rotate the unquantized model, then quantize"
         )
+    if type(parameter.data).__name__ == "DTensor":
+        raise RotationError(
+            f"{name} is a DTensor (tensor parallelism, FSDP2): rotate the model before it is "
+            "distributed, or rotate the checkpoint (fastrot rotate SRC DST) and load that"
+        )
     if type(parameter) not in (nn.Parameter, Tensor) or type(parameter.data) is not Tensor:
         raise RotationError(
-            f"{name} is a {type(parameter.data).__name__}, not a plain tensor (quantized or "
-            "sharded); rotate the plain model first"
+            f"{name} is a {type(parameter.data).__name__}, not a plain tensor (quantized?); "
+            "rotate the plain model first"
         )
     if parameter.is_inference():
         raise RotationError(

@@ -19,7 +19,7 @@ from fastrot.errors import RecordError
 from fastrot.integrations.guard import lift
 from fastrot.integrations.marks import mark
 from fastrot.journal import Journal
-from fastrot.online import OnlineRotation, attach, check_site, make
+from fastrot.online import OnlineRotation, attach, check_parts, check_site, make
 from fastrot.record import QUANT_METHOD, check_online, online_sites
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class FastrotQuantizer(HfQuantizer):
         self.remove_quantization_config(model)
         mark(model.config)
         check_online(model)
+        check_parts(model)
         lift(model)
         return model
 

@@ -4,6 +4,7 @@ from fastrot.online.attention import check_attention
 from fastrot.online.install import (
     acts_on,
     attach,
+    check_parts,
     check_site,
     installed,
     make,
@@ -17,6 +18,7 @@ __all__ = [
     "acts_on",
     "attach",
     "check_attention",
+    "check_parts",
     "check_site",
     "installed",
     "make",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastrot.edits import OnlineSite
 from fastrot.errors import RotationError
+from fastrot.online.parallel import check_part, input_dim
 from fastrot.online.rotation import OnlineRotation
 from fastrot.online.view import view, write_back
 
@@ -71,9 +72,9 @@ class StandIn:
             raise RuntimeError(f"{_label(self)}: the module is gone; put one in its place")
         rotations = self.fastrot_rotations
         if "input" in rotations and args:
-            args = (rotations["input"](args[0]), *args[1:])
+            args = (_rotated(self, module, args[0]), *args[1:])
         elif "input" in rotations:
-            kwargs["input"] = rotations["input"](kwargs["input"])
+            kwargs["input"] = _rotated(self, module, kwargs["input"])
         result = module(*args, **kwargs)
         return rotations["output"](result) if "output" in rotations else result
 
@@ -84,6 +85,16 @@ class StandIn:
         if isinstance(value, Tensor):
             return Weight(value, f"{_label(self)}.{name}")
         raise _past(f"{_label(self)}.{name}")
+
+
+def _rotated(stand_in: StandIn, module: nn.Module, x: Tensor) -> Any:
+    """The input of a child, of which a process of tensor parallelism has a part."""
+    rotation: Any = stand_in.fastrot_rotations["input"]
+    part = x.shape[-1] != rotation.rotation.size
+    if part:
+        weight, place = getattr(module, "weight", None), stand_in.fastrot_child
+        check_part(place, rotation.group, rotation.rotation, x, weight, input_dim(module))
+    return rotation(x, part)
 
 
 def _label(stand_in: StandIn) -> str:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrot.errors import RotationError
+from fastrot.online.parallel import check_part
 from fastrot.online.rotation import OnlineRotation
 from fastrot.online.view import view
 
@@ -24,10 +25,25 @@ def _rotated(module: Any, name: str) -> Callable[[Tensor], Tensor]:
     """The gate or the activation of experts, with the rotation behind it."""
 
     def function(up: Tensor) -> Tensor:
-        result: Tensor = module.fastrot_down_input(getattr(module, name)(up))
-        return result
+        return _turned(module, getattr(module, name)(up))
 
     return function
+
+
+def _turned(module: Any, x: Tensor) -> Tensor:
+    """The input of the down projections, of which a process may have a part."""
+    rotation: OnlineRotation = module.fastrot_down_input
+    part = x.shape[-1] != rotation.rotation.size
+    if part:
+        place, dim = type(module).__name__, experts_input_dim(module)
+        check_part(place, rotation.group, rotation.rotation, x, module.down_proj, dim)
+    result: Tensor = rotation(x, part)
+    return result
+
+
+def experts_input_dim(module: Any) -> int:
+    """Where the down projections of experts have their inputs."""
+    return 1 if is_llama4(module) or module.is_transposed else 2
 
 
 def on_interface(module: nn.Module) -> bool:
@@ -91,8 +107,7 @@ class ExpertsForward(functools.partial[Any]):
 
 def _llama4_forward(module: Any, hidden_states: Tensor) -> Tensor:
     """Tokens come sorted by expert, as many for each: ``(experts · tokens, hidden)``."""
-    rotation: OnlineRotation = module.fastrot_down_input
     x = hidden_states.view(len(module.gate_up_proj), -1, module.hidden_size)
     gate, up = torch.bmm(x, module.gate_up_proj).chunk(2, dim=-1)
-    down = torch.bmm(rotation(up * module.act_fn(gate)), module.down_proj)
+    down = torch.bmm(_turned(module, up * module.act_fn(gate)), module.down_proj)
     return down.view(-1, module.hidden_size)

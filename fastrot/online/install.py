@@ -9,7 +9,13 @@ from torch import Tensor, nn
 from fastrot.edits import OnlineSite
 from fastrot.online.attention import check_attention, rotate_keys
 from fastrot.online.blocks import FORWARDS, Place, check_block, places_of, set_places
-from fastrot.online.experts import ExpertsForward, check_experts, experts_forward
+from fastrot.online.experts import (
+    ExpertsForward,
+    check_experts,
+    experts_forward,
+    experts_input_dim,
+)
+from fastrot.online.parallel import check_width, input_dim, width_of
 from fastrot.online.rotation import OnlineRotation
 from fastrot.online.witness import watch
 from fastrot.sites import holds_itself
@@ -142,6 +148,24 @@ def installed(model: nn.Module) -> Iterator[tuple[str, nn.Module, OnlineRotation
 def acts_on(holder: str, rotation: OnlineRotation) -> str:
     """Name of the module on which a rotation acts: that which holds it, or a child of that."""
     return ".".join(part for part in (holder, rotation.child) if part)
+
+
+def check_parts(model: nn.Module) -> None:
+    """Refuse tensor parallelism that cuts a block of a rotation in two.
+
+    Raises:
+        RotationError: names the module, and block sizes that work.
+    """
+    for holder, module, rotation in installed(model):
+        weight: Any = None
+        if rotation.location == "input" and rotation.child is not None:
+            module = getattr(module, rotation.child)
+            weight, dim = getattr(module, "weight", None), input_dim(module)
+        elif rotation.location == "down_input":
+            weight, dim = module.down_proj, experts_input_dim(module)
+        if isinstance(weight, Tensor):
+            width = width_of(weight, dim)
+            check_width(acts_on(holder, rotation), rotation.group, rotation.rotation, width)
 
 
 def rotation_at(model: nn.Module, site: OnlineSite) -> OnlineRotation | None:

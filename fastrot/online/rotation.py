@@ -1,12 +1,19 @@
 """The module that rotates activations."""
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fastrot.edits import OnlineSite
+from fastrot.errors import RotationError
+from fastrot.online.parallel import check_width, is_distributed, width_of
 from fastrot.rotations import Rotation
+from fastrot.rotations.stages import inverted, multiply
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 FLOAT16_MAX = torch.finfo(torch.float16).max
 
@@ -61,16 +68,41 @@ class OnlineRotation(nn.Module):
         """Its name in the module that holds it."""
         return f"fastrot_{self.child}_{self.location}" if self.child else f"fastrot_{self.location}"
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Rotate ``x``, ``(..., size)`` of any floating dtype; the result has the same."""
+    def forward(self, x: Tensor, part: bool = False) -> Tensor:
+        """Rotate ``x``, ``(..., size)`` of any floating dtype; the result has the same.
+
+        Args:
+            x: a DTensor may have any placement that leaves blocks whole.
+            part: ``x`` has only some of the blocks, whole ones.
+        """
+        if type(x) is not Tensor and is_distributed(x):
+            return self._distributed(x)
+        width = x.shape[-1]
+        if width != self.rotation.size and (not part or width % self.rotation.block):
+            raise RotationError(
+                f"{self.group} rotates {self.rotation.size} channels, and got {tuple(x.shape)}"
+            )
         wide = x.to(torch.float64) if self.dtype == torch.float64 else x
-        y = self.rotation.apply(wide, inverse=self.inverse, operand=self.value)
+        stages = self.rotation.stages(self.value)
+        y = multiply(wide, inverted(stages) if self.inverse else stages)
         if y.dtype != x.dtype:  # asked, since a decode step pays for a conversion that does nothing
             y = y.to(x.dtype)
         if x.dtype == torch.float16:
             # A sum may be larger than float16 holds where no term is: finite in, finite out.
             return y.clamp(-FLOAT16_MAX, FLOAT16_MAX)
         return y
+
+    def _distributed(self, x: "DTensor") -> Tensor:
+        width = width_of(x, -1)
+        check_width(self.child or self.name, self.group, self.rotation, width)
+        return type(x).from_local(
+            self(x.to_local(), part=True),
+            x.device_mesh,
+            x.placements,
+            run_check=False,
+            shape=x.shape,
+            stride=x.stride(),
+        )
 
     def is_orthogonal(self) -> bool:
         """Whether the operand keeps the length of a vector; a missing or damaged one does not."""

@@ -6,10 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from fastrot.edits import OnlineSite
-from fastrot.errors import RotationError
-from fastrot.hadamard import block_sizes
 from fastrot.integrations.marks import unmark
 from fastrot.integrations.outlines import model_of
+from fastrot.online.parallel import check_width
 from fastrot.record import online_sites
 
 DELEGATED = ("compressed-tensors",)
@@ -49,12 +48,5 @@ def on_rank(site: OnlineSite, width: int) -> OnlineSite:
         RotationError: the rank would have a part of a block; names block sizes that work.
     """
     rotation = site.rotation
-    if width % rotation.block:
-        sizes = ", ".join(map(str, sorted(block_sizes(width))))
-        raise RotationError(
-            f"{site.group} of {site.module} has blocks of {rotation.block}, which do not divide "
-            f"the {width} of its {rotation.size} inputs that a rank of tensor parallelism has; "
-            f"rotate with block_size={{{site.group!r}: n}}, n one of {sizes}, or serve with "
-            f"--tensor-parallel-size 1"
-        )
+    check_width(site.module, site.group, rotation, width)
     return replace(site, rotation=replace(rotation, size=width, block_size=rotation.block))
