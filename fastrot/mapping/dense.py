@@ -34,6 +34,22 @@ QWEN3 = replace(LLAMA, mapping=replace(LLAMA.mapping, ignore=(HEAD_NORMS,)))
 
 GRANITE = replace(LLAMA, notes="scalar multipliers, which commute with rotations")
 
+SINKS = Untouched(r"re:.*self_attn\.sinks$", "logits of the attention sinks")
+
+DIFFERENTIAL = Untouched(
+    r"re:.*self_attn\.lambda_[qk][12]$", "weighs the two attention maps that are subtracted"
+)
+
+HYPERCLOVAX = replace(
+    GRANITE,
+    mapping=replace(
+        LLAMA.mapping,
+        post_norm=(r"re:.*\.post_norm[12]$",),
+        post_norm_in=(r"re:.*self_attn\.o_proj$", r"re:.*mlp\.down_proj$"),
+    ),
+    when={"use_post_norm": True},
+)
+
 GATE_UP_FUSED = (r"re:.*mlp\.gate_up_proj$",)
 
 GLM = Architecture(
@@ -197,7 +213,12 @@ ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     "seed_oss": LLAMA,
     "helium": LLAMA,
     "cwm": LLAMA,
+    "exaone": LLAMA,
+    "iquestcoder": LLAMA,
+    "diffllama": replace(LLAMA, mapping=replace(LLAMA.mapping, ignore=(DIFFERENTIAL,))),
     "granite": GRANITE,
+    "granite_swa": replace(GRANITE, mapping=replace(LLAMA.mapping, ignore=(SINKS,))),
+    "hyperclovax": (HYPERCLOVAX, replace(GRANITE, when={"use_post_norm": False})),
     "qwen3": QWEN3,
     "hunyuan_v1_dense": QWEN3,
     "glm": GLM,

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from fastrot.mapping.dense import LLAMA
+from fastrot.mapping.dense import LLAMA, SINKS
 from fastrot.mapping.roles import Architecture, Mapping, NormMapping, Patterns, Untouched
 
 QUERY_KEY_NORMS = Untouched(
@@ -103,8 +103,6 @@ SPARSE = replace(
     notes="as DeepSeek-V3, and the indexer reads the stream too",
 )
 
-SINKS = Untouched(r"re:.*self_attn\.sinks$", "logits of the attention sinks")
-
 GPT_OSS = replace(
     ROUTED,
     mapping=replace(ROUTED.mapping, ignore=(SINKS,)),
@@ -114,6 +112,41 @@ GPT_OSS = replace(
 PHIMOE = Architecture(
     replace(ROUTED.mapping, ignore=()),
     tuple(replace(norm, kind="layer") for norm in ROUTED.norms),
+)
+
+FLINT = replace(MOE, mapping=replace(MOE.mapping, ignore=(QUERY_KEY_NORMS, SINKS)))
+
+KOLIBRI = replace(
+    MOE,
+    mapping=replace(
+        MOE.mapping,
+        post_norm=(r"re:.*\.post_(self_attn|mlp)_layernorm$",),
+        post_norm_in=(r"re:.*self_attn\.o_proj$", *MLP_OUT),
+    ),
+)
+
+HEAD_GATE = r"re:.*self_attn\.g_proj$"
+
+LAGUNA = replace(
+    MOE,
+    mapping=replace(
+        MOE.mapping,
+        readers=(HEAD_GATE,),
+        ignore=(
+            QUERY_KEY_NORMS,
+            Untouched(r"re:.*mlp\.gate\.e_score_correction_bias$", "biases the router"),
+        ),
+    ),
+    norms=(NormMapping(r"re:.*\.input_layernorm$", (*QKV, HEAD_GATE)), *MOE.norms[1:]),
+    when={"gating": True},
+    notes="each head has a gate",
+)
+
+LAGUNA_ELEMENTS = replace(
+    LAGUNA,
+    mapping=replace(LAGUNA.mapping, attn_gated=True),
+    when={"gating": "per-element"},
+    notes="a gate between values and output",
 )
 
 LLAMA4_IN = (
@@ -249,6 +282,11 @@ ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     "solar_open": MOE,
     "exaone_moe": MOE,
     "hy_v3": MOE,
+    "sarvam_moe": MOE,
+    "mellum": ROUTED,
+    "flint": FLINT,
+    "kolibri1": KOLIBRI,
+    "laguna": (LAGUNA, replace(LAGUNA, when={"gating": "per-head"}), LAGUNA_ELEMENTS),
     "ernie4_5_moe": ERNIE,
     "deepseek_v2": LATENT,
     "deepseek_v3": LATENT,
@@ -258,6 +296,7 @@ ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     "glm_moe_dsa": SPARSE,
     "minicpm3": LATENT,
     "youtu": LATENT,
+    "sarvam_mla": LATENT,
     "gpt_oss": GPT_OSS,
     "phimoe": PHIMOE,
     "llama4_text": LLAMA4,

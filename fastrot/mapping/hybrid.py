@@ -11,6 +11,7 @@ from fastrot.mapping.dense import LLAMA
 from fastrot.mapping.experts import (
     GRANITE,
     GRANITE_IN,
+    HEAD_GATE,
     LATENT,
     LATENT_IN,
     LATENT_INSIDE,
@@ -43,6 +44,13 @@ DELTA = Architecture(
         NormMapping(r"re:.*model\.norm$", ("lm_head",), offset=1.0),
     ),
     notes="q_proj carries a gate between values and output",
+)
+
+LARA_MINI = replace(
+    DELTA,
+    mapping=replace(DELTA.mapping, attn_gated=False),
+    norms=tuple(replace(norm, offset=0.0) for norm in DELTA.norms),
+    notes="linear attention",
 )
 
 MIXER_INSIDE = Untouched(
@@ -186,6 +194,31 @@ LFM2 = Architecture(
     notes="convolution layers; the last norm is called embedding_norm",
 )
 
+LFM3 = replace(
+    LFM2,
+    mapping=replace(
+        LFM2.mapping,
+        attn_o=LLAMA.mapping.attn_o,
+        readers=(*LFM2.mapping.readers, HEAD_GATE),
+    ),
+    norms=(
+        NormMapping(r"re:.*\.operator_norm$", (*QKV, HEAD_GATE, r"re:.*\.conv\.in_proj$")),
+        *LFM2.norms[1:],
+    ),
+    when={"use_sandwich_norm": False},
+    notes="convolution layers; each head has a gate; the last norm is called embedding_norm",
+)
+
+LFM3_SANDWICH = replace(
+    LFM3,
+    mapping=replace(
+        LFM3.mapping,
+        post_norm=(r"re:.*\.post_(operator|ffn)_norm$",),
+        post_norm_in=(*LFM3.mapping.attn_o, *LFM3.mapping.mlp_out, *LFM3.mapping.writers),
+    ),
+    when={"use_sandwich_norm": True},
+)
+
 RECURRENT_IN = r"re:.*temporal_block\.linear_[xy]$"
 TEMPORAL_QKV = r"re:.*temporal_block\.[qkv]_proj$"
 BLOCK_IN = r"re:.*mlp_block\.(gate|up)_proj$"
@@ -274,6 +307,8 @@ ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     "granitemoehybrid": GRANITE_HYBRID,
     "lfm2": LFM2,
     "lfm2_moe": LFM2,
+    "lfm3": (LFM3_SANDWICH, LFM3),
+    "lara_mini": LARA_MINI,
     "recurrent_gemma": RECURRENT_GEMMA,
     "kimi_linear": KIMI,
     "olmo_hybrid": OLMO_HYBRID,

@@ -56,6 +56,8 @@ NEMOTRON = Architecture(
     notes="MLP without a gate",
 )
 
+JAIS2 = replace(NEMOTRON, norms=tuple(replace(norm, offset=0.0) for norm in NEMOTRON.norms))
+
 STARCODER2 = Architecture(
     replace(LLAMA.mapping, mlp_in=(r"re:.*mlp\.c_fc$",), mlp_out=(r"re:.*mlp\.c_proj$",)),
     (
@@ -316,6 +318,7 @@ ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     "cohere2": COHERE,
     "stablelm": (STABLELM, STABLELM_PARALLEL),
     "nemotron": NEMOTRON,
+    "jais2": JAIS2,
     "starcoder2": STARCODER2,
     "phi": PHI,
     "opt": (OPT, OPT_POST),

@@ -130,6 +130,23 @@ FAMILIES: dict[str, Family] = {
     ),
     "helium": _family("helium", "Helium", {"attention_bias": True, "mlp_bias": True}),
     "cwm": _layered("cwm", "Cwm", SLIDING),
+    "exaone": _family("exaone", "Llama"),
+    "iquestcoder": _family("iquestcoder", "Llama", {"attention_bias": True}, BIASES),
+    "diffllama": _family(
+        "diffllama",
+        "DiffLlama",
+        {"attention_bias": True, "num_key_value_heads": 6},
+        {"num_key_value_heads": (6, 2)},
+    ),
+    "granite_swa": _layered(
+        "granite_swa",
+        "GraniteSWA",
+        SLIDING | {"embedding_multiplier": 3.0, "residual_multiplier": 0.5},
+    ),
+    "hyperclovax": _family(
+        "hyperclovax", "HyperCLOVAX", {"attention_multiplier": 0.1, "residual_multiplier": 0.5}
+    ),
+    "hyperclovax_plain": _family("hyperclovax", "HyperCLOVAX", {"use_post_norm": False}),
     "phi3": _derived("phi3", "Phi3", {}, {"partial_rotary_factor": (1.0, 0.5)}),
     "glm": _family("glm", "Glm", {"attention_bias": True}, BIASES),
     "glm4": _family("glm4", "Glm4", {"attention_bias": True}, BIASES),

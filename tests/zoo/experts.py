@@ -118,7 +118,53 @@ def _yarn(**more: float) -> dict[str, Any]:
     }
 
 
+SLIDING: dict[str, Any] = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 8,
+}
+
+QWEN: dict[str, Any] = {"moe_intermediate_size": 56, "num_experts": 4}
+"""Experts as Qwen names them."""
+
+SHARED: dict[str, Any] = {**QWEN, "shared_expert_intermediate_size": 80}
+
+LAGUNA: dict[str, Any] = {
+    **COMMON,
+    **SHARED,
+    **SLIDING,
+    "num_attention_heads_per_layer": [6, 12],
+    "mlp_layer_types": ["dense", "sparse"],
+    "attention_bias": True,
+}
+
+
+def _laguna(gating: Any) -> Family:
+    return Family("laguna", "LagunaForCausalLM", {**LAGUNA, "gating": gating}, SIZES)
+
+
 FAMILIES: dict[str, Family] = {
+    "mellum": Family(
+        "mellum", "MellumForCausalLM", {**COMMON, **SLIDING, **QWEN, "attention_bias": True}, SIZES
+    ),
+    "flint": Family(
+        "flint", "FlintForCausalLM", {**COMMON, **SLIDING, **SHARED, "mlp_only_layers": [0]}, SIZES
+    ),
+    "kolibri1": Family("kolibri1", "Kolibri1ForCausalLM", {**COMMON, **SLIDING, **SHARED}, SIZES),
+    "laguna": _laguna(True),
+    "laguna_heads": _laguna("per-head"),
+    "laguna_elements": _laguna("per-element"),
+    "sarvam_moe": Family(
+        "sarvam_moe",
+        "Glm4MoeForCausalLM",
+        {**COMMON, **GROUPED, "first_k_dense_replace": 1},
+        {**SIZES, **GROUPED_SIZES},
+    ),
+    "sarvam_mla": Family(
+        "sarvam_mla",
+        "DeepseekV3ForCausalLM",
+        {**LATENT, **GROUPED, "first_k_dense_replace": 1},
+        {**LATENT_SIZES, **GROUPED_SIZES},
+    ),
     "mixtral": Family(
         "mixtral",
         "MixtralForCausalLM",

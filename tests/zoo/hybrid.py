@@ -106,6 +106,13 @@ NEMOTRON: dict[str, Any] = {
     "moe_shared_expert_intermediate_size": 80,
 }
 
+LFM3: dict[str, Any] = {
+    **COMMON,
+    "layer_types": ["conv", "full_attention"],
+    "conv_bias": True,
+    "attention_bias": True,
+}
+
 FAMILIES: dict[str, Family] = {
     "qwen3_next": Family(
         "qwen3_next",
@@ -316,6 +323,15 @@ FAMILIES: dict[str, Family] = {
             "block_multiple_of": (8, 40),
             "conv_bias": (True, False),
         },
+    ),
+    "lfm3": Family("lfm3", "Lfm3ForCausalLM", LFM3, SIZES),
+    "lfm3_plain": Family("lfm3", "Lfm3ForCausalLM", {**LFM3, "use_sandwich_norm": False}, SIZES),
+    "lara_mini": Family(
+        "lara_mini",
+        "LaraMiniForCausalLM",
+        {**COMMON, **EXPERTS, **DELTA, "layer_types": ["linear_attention", "sliding_attention"]},
+        {**SIZES, **EXPERTS_SIZES},
+        exact=SCANS,
     ),
     "lfm2_moe": Family(
         "lfm2_moe",

@@ -93,6 +93,7 @@ FAMILIES: dict[str, Family] = {
         SIZES | {"attention_bias": (True, False), "mlp_bias": (True, False)},
         EXACT,
     ),
+    "jais2": Family("jais2", "Jais2ForCausalLM", COMMON, SIZES, EXACT),
     "starcoder2": Family(
         "starcoder2",
         "Starcoder2ForCausalLM",
