@@ -247,5 +247,6 @@ ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     "bitnet": BITNET,
     "arcee": UNGATED,
     "apertus": APERTUS,
+    "apertus1p5_text": APERTUS,
     "nanochat": NANOCHAT,
 }

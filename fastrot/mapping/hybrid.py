@@ -12,14 +12,12 @@ from fastrot.mapping.experts import (
     GRANITE,
     GRANITE_IN,
     HEAD_GATE,
-    LATENT,
-    LATENT_IN,
-    LATENT_INSIDE,
     MLP_IN,
     MOE,
     QKV,
     QUERY_KEY_NORMS,
 )
+from fastrot.mapping.latent import LATENT, LATENT_IN, LATENT_INSIDE
 from fastrot.mapping.roles import Architecture, Mapping, NormMapping, Untouched
 
 DELTA_IN = r"re:.*linear_attn\.in_proj_\w+$"
@@ -283,6 +281,28 @@ KIMI = Architecture(
     notes="linear attention and multi-head latent attention",
 )
 
+BAILING_IN = r"re:.*self_attn\.(b_proj|g_proj|forget_gate\.f_proj)$"
+
+BAILING = replace(
+    KIMI,
+    mapping=replace(
+        KIMI.mapping,
+        readers=(BAILING_IN,),
+        ignore=(
+            LATENT_INSIDE,
+            Untouched(r"re:.*self_attn\.kv_b_proj\.weight$", "reads a latent, not the stream"),
+            Untouched(
+                r"re:.*self_attn\.(conv1d\.weight|o_norm\.weight|forget_gate\.(A_log|dt_bias))$",
+                "acts inside linear attention",
+            ),
+        ),
+    ),
+    norms=(
+        NormMapping(r"re:.*\.input_layernorm$", (*QKV, *LATENT_IN, BAILING_IN)),
+        *LATENT.norms[1:],
+    ),
+)
+
 OLMO_HYBRID = replace(
     LLAMA,
     norms=(),
@@ -311,5 +331,6 @@ ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     "lara_mini": LARA_MINI,
     "recurrent_gemma": RECURRENT_GEMMA,
     "kimi_linear": KIMI,
+    "bailing_hybrid": BAILING,
     "olmo_hybrid": OLMO_HYBRID,
 }

@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from fastrot.errors import RotationError
-from fastrot.mapping import dense, experts, hybrid, layernorm, vision
+from fastrot.mapping import dense, experts, hybrid, latent, layernorm, unrotated, vision
 from fastrot.mapping.refused import REFUSED, reasons_of
 from fastrot.mapping.roles import Architecture, Mapping, Patterns, Shell, Untouched
 
@@ -15,7 +15,9 @@ ARCHITECTURES: dict[str, Architecture | tuple[Architecture, ...]] = {
     **dense.ROWS,
     **layernorm.ROWS,
     **experts.ROWS,
+    **latent.ROWS,
     **hybrid.ROWS,
+    **unrotated.ROWS,
     **vision.ROWS,
 }
 """``model_type`` of a (text) configuration → its row, or several for different settings."""

@@ -183,5 +183,11 @@ FAMILIES: dict[str, Family] = {
     "bitnet": _derived("bitnet", "BitNet", {"attention_bias": True}, BIASES),
     "arcee": _family("arcee", "Arcee", {"attention_bias": True, "mlp_bias": True}, BIASES),
     "apertus": _derived("apertus", "Apertus", {"attention_bias": True}, BIASES),
+    "apertus1p5_text": _derived(
+        "apertus1p5_text",
+        "Apertus1p5Text",
+        {"attention_bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        BIASES,
+    ),
     "nanochat": _derived("nanochat", "NanoChat", {"attention_bias": True}, BIASES),
 }
