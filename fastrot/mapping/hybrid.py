@@ -197,11 +197,14 @@ LFM3 = replace(
     mapping=replace(
         LFM2.mapping,
         attn_o=LLAMA.mapping.attn_o,
+        mlp_in=LFM2_IN[:1],
+        mlp_out=LFM2.mapping.mlp_out[:1],
         readers=(*LFM2.mapping.readers, HEAD_GATE),
     ),
     norms=(
         NormMapping(r"re:.*\.operator_norm$", (*QKV, HEAD_GATE, r"re:.*\.conv\.in_proj$")),
-        *LFM2.norms[1:],
+        NormMapping(r"re:.*\.ffn_norm$", LFM2_IN[:1]),
+        LFM2.norms[2],
     ),
     when={"use_sandwich_norm": False},
     notes="convolution layers; each head has a gate; the last norm is called embedding_norm",

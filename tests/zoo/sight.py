@@ -66,6 +66,11 @@ def in_patches(model: nn.Module, generator: torch.Generator) -> Inputs:
     return result
 
 
+def grids(model: nn.Module, generator: torch.Generator) -> Inputs:
+    """Patches for a model that needs no word on which tokens are of the picture."""
+    return without(patches(4, 6, 24)(model, generator), "mm_token_type_ids")
+
+
 def _seeing(model_type: str, model_class: str, config: dict[str, Any], vision: Any) -> Family:
     name = f"{model_class}ForConditionalGeneration"
     return Family(model_type, name, config, TIES, vision=vision)
@@ -138,7 +143,7 @@ FAMILIES: dict[str, Family] = {
             "tie_word_embeddings": False,
             **SPECIAL,
         },
-        patches(4, 6, 24),
+        grids,
     ),
     "hyperclovax_vision_v2": Family(
         "hyperclovax_vision_v2",
@@ -151,7 +156,7 @@ FAMILIES: dict[str, Family] = {
             "video_token_id": VIDEO,
         },
         FREE,
-        vision=patches(4, 6, 24),
+        vision=grids,
     ),
     "cosmos3_omni": _seeing(
         "cosmos3_omni",
@@ -209,6 +214,6 @@ FAMILIES: dict[str, Family] = {
             "video_token_index": VIDEO,
             "tie_word_embeddings": False,
         },
-        vision=patches(4, 6, 24),
+        vision=grids,
     ),
 }
