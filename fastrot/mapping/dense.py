@@ -149,6 +149,13 @@ GEMMA4_EXPERTS = replace(
     refuses={**GEMMA4.refuses, "R1": "its router scales the stream channel by channel"},
 )
 
+GEMMA4_UNIFIED = Architecture(
+    GEMMA2.mapping,
+    (*GEMMA4.norms[:3],),
+    when={"num_kv_shared_layers": 0},
+    refuses=GEMMA4.refuses,
+)
+
 OLMO2 = Architecture(
     GEMMA2.mapping,
     (NormMapping(None, (*QKV, *GATE_UP)), LLAMA.norms[2]),
@@ -240,6 +247,10 @@ ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
             when={"enable_moe_block": False},
             refuses={**GEMMA4.refuses, "R3": SHARED},
         ),
+    ),
+    "gemma4_unified_text": (
+        GEMMA4_UNIFIED,
+        replace(GEMMA4_UNIFIED, when={}, refuses={**GEMMA4.refuses, "R3": SHARED}),
     ),
     "olmo2": OLMO2,
     "olmo3": OLMO2,

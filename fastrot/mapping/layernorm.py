@@ -221,6 +221,15 @@ NEOX = Architecture(
     notes="MLP without a gate",
 )
 
+NEOX_JAPANESE = replace(
+    NEOX,
+    mapping=replace(
+        NEOX.mapping, writers=(r"re:.*\.attention\.dense_bias$",), lm_head=("embed_out",)
+    ),
+    norms=(*NEOX.norms[:2], _layer(r"re:.*\.final_layer_norm$", "embed_out")),
+    refuses={"R3": OWN_ATTENTION},
+)
+
 PERSIMMON = Architecture(
     replace(
         NEOX.mapping,
@@ -329,6 +338,7 @@ ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     "gptj": GPTJ,
     "codegen": CODEGEN,
     "gpt_neox": NEOX,
+    "gpt_neox_japanese": NEOX_JAPANESE,
     "persimmon": PERSIMMON,
     "bloom": (BLOOM, BLOOM_SLICED),
     "falcon": (FALCON_TWO_NORMS, FALCON_PARALLEL, FALCON),

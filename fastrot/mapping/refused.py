@@ -22,6 +22,18 @@ DECODER_HALF = _all(
     "rotates decoders that stand alone"
 )
 
+ASSISTANT = {
+    "R1": "it reads the states of the model that it drafts for, whose stream would turn too",
+    "R2": "it attends to the values of the model that it drafts for",
+    "R3": "it attends to the keys of the model that it drafts for",
+    "R4": "it does not stand alone, and fastrot rotates decoders that do",
+}
+
+CAPTION = _all(
+    "its text model has the layers of an encoder, BERT's, and sees the image in them; fastrot "
+    "rotates decoders"
+)
+
 REFUSED: dict[str, Reasons] = {
     **dict.fromkeys(
         (
@@ -39,6 +51,10 @@ REFUSED: dict[str, Reasons] = {
         ),
         DECODER_HALF,
     ),
+    "vision-encoder-decoder": _all("it is an encoder-decoder; fastrot rotates decoders"),
+    **dict.fromkeys(("blip", "git"), CAPTION),
+    "shieldgemma2": _all("it sorts images and has no head for text; rotate its Gemma 3 instead"),
+    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), ASSISTANT),
 }
 """``model_type`` → the reasons for which none of the rotations can be done."""
 

@@ -79,6 +79,21 @@ ZAMBA = Architecture(
     notes="Mamba layers; attention and MLP are shared",
 )
 
+HYPER = Architecture(
+    replace(
+        INSIDE,
+        attn_v=(),
+        attn_gated=True,
+        mlp_out=(r"re:.*mlp\.((shared_)?experts\.)?down_proj$",),
+    ),
+    (),
+    refuses={
+        "R1": "its connections read several streams side by side, in one vector",
+        "R3": LATENT.refuses["R3"],
+    },
+    notes="latent attention, with a gate between values and output",
+)
+
 ZAYA = Architecture(
     replace(INSIDE, attn_v=(), attn_gated=True, mlp_out=(r"re:.*mlp\.experts\.down_proj$",)),
     (),
@@ -99,6 +114,7 @@ ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     "dory": DORY,
     "longcat_flash": LONGCAT,
     "zamba": ZAMBA,
+    "hy_v4": HYPER,
     "zaya": ZAYA,
     "inkling_text": INKLING,
 }

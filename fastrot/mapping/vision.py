@@ -206,6 +206,7 @@ SHELLS: dict[str, Shell] = {
     "aya_vision": LLAVA,
     "cohere2_vision": LLAVA,
     "lfm2_vl": LLAVA,
+    "lfm3_vl": LLAVA,
     "qianfan_ocr": LLAVA,
     "video_llava": VIDEO_LLAVA,
     "got_ocr2": GOT_OCR,

@@ -64,6 +64,9 @@ GEMMA4 = {
 }
 
 
+UNIFIED = {key: value for key, value in GEMMA4.items() if not key.endswith("per_layer_input")}
+
+
 def _family(model_type: str, model_class: str, changes: Any = None, more: Any = None) -> Family:
     return Family(
         model_type, f"{model_class}ForCausalLM", COMMON | (changes or {}), SIZES | (more or {})
@@ -168,6 +171,10 @@ FAMILIES: dict[str, Family] = {
             "top_k_experts": 2,
             "moe_intermediate_size": 56,
         },
+    ),
+    "gemma4_unified_text": _layered("gemma4_unified_text", "Gemma4Unified", UNIFIED),
+    "gemma4_unified_shared": _layered(
+        "gemma4_unified_text", "Gemma4Unified", UNIFIED | {"num_kv_shared_layers": 2}
     ),
     "internlm3": _family(
         "internlm3", "Llama", {"qkv_bias": True, "bias": True}, {"qkv_bias": (True, False)}

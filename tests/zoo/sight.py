@@ -134,6 +134,22 @@ FAMILIES: dict[str, Family] = {
         },
         in_patches,
     ),
+    "lfm3_vl": _seeing(
+        "lfm3_vl",
+        "Lfm3Vl",
+        {
+            "text_config": {**WIDE, "layer_types": ["conv", "full_attention"]},
+            "vision_config": {
+                **without(TOWER, "image_size"),
+                "num_key_value_heads": 2,
+                "temporal_patch_size": 2,
+            },
+            "projector_hidden_size": 40,
+            "tie_word_embeddings": False,
+            **SPECIAL,
+        },
+        grids,
+    ),
     "exaone4_5": _seeing(
         "exaone4_5",
         "Exaone4_5_",

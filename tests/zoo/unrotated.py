@@ -4,7 +4,7 @@ from typing import Any
 
 from zoo import Family
 from zoo.dense import COMMON, DERIVED
-from zoo.experts import LATENT, without
+from zoo.experts import GROUPED, LATENT, without
 from zoo.layernorm import GPT, TIED
 
 SIZES: dict[str, tuple[Any, ...]] = {
@@ -88,6 +88,19 @@ FAMILIES: dict[str, Family] = {
         },
         {"intermediate_size": (112, 56)},
         1e-5,
+    ),
+    "hy_v4": Family(
+        "hy_v4",
+        "HYV4ForCausalLM",
+        {
+            **LATENT,
+            **GROUPED,
+            "index_topk": 5,
+            "index_head_dim": 12,
+            "index_n_heads": 4,
+            "mlp_layer_types": ["dense", "sparse"],
+        },
+        {"hidden_size": (96, 48)},
     ),
     "zaya": Family(
         "zaya",
