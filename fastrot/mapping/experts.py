@@ -73,24 +73,6 @@ FLINT = replace(MOE, mapping=replace(MOE.mapping, ignore=(QUERY_KEY_NORMS, SINKS
 
 MIMO = replace(MOE, mapping=replace(MOE.mapping, ignore=(SINKS,)))
 
-ARIA_IN = (
-    r"re:.*mlp\.router$",
-    r"re:.*mlp\.experts\.gate_up_proj$",
-    r"re:.*mlp\.shared_experts\.(gate|up)_proj$",
-)
-
-ARIA = replace(
-    MOE,
-    mapping=replace(
-        MOE.mapping,
-        mlp_in=ARIA_IN,
-        mlp_out=(r"re:.*mlp\.(shared_)?experts\.down_proj$",),
-        ignore=(),
-    ),
-    norms=pre_norms(ARIA_IN),
-    notes="experts are (in, out); the router reads the stream too",
-)
-
 MINIMAX_M3_IN = (
     r"re:.*mlp\.gate$",
     r"re:.*mlp\.(experts\.|shared_experts\.)?gate_up_proj$",
@@ -306,7 +288,6 @@ ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     "sarvam_moe": MOE,
     "mellum": ROUTED,
     "flint": FLINT,
-    "aria_text": ARIA,
     "beam": BEAM,
     "mimo_v2_flash": MIMO,
     "minimax_m3_vl_text": MINIMAX_M3,

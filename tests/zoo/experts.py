@@ -150,12 +150,6 @@ FAMILIES: dict[str, Family] = {
         "flint", "FlintForCausalLM", {**COMMON, **SLIDING, **SHARED, "mlp_only_layers": [0]}, SIZES
     ),
     "kolibri1": Family("kolibri1", "Kolibri1ForCausalLM", {**COMMON, **SLIDING, **SHARED}, SIZES),
-    "aria_text": Family(
-        "aria_text",
-        "AriaTextForCausalLM",
-        {**COMMON, "intermediate_size": 56, "moe_num_experts": 4, "attention_bias": True},
-        without(SIZES, "num_experts_per_tok"),
-    ),
     "beam": Family(
         "beam",
         "BeamForCausalLM",

@@ -1,5 +1,6 @@
 """More language models that see: readers of documents, and those that share a projector's shape."""
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -66,6 +67,14 @@ def in_patches(model: nn.Module, generator: torch.Generator) -> Inputs:
     return result
 
 
+def plain(model: nn.Module, generator: torch.Generator) -> Inputs:
+    """A picture of 16 tokens for each row, by the name that this transformers has for it."""
+    result = pictures(16, 3, 8, 8)(model, generator)
+    if "pixel_values" not in signature(model.forward).parameters:
+        result["pixel_values_images"] = result.pop("pixel_values")
+    return result
+
+
 def grids(model: nn.Module, generator: torch.Generator) -> Inputs:
     """Patches for a model that needs no word on which tokens are of the picture."""
     return without(patches(4, 6, 24)(model, generator), "mm_token_type_ids")
@@ -109,7 +118,7 @@ FAMILIES: dict[str, Family] = {
             "video_token_index": VIDEO,
             "tie_word_embeddings": False,
         },
-        pictures(16, 3, 8, 8),
+        plain,
     ),
     "got_ocr2": _seeing("got_ocr2", "GotOcr2", GOT, pictures(16, 3, 32, 32)),
     "pp_chart2table": _seeing("pp_chart2table", "GotOcr2", GOT, pictures(16, 3, 32, 32)),
