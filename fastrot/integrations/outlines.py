@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from fastrot.mapping import SHELLS
 
@@ -21,4 +22,6 @@ def model_of(config: "PreTrainedConfig") -> "PreTrainedModel":
     """The model of a configuration, its names and shapes alone."""
     with torch.device("meta"):
         model: PreTrainedModel = auto_class(config).from_config(config)
+    # Some of them draw numbers on the CPU whatever device is asked for.
+    nn.Module.to(model, "meta")
     return model

@@ -1,5 +1,6 @@
 """The tables: which modules read and write the residual stream, one row a shape."""
 
+from fastrot.mapping.refused import REFUSED
 from fastrot.mapping.roles import (
     PLACES,
     ROTATIONS,
@@ -26,6 +27,7 @@ from fastrot.mapping.tables import (
 __all__ = [
     "ARCHITECTURES",
     "PLACES",
+    "REFUSED",
     "ROTATIONS",
     "SHELLS",
     "STREAM",

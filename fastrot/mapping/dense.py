@@ -34,6 +34,22 @@ QWEN3 = replace(LLAMA, mapping=replace(LLAMA.mapping, ignore=(HEAD_NORMS,)))
 
 GRANITE = replace(LLAMA, notes="scalar multipliers, which commute with rotations")
 
+SINKS = Untouched(r"re:.*self_attn\.sinks$", "logits of the attention sinks")
+
+DIFFERENTIAL = Untouched(
+    r"re:.*self_attn\.lambda_[qk][12]$", "weighs the two attention maps that are subtracted"
+)
+
+HYPERCLOVAX = replace(
+    GRANITE,
+    mapping=replace(
+        LLAMA.mapping,
+        post_norm=(r"re:.*\.post_norm[12]$",),
+        post_norm_in=(r"re:.*self_attn\.o_proj$", r"re:.*mlp\.down_proj$"),
+    ),
+    when={"use_post_norm": True},
+)
+
 GATE_UP_FUSED = (r"re:.*mlp\.gate_up_proj$",)
 
 GLM = Architecture(
@@ -133,6 +149,13 @@ GEMMA4_EXPERTS = replace(
     refuses={**GEMMA4.refuses, "R1": "its router scales the stream channel by channel"},
 )
 
+GEMMA4_UNIFIED = Architecture(
+    GEMMA2.mapping,
+    (*GEMMA4.norms[:3],),
+    when={"num_kv_shared_layers": 0},
+    refuses=GEMMA4.refuses,
+)
+
 OLMO2 = Architecture(
     GEMMA2.mapping,
     (NormMapping(None, (*QKV, *GATE_UP)), LLAMA.norms[2]),
@@ -197,7 +220,12 @@ ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     "seed_oss": LLAMA,
     "helium": LLAMA,
     "cwm": LLAMA,
+    "exaone": LLAMA,
+    "iquestcoder": LLAMA,
+    "diffllama": replace(LLAMA, mapping=replace(LLAMA.mapping, ignore=(DIFFERENTIAL,))),
     "granite": GRANITE,
+    "granite_swa": replace(GRANITE, mapping=replace(LLAMA.mapping, ignore=(SINKS,))),
+    "hyperclovax": (HYPERCLOVAX, replace(GRANITE, when={"use_post_norm": False})),
     "qwen3": QWEN3,
     "hunyuan_v1_dense": QWEN3,
     "glm": GLM,
@@ -220,11 +248,16 @@ ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
             refuses={**GEMMA4.refuses, "R3": SHARED},
         ),
     ),
+    "gemma4_unified_text": (
+        GEMMA4_UNIFIED,
+        replace(GEMMA4_UNIFIED, when={}, refuses={**GEMMA4.refuses, "R3": SHARED}),
+    ),
     "olmo2": OLMO2,
     "olmo3": OLMO2,
     "exaone4": OLMO2,
     "bitnet": BITNET,
     "arcee": UNGATED,
     "apertus": APERTUS,
+    "apertus1p5_text": APERTUS,
     "nanochat": NANOCHAT,
 }

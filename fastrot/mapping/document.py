@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from fastrot.mapping.refused import REFUSED, reasons_of
 from fastrot.mapping.roles import PLACES, ROTATIONS, STREAM, Architecture
 from fastrot.mapping.tables import ARCHITECTURES, SHELLS
 
@@ -64,6 +65,16 @@ residual stream is rotated with R1.
 |---|---|---|
 """
 
+REFUSED_HEAD = """
+## Refused
+
+Decoders that transformers lists and that no row can describe, with the reason. Encoder-decoders
+are refused as such, whatever they are called.
+
+| model types | reason |
+|---|---|
+"""
+
 
 def architectures_document() -> str:
     """``docs/architectures.md``."""
@@ -71,7 +82,18 @@ def architectures_document() -> str:
         f"| {name} | {', '.join(map(_code, shell.writers)) or '–'} | {shell.notes} |\n"
         for name, shell in sorted(SHELLS.items())
     )
-    return f"{HEAD}{architectures_table()}{SHELL_HEAD}{shells}"
+    return f"{HEAD}{architectures_table()}{SHELL_HEAD}{shells}{REFUSED_HEAD}{_refused()}"
+
+
+def _refused() -> str:
+    """One line for each reason: the model types in one list."""
+    alike: dict[str, list[str]] = {}
+    for name in sorted(REFUSED):
+        reasons = reasons_of(name)
+        whole = [why if len(reasons) == 1 else f"{names}: {why}" for names, why in reasons]
+        alike.setdefault("; ".join(whole), []).append(name)
+    lines = sorted(f"| {', '.join(names)} | {reason} |\n" for reason, names in alike.items())
+    return "".join(lines)
 
 
 def architectures_table() -> str:

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from fastrot.mapping.dense import LLAMA
+from fastrot.mapping.dense import LLAMA, SINKS
 from fastrot.mapping.roles import Architecture, Mapping, NormMapping, Patterns, Untouched
 
 QUERY_KEY_NORMS = Untouched(
@@ -58,53 +58,6 @@ ERNIE = replace(
     notes="bias of the router's choice is a parameter",
 )
 
-LATENT_IN = (r"re:.*self_attn\.(q_proj|q_a_proj|kv_a_proj_with_mqa)$",)
-
-LATENT_INSIDE = Untouched(
-    r"re:.*self_attn\.(q_a_layernorm|q_b_proj|kv_a_layernorm)\.weight$",
-    "acts on a latent, not on the stream",
-)
-
-LATENT = Architecture(
-    replace(
-        MOE.mapping,
-        attn_q=(r"re:.*self_attn\.(q_proj|q_a_proj)$",),
-        attn_k=(r"re:.*self_attn\.kv_a_proj_with_mqa$",),
-        attn_v=(r"re:.*self_attn\.kv_b_proj$",),
-        attn_v_rows="latent",
-        ignore=(LATENT_INSIDE,),
-    ),
-    (NormMapping(r"re:.*\.input_layernorm$", LATENT_IN), *MOE.norms[1:]),
-    refuses={
-        "R3": "the cache holds the latent from which keys are made, so no rotated key can be cached"
-    },
-    notes="R2 on the value rows of kv_b_proj",
-)
-
-INDEXER_IN = r"re:.*self_attn\.indexer\.(wk|weights_proj)$"
-
-SPARSE = replace(
-    LATENT,
-    mapping=replace(
-        LATENT.mapping,
-        readers=(INDEXER_IN,),
-        ignore=(
-            LATENT_INSIDE,
-            Untouched(
-                r"re:.*self_attn\.indexer\.(wq_b|k_norm)\.\w+$",
-                "acts inside the indexer, which chooses the keys that are seen",
-            ),
-        ),
-    ),
-    norms=(
-        NormMapping(r"re:.*\.input_layernorm$", (*LATENT_IN, INDEXER_IN)),
-        *LATENT.norms[1:],
-    ),
-    notes="as DeepSeek-V3, and the indexer reads the stream too",
-)
-
-SINKS = Untouched(r"re:.*self_attn\.sinks$", "logits of the attention sinks")
-
 GPT_OSS = replace(
     ROUTED,
     mapping=replace(ROUTED.mapping, ignore=(SINKS,)),
@@ -114,6 +67,71 @@ GPT_OSS = replace(
 PHIMOE = Architecture(
     replace(ROUTED.mapping, ignore=()),
     tuple(replace(norm, kind="layer") for norm in ROUTED.norms),
+)
+
+FLINT = replace(MOE, mapping=replace(MOE.mapping, ignore=(QUERY_KEY_NORMS, SINKS)))
+
+MIMO = replace(MOE, mapping=replace(MOE.mapping, ignore=(SINKS,)))
+
+MINIMAX_M3_IN = (
+    r"re:.*mlp\.gate$",
+    r"re:.*mlp\.(experts\.|shared_experts\.)?gate_up_proj$",
+)
+
+INDEXER_QK = r"re:.*self_attn\.indexer\.[qk]_proj$"
+
+MINIMAX_M3 = replace(
+    MOE,
+    mapping=replace(
+        MOE.mapping,
+        mlp_in=MINIMAX_M3_IN,
+        readers=(INDEXER_QK,),
+        ignore=(
+            QUERY_KEY_NORMS,
+            Untouched(
+                r"re:.*self_attn\.indexer\.[qk]_norm\.weight$",
+                "acts inside the indexer, which chooses the keys that are seen",
+            ),
+        ),
+    ),
+    norms=(
+        NormMapping(r"re:.*\.input_layernorm$", (*QKV, INDEXER_QK), offset=1.0),
+        *(replace(norm, offset=1.0) for norm in pre_norms(MINIMAX_M3_IN)[1:]),
+    ),
+    notes="some layers have an indexer, which reads the stream too",
+)
+
+KOLIBRI = replace(
+    MOE,
+    mapping=replace(
+        MOE.mapping,
+        post_norm=(r"re:.*\.post_(self_attn|mlp)_layernorm$",),
+        post_norm_in=(r"re:.*self_attn\.o_proj$", *MLP_OUT),
+    ),
+)
+
+HEAD_GATE = r"re:.*self_attn\.g_proj$"
+
+LAGUNA = replace(
+    MOE,
+    mapping=replace(
+        MOE.mapping,
+        readers=(HEAD_GATE,),
+        ignore=(
+            QUERY_KEY_NORMS,
+            Untouched(r"re:.*mlp\.gate\.e_score_correction_bias$", "biases the router"),
+        ),
+    ),
+    norms=(NormMapping(r"re:.*\.input_layernorm$", (*QKV, HEAD_GATE)), *MOE.norms[1:]),
+    when={"gating": True},
+    notes="each head has a gate",
+)
+
+LAGUNA_ELEMENTS = replace(
+    LAGUNA,
+    mapping=replace(LAGUNA.mapping, attn_gated=True),
+    when={"gating": "per-element"},
+    notes="a gate between values and output",
 )
 
 LLAMA4_IN = (
@@ -206,6 +224,24 @@ AFMOE = Architecture(
     notes="norms before and after attention and MLP; a gate between values and output",
 )
 
+BEAM = replace(
+    AFMOE,
+    mapping=replace(
+        AFMOE.mapping,
+        mlp_in=MLP_IN,
+        post_norm=(r"re:.*\.post_(attention|feedforward)_layernorm$",),
+        ignore=(
+            QUERY_KEY_NORMS,
+            Untouched(r"re:.*self_attn\.gate_bias$", "belongs to the gate inside attention"),
+        ),
+    ),
+    norms=(
+        AFMOE.norms[0],
+        NormMapping(r"re:.*\.pre_feedforward_layernorm$", MLP_IN),
+        AFMOE.norms[2],
+    ),
+)
+
 PARALLEL = Architecture(
     replace(MOE.mapping, ignore=()),
     (
@@ -249,15 +285,15 @@ ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     "solar_open": MOE,
     "exaone_moe": MOE,
     "hy_v3": MOE,
+    "sarvam_moe": MOE,
+    "mellum": ROUTED,
+    "flint": FLINT,
+    "beam": BEAM,
+    "mimo_v2_flash": MIMO,
+    "minimax_m3_vl_text": MINIMAX_M3,
+    "kolibri1": KOLIBRI,
+    "laguna": (LAGUNA, replace(LAGUNA, when={"gating": "per-head"}), LAGUNA_ELEMENTS),
     "ernie4_5_moe": ERNIE,
-    "deepseek_v2": LATENT,
-    "deepseek_v3": LATENT,
-    "mistral4": LATENT,
-    "glm4_moe_lite": LATENT,
-    "deepseek_v32": SPARSE,
-    "glm_moe_dsa": SPARSE,
-    "minicpm3": LATENT,
-    "youtu": LATENT,
     "gpt_oss": GPT_OSS,
     "phimoe": PHIMOE,
     "llama4_text": LLAMA4,

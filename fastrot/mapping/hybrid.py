@@ -11,14 +11,13 @@ from fastrot.mapping.dense import LLAMA
 from fastrot.mapping.experts import (
     GRANITE,
     GRANITE_IN,
-    LATENT,
-    LATENT_IN,
-    LATENT_INSIDE,
+    HEAD_GATE,
     MLP_IN,
     MOE,
     QKV,
     QUERY_KEY_NORMS,
 )
+from fastrot.mapping.latent import LATENT, LATENT_IN, LATENT_INSIDE
 from fastrot.mapping.roles import Architecture, Mapping, NormMapping, Untouched
 
 DELTA_IN = r"re:.*linear_attn\.in_proj_\w+$"
@@ -43,6 +42,13 @@ DELTA = Architecture(
         NormMapping(r"re:.*model\.norm$", ("lm_head",), offset=1.0),
     ),
     notes="q_proj carries a gate between values and output",
+)
+
+LARA_MINI = replace(
+    DELTA,
+    mapping=replace(DELTA.mapping, attn_gated=False),
+    norms=tuple(replace(norm, offset=0.0) for norm in DELTA.norms),
+    notes="linear attention",
 )
 
 MIXER_INSIDE = Untouched(
@@ -186,6 +192,34 @@ LFM2 = Architecture(
     notes="convolution layers; the last norm is called embedding_norm",
 )
 
+LFM3 = replace(
+    LFM2,
+    mapping=replace(
+        LFM2.mapping,
+        attn_o=LLAMA.mapping.attn_o,
+        mlp_in=LFM2_IN[:1],
+        mlp_out=LFM2.mapping.mlp_out[:1],
+        readers=(*LFM2.mapping.readers, HEAD_GATE),
+    ),
+    norms=(
+        NormMapping(r"re:.*\.operator_norm$", (*QKV, HEAD_GATE, r"re:.*\.conv\.in_proj$")),
+        NormMapping(r"re:.*\.ffn_norm$", LFM2_IN[:1]),
+        LFM2.norms[2],
+    ),
+    when={"use_sandwich_norm": False},
+    notes="convolution layers; each head has a gate; the last norm is called embedding_norm",
+)
+
+LFM3_SANDWICH = replace(
+    LFM3,
+    mapping=replace(
+        LFM3.mapping,
+        post_norm=(r"re:.*\.post_(operator|ffn)_norm$",),
+        post_norm_in=(*LFM3.mapping.attn_o, *LFM3.mapping.mlp_out, *LFM3.mapping.writers),
+    ),
+    when={"use_sandwich_norm": True},
+)
+
 RECURRENT_IN = r"re:.*temporal_block\.linear_[xy]$"
 TEMPORAL_QKV = r"re:.*temporal_block\.[qkv]_proj$"
 BLOCK_IN = r"re:.*mlp_block\.(gate|up)_proj$"
@@ -250,6 +284,28 @@ KIMI = Architecture(
     notes="linear attention and multi-head latent attention",
 )
 
+BAILING_IN = r"re:.*self_attn\.(b_proj|g_proj|forget_gate\.f_proj)$"
+
+BAILING = replace(
+    KIMI,
+    mapping=replace(
+        KIMI.mapping,
+        readers=(BAILING_IN,),
+        ignore=(
+            LATENT_INSIDE,
+            Untouched(r"re:.*self_attn\.kv_b_proj\.weight$", "reads a latent, not the stream"),
+            Untouched(
+                r"re:.*self_attn\.(conv1d\.weight|o_norm\.weight|forget_gate\.(A_log|dt_bias))$",
+                "acts inside linear attention",
+            ),
+        ),
+    ),
+    norms=(
+        NormMapping(r"re:.*\.input_layernorm$", (*QKV, *LATENT_IN, BAILING_IN)),
+        *LATENT.norms[1:],
+    ),
+)
+
 OLMO_HYBRID = replace(
     LLAMA,
     norms=(),
@@ -274,7 +330,10 @@ ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     "granitemoehybrid": GRANITE_HYBRID,
     "lfm2": LFM2,
     "lfm2_moe": LFM2,
+    "lfm3": (LFM3_SANDWICH, LFM3),
+    "lara_mini": LARA_MINI,
     "recurrent_gemma": RECURRENT_GEMMA,
     "kimi_linear": KIMI,
+    "bailing_hybrid": BAILING,
     "olmo_hybrid": OLMO_HYBRID,
 }

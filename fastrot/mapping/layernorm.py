@@ -56,6 +56,8 @@ NEMOTRON = Architecture(
     notes="MLP without a gate",
 )
 
+JAIS2 = replace(NEMOTRON, norms=tuple(replace(norm, offset=0.0) for norm in NEMOTRON.norms))
+
 STARCODER2 = Architecture(
     replace(LLAMA.mapping, mlp_in=(r"re:.*mlp\.c_fc$",), mlp_out=(r"re:.*mlp\.c_proj$",)),
     (
@@ -219,6 +221,15 @@ NEOX = Architecture(
     notes="MLP without a gate",
 )
 
+NEOX_JAPANESE = replace(
+    NEOX,
+    mapping=replace(
+        NEOX.mapping, writers=(r"re:.*\.attention\.dense_bias$",), lm_head=("embed_out",)
+    ),
+    norms=(*NEOX.norms[:2], _layer(r"re:.*\.final_layer_norm$", "embed_out")),
+    refuses={"R3": OWN_ATTENTION},
+)
+
 PERSIMMON = Architecture(
     replace(
         NEOX.mapping,
@@ -316,6 +327,7 @@ ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     "cohere2": COHERE,
     "stablelm": (STABLELM, STABLELM_PARALLEL),
     "nemotron": NEMOTRON,
+    "jais2": JAIS2,
     "starcoder2": STARCODER2,
     "phi": PHI,
     "opt": (OPT, OPT_POST),
@@ -326,6 +338,7 @@ ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     "gptj": GPTJ,
     "codegen": CODEGEN,
     "gpt_neox": NEOX,
+    "gpt_neox_japanese": NEOX_JAPANESE,
     "persimmon": PERSIMMON,
     "bloom": (BLOOM, BLOOM_SLICED),
     "falcon": (FALCON_TWO_NORMS, FALCON_PARALLEL, FALCON),

@@ -7,14 +7,17 @@ from difflib import get_close_matches
 from typing import Any
 
 from fastrot.errors import RotationError
-from fastrot.mapping import dense, experts, hybrid, layernorm, vision
+from fastrot.mapping import dense, experts, hybrid, latent, layernorm, unrotated, vision
+from fastrot.mapping.refused import REFUSED, reasons_of
 from fastrot.mapping.roles import Architecture, Mapping, Patterns, Shell, Untouched
 
 ARCHITECTURES: dict[str, Architecture | tuple[Architecture, ...]] = {
     **dense.ROWS,
     **layernorm.ROWS,
     **experts.ROWS,
+    **latent.ROWS,
     **hybrid.ROWS,
+    **unrotated.ROWS,
     **vision.ROWS,
 }
 """``model_type`` of a (text) configuration → its row, or several for different settings."""
@@ -31,7 +34,8 @@ def find_architecture(config: Any) -> Architecture:
     """The row of a model's configuration; for a multimodal one, its language model's in its shell.
 
     Raises:
-        UnknownArchitectureError: there is none; names the nearest known ones and the way out.
+        UnknownArchitectureError: there is none; says why if that is known, else names the nearest
+            known ones, and the way out.
     """
     shell = SHELLS.get(config.model_type)
     if shell is None:
@@ -42,6 +46,13 @@ def find_architecture(config: Any) -> Architecture:
 def _find_row(config: Any) -> Architecture:
     model_type = config.model_type
     rows = ARCHITECTURES.get(model_type)
+    if model_type in REFUSED:
+        reasons = "; ".join(f"{names}: {why}" for names, why in reasons_of(model_type))
+        raise UnknownArchitectureError(
+            f"fastrot has no row for {model_type!r} models, on purpose: {reasons}; "
+            "`fastrot architectures` lists what it rotates; what can be done to this one takes "
+            "mappings= and norm_mappings="
+        )
     if rows is None:
         near = get_close_matches(model_type, {**ARCHITECTURES, **SHELLS}, n=3, cutoff=0.4)
         names = f" (nearest known: {', '.join(near)})" if near else ""

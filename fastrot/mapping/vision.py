@@ -116,6 +116,66 @@ PALIGEMMA = Shell(
     ignore=(TOWER,),
 )
 
+DEEPSEEK_VL = Shell(
+    "model.language_model",
+    writers=(r"re:model\.aligner\.linear2$",),
+    ignore=(
+        TOWER,
+        Untouched(r"re:model\.aligner\.linear1\.", "stands before the aligner's last layer"),
+    ),
+)
+
+LIGHTON = Shell(
+    "model.language_model",
+    writers=(r"re:model\.vision_projection\.linear_2$",),
+    ignore=(
+        Untouched(r"re:model\.vision_encoder\.", "sees the image and ends in the projection"),
+        Untouched(
+            r"re:model\.vision_projection\.(norm|patch_merger\.merging_layer|linear_1)\.",
+            "stands before the projection's last layer",
+        ),
+    ),
+)
+
+VIDEO_LLAVA = replace(
+    LLAVA,
+    ignore=(
+        Untouched(
+            r"re:model\.(image|video)_tower\.", "sees images or video and ends in the projector"
+        ),
+        Untouched(
+            r"re:model\.multi_modal_projector\.linear_1\.",
+            "stands before the projector's last layer",
+        ),
+    ),
+)
+
+HYPERCLOVAX = Shell("model.language_model", writers=(r"re:model\.projector$",), ignore=(TOWER,))
+
+MINIMAX_M3 = replace(
+    LLAVA,
+    writers=(r"re:model\.multi_modal_projector\.merge_linear_2$",),
+    ignore=(
+        TOWER,
+        Untouched(
+            r"re:model\.multi_modal_projector\.(linear_[12]|merge_linear_1)\.",
+            "stands before the projector's last layer",
+        ),
+    ),
+)
+
+GOT_OCR = replace(
+    LLAVA,
+    writers=(r"re:model\.multi_modal_projector\.multimodal_projector$",),
+    ignore=(
+        TOWER,
+        Untouched(
+            r"re:model\.multi_modal_projector\.conv_upsampler[12]\.",
+            "stands before the projector's last layer",
+        ),
+    ),
+)
+
 IDEFICS3 = Shell(
     "model.text_model",
     writers=(r"re:model\.connector\.modality_projection\.proj$",),
@@ -145,6 +205,20 @@ SHELLS: dict[str, Shell] = {
     "internvl": LLAVA,
     "aya_vision": LLAVA,
     "cohere2_vision": LLAVA,
+    "lfm2_vl": LLAVA,
+    "lfm3_vl": LLAVA,
+    "qianfan_ocr": LLAVA,
+    "video_llava": VIDEO_LLAVA,
+    "got_ocr2": GOT_OCR,
+    "pp_chart2table": GOT_OCR,
+    "minimax_m3_vl": MINIMAX_M3,
+    "deepseek_vl": DEEPSEEK_VL,
+    "lighton_ocr": LIGHTON,
+    "hyperclovax_vision_v2": HYPERCLOVAX,
+    "exaone4_5": QWEN2_VL,
+    "cosmos3_omni": QWEN3_VL,
+    "glmga": GLM4V,
+    "glm_ocr": GLM4V,
     "gemma3": GEMMA3,
     "gemma4": GEMMA4,
     "paligemma": PALIGEMMA,
@@ -162,5 +236,6 @@ ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     "qwen3_vl_text": QWEN3,
     "qwen3_vl_moe_text": MOE,
     "glm4v_text": GLM4,
+    "glm_ocr_text": GLM4,
     "glm4v_moe_text": MOE,
 }

@@ -64,6 +64,9 @@ GEMMA4 = {
 }
 
 
+UNIFIED = {key: value for key, value in GEMMA4.items() if not key.endswith("per_layer_input")}
+
+
 def _family(model_type: str, model_class: str, changes: Any = None, more: Any = None) -> Family:
     return Family(
         model_type, f"{model_class}ForCausalLM", COMMON | (changes or {}), SIZES | (more or {})
@@ -130,6 +133,23 @@ FAMILIES: dict[str, Family] = {
     ),
     "helium": _family("helium", "Helium", {"attention_bias": True, "mlp_bias": True}),
     "cwm": _layered("cwm", "Cwm", SLIDING),
+    "exaone": _family("exaone", "Llama"),
+    "iquestcoder": _family("iquestcoder", "Llama", {"attention_bias": True}, BIASES),
+    "diffllama": _family(
+        "diffllama",
+        "DiffLlama",
+        {"attention_bias": True, "num_key_value_heads": 6},
+        {"num_key_value_heads": (6, 2)},
+    ),
+    "granite_swa": _layered(
+        "granite_swa",
+        "GraniteSWA",
+        SLIDING | {"embedding_multiplier": 3.0, "residual_multiplier": 0.5},
+    ),
+    "hyperclovax": _family(
+        "hyperclovax", "HyperCLOVAX", {"attention_multiplier": 0.1, "residual_multiplier": 0.5}
+    ),
+    "hyperclovax_plain": _family("hyperclovax", "HyperCLOVAX", {"use_post_norm": False}),
     "phi3": _derived("phi3", "Phi3", {}, {"partial_rotary_factor": (1.0, 0.5)}),
     "glm": _family("glm", "Glm", {"attention_bias": True}, BIASES),
     "glm4": _family("glm4", "Glm4", {"attention_bias": True}, BIASES),
@@ -152,6 +172,10 @@ FAMILIES: dict[str, Family] = {
             "moe_intermediate_size": 56,
         },
     ),
+    "gemma4_unified_text": _layered("gemma4_unified_text", "Gemma4Unified", UNIFIED),
+    "gemma4_unified_shared": _layered(
+        "gemma4_unified_text", "Gemma4Unified", UNIFIED | {"num_kv_shared_layers": 2}
+    ),
     "internlm3": _family(
         "internlm3", "Llama", {"qkv_bias": True, "bias": True}, {"qkv_bias": (True, False)}
     ),
@@ -166,5 +190,11 @@ FAMILIES: dict[str, Family] = {
     "bitnet": _derived("bitnet", "BitNet", {"attention_bias": True}, BIASES),
     "arcee": _family("arcee", "Arcee", {"attention_bias": True, "mlp_bias": True}, BIASES),
     "apertus": _derived("apertus", "Apertus", {"attention_bias": True}, BIASES),
+    "apertus1p5_text": _derived(
+        "apertus1p5_text",
+        "Apertus1p5Text",
+        {"attention_bias": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        BIASES,
+    ),
     "nanochat": _derived("nanochat", "NanoChat", {"attention_bias": True}, BIASES),
 }

@@ -118,7 +118,110 @@ def _yarn(**more: float) -> dict[str, Any]:
     }
 
 
+SLIDING: dict[str, Any] = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "sliding_window": 8,
+}
+
+QWEN: dict[str, Any] = {"moe_intermediate_size": 56, "num_experts": 4}
+"""Experts as Qwen names them."""
+
+SHARED: dict[str, Any] = {**QWEN, "shared_expert_intermediate_size": 80}
+
+LAGUNA: dict[str, Any] = {
+    **COMMON,
+    **SHARED,
+    **SLIDING,
+    "num_attention_heads_per_layer": [6, 12],
+    "mlp_layer_types": ["dense", "sparse"],
+    "attention_bias": True,
+}
+
+
+def _laguna(gating: Any) -> Family:
+    return Family("laguna", "LagunaForCausalLM", {**LAGUNA, "gating": gating}, SIZES)
+
+
 FAMILIES: dict[str, Family] = {
+    "mellum": Family(
+        "mellum", "MellumForCausalLM", {**COMMON, **SLIDING, **QWEN, "attention_bias": True}, SIZES
+    ),
+    "flint": Family(
+        "flint", "FlintForCausalLM", {**COMMON, **SLIDING, **SHARED, "mlp_only_layers": [0]}, SIZES
+    ),
+    "kolibri1": Family("kolibri1", "Kolibri1ForCausalLM", {**COMMON, **SLIDING, **SHARED}, SIZES),
+    "beam": Family(
+        "beam",
+        "BeamForCausalLM",
+        {
+            **COMMON,
+            **QWEN,
+            **SLIDING,
+            "mlp_layer_types": ["dense", "sparse"],
+            "n_group": 2,
+            "topk_group": 1,
+            "attention_bias": True,
+        },
+        SIZES,
+    ),
+    "mimo_v2_flash": Family(
+        "mimo_v2_flash",
+        "MiMoV2FlashForCausalLM",
+        {
+            **COMMON,
+            **without(GROUPED, "n_shared_experts"),
+            **SLIDING,
+            "mlp_layer_types": ["dense", "sparse"],
+            # Sliding layers have twice as many key heads.
+            "num_attention_heads": 8,
+            "v_head_dim": 12,
+            "rope_parameters": {
+                kind: {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+                for kind in SLIDING["layer_types"]
+            },
+        },
+        {**without(SIZES, "head_dim"), "v_head_dim": (12, 8)},
+    ),
+    "axk1": Family(
+        "axk1",
+        "AXK1ForCausalLM",
+        {**LATENT, **GROUPED, "mlp_layer_types": ["dense", "sparse"], "attention_bias": True},
+        {**without(LATENT_SIZES, "q_lora_rank"), **GROUPED_SIZES},
+    ),
+    "minimax_m3_vl_text": Family(
+        "minimax_m3_vl_text",
+        "MiniMaxM3VLForCausalLM",
+        {
+            **COMMON,
+            "intermediate_size": 56,
+            "dense_intermediate_size": 112,
+            "shared_intermediate_size": 80,
+            "num_local_experts": 4,
+            "mlp_layer_types": ["dense", "sparse"],
+            "rotary_dim": 8,
+            "layer_types": ["full_attention", "minimax_m3_sparse"],
+            "index_n_heads": 2,
+            "index_head_dim": 8,
+            "index_block_size": 2,
+            "index_topk_blocks": 2,
+        },
+        {"hidden_size": (96, 48), "num_experts_per_tok": (2, 1)},
+    ),
+    "laguna": _laguna(True),
+    "laguna_heads": _laguna("per-head"),
+    "laguna_elements": _laguna("per-element"),
+    "sarvam_moe": Family(
+        "sarvam_moe",
+        "Glm4MoeForCausalLM",
+        {**COMMON, **GROUPED, "first_k_dense_replace": 1},
+        {**SIZES, **GROUPED_SIZES},
+    ),
+    "sarvam_mla": Family(
+        "sarvam_mla",
+        "DeepseekV3ForCausalLM",
+        {**LATENT, **GROUPED, "first_k_dense_replace": 1},
+        {**LATENT_SIZES, **GROUPED_SIZES},
+    ),
     "mixtral": Family(
         "mixtral",
         "MixtralForCausalLM",

@@ -6,6 +6,7 @@ The sequences of the tests are longer than a convolution and than a chunk of the
 from typing import Any
 
 from zoo import Family
+from zoo.experts import GROUPED, LATENT, without
 
 SCANS = 1e-5
 """The limit for models whose scans work in float32 beyond their norms: without any rotation they
@@ -104,6 +105,13 @@ NEMOTRON: dict[str, Any] = {
     "n_routed_experts": 4,
     "moe_intermediate_size": 56,
     "moe_shared_expert_intermediate_size": 80,
+}
+
+LFM3: dict[str, Any] = {
+    **COMMON,
+    "layer_types": ["conv", "full_attention"],
+    "conv_bias": True,
+    "attention_bias": True,
 }
 
 FAMILIES: dict[str, Family] = {
@@ -316,6 +324,35 @@ FAMILIES: dict[str, Family] = {
             "block_multiple_of": (8, 40),
             "conv_bias": (True, False),
         },
+    ),
+    "bailing_hybrid": Family(
+        "bailing_hybrid",
+        "BailingHybridForCausalLM",
+        {
+            **without(LATENT, "num_experts_per_tok"),
+            **without(GROUPED, "n_routed_experts"),
+            "num_hidden_layers": 3,
+            "q_lora_rank": None,
+            "num_experts": 4,
+            "num_shared_experts": 1,
+            "num_experts_per_token": 2,
+            "num_expert_group": 1,
+            "linear_head_dim": 12,
+            "linear_num_heads": 6,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+        },
+        {"hidden_size": (96, 48), "linear_head_dim": (12, 16)},
+        exact=SCANS,
+    ),
+    "lfm3": Family("lfm3", "Lfm3ForCausalLM", LFM3, SIZES),
+    "lfm3_plain": Family("lfm3", "Lfm3ForCausalLM", {**LFM3, "use_sandwich_norm": False}, SIZES),
+    "lara_mini": Family(
+        "lara_mini",
+        "LaraMiniForCausalLM",
+        {**COMMON, **EXPERTS, **DELTA, "layer_types": ["linear_attention", "sliding_attention"]},
+        {**SIZES, **EXPERTS_SIZES},
+        exact=SCANS,
     ),
     "lfm2_moe": Family(
         "lfm2_moe",

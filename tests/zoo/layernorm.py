@@ -93,6 +93,20 @@ FAMILIES: dict[str, Family] = {
         SIZES | {"attention_bias": (True, False), "mlp_bias": (True, False)},
         EXACT,
     ),
+    "jais2": Family("jais2", "Jais2ForCausalLM", COMMON, SIZES, EXACT),
+    "gpt_neox_japanese": Family(
+        "gpt_neox_japanese",
+        "GPTNeoXJapaneseForCausalLM",
+        {
+            **UNTIED,
+            "hidden_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 6,
+            "intermediate_multiple_size": 2,
+        },
+        {"hidden_size": (96, 48), **TIED},
+        EXACT,
+    ),
     "starcoder2": Family(
         "starcoder2",
         "Starcoder2ForCausalLM",

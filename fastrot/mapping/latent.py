@@ -1,0 +1,74 @@
+"""Multi-head latent attention: keys and values are made from a latent, and the latent is cached."""
+
+from dataclasses import replace
+
+from fastrot.mapping.experts import MOE
+from fastrot.mapping.roles import Architecture, NormMapping, Untouched
+
+LATENT_IN = (r"re:.*self_attn\.(q_proj|q_a_proj|kv_a_proj_with_mqa)$",)
+
+LATENT_INSIDE = Untouched(
+    r"re:.*self_attn\.(q_a_layernorm|q_b_proj|kv_a_layernorm)\.weight$",
+    "acts on a latent, not on the stream",
+)
+
+LATENT = Architecture(
+    replace(
+        MOE.mapping,
+        attn_q=(r"re:.*self_attn\.(q_proj|q_a_proj)$",),
+        attn_k=(r"re:.*self_attn\.kv_a_proj_with_mqa$",),
+        attn_v=(r"re:.*self_attn\.kv_b_proj$",),
+        attn_v_rows="latent",
+        ignore=(LATENT_INSIDE,),
+    ),
+    (NormMapping(r"re:.*\.input_layernorm$", LATENT_IN), *MOE.norms[1:]),
+    refuses={
+        "R3": "the cache holds the latent from which keys are made, so no rotated key can be cached"
+    },
+    notes="R2 on the value rows of kv_b_proj",
+)
+
+INDEXER_IN = r"re:.*self_attn\.indexer\.(wk|weights_proj)$"
+
+SPARSE = replace(
+    LATENT,
+    mapping=replace(
+        LATENT.mapping,
+        readers=(INDEXER_IN,),
+        ignore=(
+            LATENT_INSIDE,
+            Untouched(
+                r"re:.*self_attn\.indexer\.(wq_b|k_norm)\.\w+$",
+                "acts inside the indexer, which chooses the keys that are seen",
+            ),
+        ),
+    ),
+    norms=(
+        NormMapping(r"re:.*\.input_layernorm$", (*LATENT_IN, INDEXER_IN)),
+        *LATENT.norms[1:],
+    ),
+    notes="as DeepSeek-V3, and the indexer reads the stream too",
+)
+
+AXK1 = replace(
+    LATENT,
+    mapping=replace(
+        LATENT.mapping,
+        post_norm=(r"re:.*mlp\.post_mlp_layernorm$",),
+        post_norm_in=(r"re:.*mlp\.(shared_)?experts\.down_proj$",),
+    ),
+    notes="as DeepSeek-V3, and a norm behind the experts",
+)
+
+ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
+    "deepseek_v2": LATENT,
+    "deepseek_v3": LATENT,
+    "mistral4": LATENT,
+    "glm4_moe_lite": LATENT,
+    "deepseek_v32": SPARSE,
+    "glm_moe_dsa": SPARSE,
+    "minicpm3": LATENT,
+    "youtu": LATENT,
+    "sarvam_mla": LATENT,
+    "axk1": AXK1,
+}

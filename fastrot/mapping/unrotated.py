@@ -1,0 +1,120 @@
+"""Decoders whose residual stream no rotation can pass: R1 is refused, the rest acts inside blocks.
+
+What refuses it is of two kinds: something multiplies the stream channel by channel, D h, and
+D Q = Q D holds for all diagonal D only where Q is diagonal too; or something reads the stream
+beside something else, in a vector of another size.
+"""
+
+from dataclasses import replace
+
+from fastrot.mapping.dense import LLAMA
+from fastrot.mapping.latent import LATENT
+from fastrot.mapping.layernorm import GPT2, OWN_ATTENTION
+from fastrot.mapping.roles import Architecture, Mapping
+
+OPENAI_GPT = Architecture(
+    Mapping(mlp_out=GPT2.mapping.mlp_out),
+    (),
+    refuses={
+        "R1": "the output of its norms is the residual stream, and their scale no rotation",
+        "R2": "neither its attention nor its configuration says how large a head is",
+        "R3": OWN_ATTENTION,
+    },
+    notes="norms behind the sums",
+)
+
+INSIDE = Mapping(
+    attn=LLAMA.mapping.attn,
+    attn_v=LLAMA.mapping.attn_v,
+    attn_o=LLAMA.mapping.attn_o,
+    mlp_out=LLAMA.mapping.mlp_out,
+)
+"""The places of R2, R3 and R4 in a decoder with the names of Llama's."""
+
+DOGE = Architecture(
+    replace(INSIDE, attn_gated=True),
+    (),
+    when={"is_moe": False},
+    refuses={"R1": "each layer scales the stream channel by channel before it adds to it"},
+    notes="the mask is made of the values",
+)
+
+DORY = Architecture(
+    replace(INSIDE, attn_gated=True),
+    (),
+    refuses={"R1": "each layer moves the stream at a rate of its own for every channel"},
+    notes="a gate between values and output",
+)
+
+LONGCAT = Architecture(
+    replace(
+        INSIDE,
+        attn=("LongcatFlashMLA",),
+        attn_v=(r"re:.*self_attn\.\d+\.kv_b_proj$",),
+        attn_v_rows="latent",
+        attn_o=(r"re:.*self_attn\.\d+\.o_proj$",),
+        mlp_out=(r"re:.*mlps\.\d+\.down_proj$",),
+    ),
+    (),
+    refuses={
+        "R1": "its identity experts add the output of a norm to the stream, and its scale is no "
+        "rotation",
+        "R3": LATENT.refuses["R3"],
+    },
+    notes="R2 on the value rows of kv_b_proj; R4 in dense MLPs, not in experts",
+)
+
+ZAMBA = Architecture(
+    Mapping(
+        attn=(r"re:.*shared_transf\.self_attn$",),
+        attn_v=(r"re:.*shared_transf\.self_attn\.v_proj$",),
+        attn_o=(r"re:.*shared_transf\.self_attn\.o_proj$",),
+        mlp_out=(r"re:.*shared_transf\.feed_forward\.down_proj$",),
+    ),
+    (),
+    refuses={
+        "R1": "its attention reads the stream and the embedding side by side, twice as wide as the "
+        "stream, through one norm"
+    },
+    notes="Mamba layers; attention and MLP are shared",
+)
+
+HYPER = Architecture(
+    replace(
+        INSIDE,
+        attn_v=(),
+        attn_gated=True,
+        mlp_out=(r"re:.*mlp\.((shared_)?experts\.)?down_proj$",),
+    ),
+    (),
+    refuses={
+        "R1": "its connections read several streams side by side, in one vector",
+        "R3": LATENT.refuses["R3"],
+    },
+    notes="latent attention, with a gate between values and output",
+)
+
+ZAYA = Architecture(
+    replace(INSIDE, attn_v=(), attn_gated=True, mlp_out=(r"re:.*mlp\.experts\.down_proj$",)),
+    (),
+    refuses={"R1": "each sum scales the stream channel by channel"},
+    notes="half of the values come from the token before",
+)
+
+INKLING = Architecture(
+    replace(INSIDE, attn_v=(), attn_gated=True, mlp_out=(r"re:.*mlp\.experts\.down_proj$",)),
+    (),
+    refuses={"R1": "a convolution with a filter for every channel stands before each sum"},
+    notes="values pass a convolution",
+)
+
+ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
+    "openai-gpt": OPENAI_GPT,
+    "doge": DOGE,
+    "dory": DORY,
+    "longcat_flash": LONGCAT,
+    "zamba": ZAMBA,
+    "hy_v4": HYPER,
+    "zaya": ZAYA,
+    "inkling_text": INKLING,
+}
