@@ -9,6 +9,14 @@ import pytest
 from fastrot.signals import held_signals
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A shell starts its background jobs deaf to Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def raised(number):
     os.kill(os.getpid(), number)
 
