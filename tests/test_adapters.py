@@ -5,6 +5,7 @@ was put on before is refused, as its weights are of the unrotated spaces, until 
 """
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -39,6 +40,7 @@ KINDS = {
 }
 CELLS = [(k, n) for k in KINDS for n in MODELS if k != "experts" or n == "qwen2_moe"]
 SAME = 1e-5
+NONSENSE = "adapter 'default' is loaded onto a rotated model"
 
 
 @pytest.fixture(params=CELLS, ids="-".join)
@@ -123,11 +125,43 @@ def test_after_rotation_saved_and_loaded(cell, groups, tmp_path):
     ids = random_ids(model, 2, 12, seed=0)
     expected = logits(peft, ids)
     peft.save_pretrained(tmp_path / "adapter")
-    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=NONSENSE)
+        loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
     assert torch.equal(logits(loaded, ids), expected)
     peft.merge_and_unload().save_pretrained(tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert relative_error(logits(merged, ids), expected) <= SAME
+
+
+@pytest.mark.parametrize("way", ["peft", "transformers"])
+@pytest.mark.parametrize("rotate", ["in memory", "on disk"])
+def test_trained_on_the_unrotated_model_is_warned_of(rotate, way, tmp_path):
+    """The same names and shapes, and nonsense; the unrotated model takes it without a word."""
+    tiny("llama").save_pretrained(tmp_path / "plain")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    peft = trained(get_peft_model(plain, KINDS["lora"]()))
+    peft.save_pretrained(tmp_path / "adapter")
+    ids = random_ids(plain, 2, 12, seed=0)
+    expected = logits(peft, ids)
+
+    def load(folder, apply=False):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        if apply:
+            fastrot.apply(model)
+        if way == "peft":
+            return PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
+        model.load_adapter(tmp_path / "adapter")
+        return model.eval()
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=NONSENSE)
+        assert relative_error(logits(load(tmp_path / "plain"), ids), expected) <= SAME
+    fastrot.rotate_checkpoint(tmp_path / "plain", tmp_path / "on disk")
+    late = rotate == "in memory"
+    with pytest.warns(UserWarning, match=NONSENSE):
+        model = load(tmp_path / ("plain" if late else rotate), late)
+    assert relative_error(logits(model, ids), expected) > 0.1
 
 
 @pytest.mark.parametrize("state", ["unmerged", "merged", "injected"])

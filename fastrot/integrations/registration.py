@@ -1,4 +1,4 @@
-"""fastrot's names in transformers' registries, without importing transformers.
+"""fastrot's names in the registries of transformers and PEFT, without importing either.
 
 ``import fastrot`` must make ``from_pretrained`` know rotated checkpoints, whichever of the two is
 imported first, and whoever needs a kernel only should not wait seconds for transformers. So every
@@ -35,6 +35,24 @@ def _models(module: Any) -> None:
 
     guarded.fastrot = True  # type: ignore[attr-defined]
     module.PreTrainedModel.__init__ = guarded
+    load = module.PreTrainedModel.load_adapter
+
+    @functools.wraps(load)
+    def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        before = {*getattr(self, "peft_config", ())}
+        result = load(self, *args, **kwargs)
+        for adapter in {*getattr(self, "peft_config", ())} - before:
+            _note(self, adapter)
+        return result
+
+    module.PreTrainedModel.load_adapter = noting
+
+
+def _note(model: Any, adapter: str) -> None:
+    if getattr(getattr(model, "config", None), "fastrot", None) is not None:
+        from fastrot.integrations.adapters import note
+
+        note(model, adapter)
 
 
 def _attention(module: Any) -> None:
@@ -62,15 +80,31 @@ def _quantizer(module: Any) -> None:
         importlib.import_module(name)
 
 
+def _adapters(module: Any) -> None:
+    load = module.set_peft_model_state_dict
+    if hasattr(load, "fastrot"):
+        return
+
+    @functools.wraps(load)
+    def noting(model: Any, state: Any, adapter_name: str = "default", **kwargs: Any) -> Any:
+        _note(model, adapter_name)
+        return load(model, state, adapter_name, **kwargs)
+
+    noting.fastrot = True  # type: ignore[attr-defined]
+    module.set_peft_model_state_dict = noting
+
+
 REGISTRIES: dict[str, Callable[[Any], None]] = {
     "transformers.modeling_utils": _models,
     "transformers.integrations.moe": _experts,
     "transformers.quantizers.auto": _quantizer,
+    "peft.utils.save_and_load": _adapters,
 }
-"""Modules of transformers that hold a registry, and what registers there.
+"""Modules that hold a registry, and what registers there.
 
 The class of all models is none, but there is no other place that every model passes while it is
-built; one without a record pays for a look at its configuration.
+built; one without a record pays for a look at its configuration. Nor is PEFT's function by which
+all weights of adapters are loaded.
 """
 
 
