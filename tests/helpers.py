@@ -106,6 +106,11 @@ def relative_error(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
+def levels(x):
+    """The greatest number of distinct values in a vector along the last dimension."""
+    return max(row.unique().numel() for row in x.reshape(-1, x.shape[-1]))
+
+
 def word_tokenizer() -> PreTrainedTokenizerFast:
     """Of a tiny model: a word ``w7`` for every id but those of padding and the end."""
     words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{number}": number for number in range(3, 64)}

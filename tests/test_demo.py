@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from helpers import logits, random_ids, relative_error, tiny
+from helpers import levels, logits, random_ids, relative_error, tiny
 from torch import nn
 
 import fastrot
@@ -22,84 +22,11 @@ from fastrot.demo.evaluate import (
     table,
 )
 from fastrot.demo.outliers import with_outliers
-from fastrot.demo.quantize import quantize, round_asymmetric, round_symmetric, rounding_cache
+from fastrot.demo.quantize import quantize, rounding_cache
 from fastrot.integrations.transformers import cache_argument
+from fastrot.lab.quantizers import round_asymmetric, round_symmetric
 
-ROUNDINGS = {round_symmetric: lambda bits: 2**bits - 1, round_asymmetric: lambda bits: 2**bits}
-BITS = (2, 3, 4, 8)
 ROTATIONS = ("R1", "R2", "R3", "R4")
-
-
-def noise(*shape, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-
-
-def levels(x):
-    """The greatest number of distinct values in a vector along the last dimension."""
-    return max(row.unique().numel() for row in x.reshape(-1, x.shape[-1]))
-
-
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_rounding_uses_all_its_levels_and_no_more(rounding, bits):
-    x = rounding(noise(5, 7, 4096), bits)
-    assert levels(x) <= ROUNDINGS[rounding](bits)
-    # Evenly spread, so that none is skipped.
-    assert levels(rounding(torch.linspace(-1, 1, 4096), bits)) == ROUNDINGS[rounding](bits)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_rounding_twice_is_rounding_once(rounding, dtype):
-    x = rounding(noise(64, 96, dtype=dtype), 4)
-    assert x.dtype == dtype
-    torch.testing.assert_close(rounding(x, 4), x, rtol=0, atol=8 * torch.finfo(dtype).eps)
-
-
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_rounding_goes_to_the_nearest_level(rounding, bits):
-    x = noise(64, 96, dtype=torch.float64)
-    spread = 2 * x.abs().amax(-1) if rounding is round_symmetric else x.amax(-1) - x.amin(-1)
-    step = spread / (ROUNDINGS[rounding](bits) - 1)
-    error = (rounding(x, bits) - x).abs().amax(-1)
-    assert (error <= 0.5 * step * (1 + 1e-9)).all()
-    assert (error > 0.3 * step).all()
-
-
-@pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_more_bits_less_error(rounding):
-    x = noise(64, 96)
-    errors = [relative_error(rounding(x, bits), x) for bits in range(2, 13)]
-    assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 1e-3 < 0.1 < errors[0]
-
-
-@pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_every_vector_has_a_scale_of_its_own(rounding):
-    x = noise(3, 4, 32)
-    factors = torch.tensor([1.0, 1024.0, 2.0**-20, -4.0])[:, None]
-    if rounding is round_asymmetric:
-        factors = factors.abs()
-    assert torch.equal(rounding(x * factors, 4), rounding(x, 4) * factors)
-    assert torch.equal(rounding(x[1], 4), rounding(x, 4)[1])
-
-
-@pytest.mark.parametrize("rounding", ROUNDINGS)
-@pytest.mark.parametrize("value", [0.0, 3.0, -1e-30])
-def test_constant_vectors_stay(rounding, value):
-    x = torch.full((2, 8), value)
-    assert torch.equal(rounding(x, 4), x)
-
-
-def test_symmetric_keeps_zero_and_asymmetric_the_ends():
-    x = noise(16, 33)
-    x[:, 0] = 0.0
-    assert (round_symmetric(x, 4)[:, 0] == 0).all()
-    assert torch.equal(round_symmetric(-x, 4), -round_symmetric(x, 4))
-    rounded = round_asymmetric(x, 4)
-    assert torch.equal(rounded.amin(-1), x.amin(-1))
-    torch.testing.assert_close(rounded.amax(-1), x.amax(-1))
 
 
 def inputs_of_linears(model, ids):

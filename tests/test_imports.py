@@ -39,6 +39,7 @@ ROOMS = (
     ("api",),
     ("checkpoint", "suggest"),
     ("__init__",),
+    ("lab",),
     ("demo",),
     ("cli",),
     ("__main__",),

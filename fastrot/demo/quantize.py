@@ -22,36 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-
-def round_symmetric(x: Tensor, bits: int) -> Tensor:
-    """Round every vector along the last dimension to ``2**bits - 1`` levels around zero.
-
-    Args:
-        x: any shape, floating point.
-        bits: at least 2.
-
-    Returns:
-        The nearest levels, shape and dtype of ``x``. The largest magnitude stays as it is.
-    """
-    scale = x.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
-    scale = scale.clamp_min(torch.finfo(x.dtype).tiny)
-    return (x / scale).round() * scale
-
-
-def round_asymmetric(x: Tensor, bits: int) -> Tensor:
-    """Round every vector along the last dimension to ``2**bits`` levels over its range.
-
-    Args:
-        x: any shape, floating point.
-        bits: at least 1.
-
-    Returns:
-        The nearest levels, shape and dtype of ``x``. Least and greatest value stay as they are.
-    """
-    low, high = x.aminmax(dim=-1, keepdim=True)
-    scale = (high - low) / (2**bits - 1)
-    scale = scale.clamp_min(torch.finfo(x.dtype).tiny)
-    return ((x - low) / scale).round() * scale + low
+from fastrot.lab.quantizers import round_asymmetric, round_symmetric
 
 
 class RoundingLayer(DynamicLayer):
