@@ -1,150 +1,23 @@
 """Simulated quantization, outlier channels, and the demo's measurements."""
 
-import copy
 import json
 import math
 from itertools import pairwise
 
 import pytest
 import torch
-from helpers import levels, logits, random_ids, relative_error, tiny
-from torch import nn
+from helpers import cached, inputs_of_linears, logits, random_ids, tiny
 
-import fastrot
 from fastrot.demo.evaluate import (
-    BATCH,
     CASES,
     CONTEXT,
-    heldout_loss,
     heldout_windows,
     logit_errors,
     run,
     table,
 )
 from fastrot.demo.outliers import with_outliers
-from fastrot.demo.quantize import quantize, rounding_cache
-from fastrot.integrations.transformers import cache_argument
-from fastrot.lab.quantizers import round_asymmetric, round_symmetric
-
-ROTATIONS = ("R1", "R2", "R3", "R4")
-
-
-def inputs_of_linears(model, ids):
-    """What the linears really multiply with: seen after all other hooks."""
-    seen = {}
-    handles = [
-        module.register_forward_pre_hook(lambda m, args, n=name: seen.update({n: args[0].clone()}))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
-    with torch.no_grad():
-        model(ids)
-    for handle in handles:
-        handle.remove()
-    return seen
-
-
-@pytest.mark.parametrize("rotations", [(), ROTATIONS])
-def test_what_is_quantized_and_what_is_not(rotations):
-    model = tiny("llama")
-    if rotations:
-        fastrot.apply(model, rotations)
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    quantize(model)
-    decoder = {
-        f"{name}.weight"
-        for name, module in model.model.named_modules(prefix="model")
-        if isinstance(module, nn.Linear)
-    }
-    assert len(decoder) == 7 * len(model.model.layers)
-    for name, parameter in model.named_parameters():
-        if name in decoder:
-            assert torch.equal(parameter, round_symmetric(before[name], 4))
-            assert levels(parameter) <= 15 < levels(before[name])
-        else:
-            assert torch.equal(parameter, before[name])
-    for name, x in inputs_of_linears(model, random_ids(model, 2, 12, seed=0)).items():
-        assert (levels(x) <= 15) == (name != "lm_head"), name
-
-
-def test_r4_comes_before_the_rounding():
-    model = tiny("llama")
-    fastrot.apply(model, "R4")
-    quantized = copy.deepcopy(model)
-    quantize(quantized)
-    ids = random_ids(model, 2, 12, seed=0)
-    for index in range(2):
-        x = inputs_of_linears(quantized, ids)[f"model.layers.{index}.mlp.down_proj"]
-        rotation = quantized.model.layers[index].mlp.fastrot_down_proj_input.rotation
-        assert levels(x) <= 15
-        assert levels(rotation.apply(x, inverse=True)) > 50
-
-
-def cached(model, ids, cache):
-    with torch.no_grad():
-        for part in ids:
-            model(part, **cache_argument(model, cache), use_cache=True)
-    return cache.layers
-
-
-def test_r3_comes_before_the_rounding():
-    model = tiny("llama")
-    fastrot.apply(model, ("R3",))
-    ids = random_ids(model, 2, 12, seed=0)
-    exact = cached(model, [ids], rounding_cache(model, bits=24))[0]
-    layers = cached(model, [ids], rounding_cache(model))
-    # The first layer sees the same input in both.
-    torch.testing.assert_close(layers[0].keys, round_asymmetric(exact.keys, 4))
-    torch.testing.assert_close(layers[0].values, round_asymmetric(exact.values, 4))
-    rotation = model.model.layers[0].self_attn.fastrot_k_cache.rotation
-    for layer in layers:
-        assert layer.keys.shape == (2, 2, 12, 16)
-        assert levels(layer.keys) <= 16
-        assert levels(layer.values) <= 16
-    assert not torch.allclose(layers[0].keys, rotation.apply(layers[0].keys, inverse=True))
-
-
-def test_keys_are_rounded_once_when_they_come():
-    model = tiny("llama")
-    ids = random_ids(model, 2, 12, seed=0)
-    once = cached(model, [ids], rounding_cache(model))
-    steps = cached(model, ids.split(1, dim=1), rounding_cache(model))
-    torch.testing.assert_close(once[0].keys, steps[0].keys)
-    torch.testing.assert_close(once[0].values, steps[0].values)
-
-
-@pytest.mark.parametrize("rotations", [(), ("R1", "R2"), ROTATIONS])
-def test_more_bits_come_closer_to_the_model(rotations):
-    model = tiny("llama")
-    ids = random_ids(model, 4, 24, seed=0)
-    expected = logits(model, ids)
-    if rotations:
-        fastrot.apply(model, rotations)
-    errors = []
-    for bits in (2, 4, 8, 16):
-        case = copy.deepcopy(model)
-        quantize(case, bits)
-        with torch.no_grad():
-            got = case(ids, **cache_argument(case, rounding_cache(case, bits))).logits
-        errors.append(relative_error(got, expected))
-    assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 1e-3 < 0.05 < errors[0]
-
-
-def test_every_rotation_changes_what_is_rounded():
-    model = tiny("llama")
-    ids = random_ids(model, 2, 12, seed=0)
-    results = []
-    for rotations in ((), ("R1", "R2", "R3"), ("R1", "R2", "R4"), ROTATIONS):
-        case = copy.deepcopy(model)
-        if rotations:
-            fastrot.apply(case, rotations)
-        quantize(case)
-        with torch.no_grad():
-            results.append(case(ids, **cache_argument(case, rounding_cache(case))).logits)
-    for i, a in enumerate(results):
-        for b in results[:i]:
-            assert relative_error(a, b) > 1e-3
+from fastrot.lab.cache import WatchedCache
 
 
 @pytest.mark.parametrize("shape", [{}, {"kv_heads": 6}, {"heads": 4, "kv_heads": 1}])
@@ -172,7 +45,7 @@ def test_outliers_are_where_they_should_be():
         if count is not None:
             # One value channel of a key-value head reaches all its query heads.
             assert (ratio.mean(0) > scale / 2).sum() == count, name
-    layers = [cached(m, [ids], rounding_cache(m, 24)) for m in (model, result)]
+    layers = [cached(m, [ids], WatchedCache(m)) for m in (model, result)]
     for a, b in zip(*layers, strict=True):
         ratio = (b.keys / a.keys).median(2).values.round().long()
         assert ((ratio == scale).sum(-1) == 2).all()
@@ -206,14 +79,6 @@ def test_windows_are_spread_over_the_text():
     assert max(gaps) - min(gaps) <= 1
     assert places[-1] + max(gaps) >= len(everything)
     assert len(heldout_windows(1)) == 1
-
-
-def test_loss_is_the_mean_over_all_bytes():
-    model = tiny("llama", vocab=256)
-    windows = torch.randint(256, (BATCH + 3, 33), generator=torch.Generator().manual_seed(0))
-    log_probabilities = logits(model, windows[:, :-1]).log_softmax(-1)
-    expected = -log_probabilities.gather(-1, windows[:, 1:, None]).mean()
-    assert heldout_loss(model, windows) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_logit_errors():
