@@ -144,9 +144,9 @@ def test_nothing_is_recommended_where_everything_broke():
         recommend("w4", shifted(math.nan, math.nan, math.inf))
 
 
-def test_one_window_is_refused(windows):
-    with pytest.raises(RotationError, match="one window of text has no standard error"):
-        measure(load, windows[:1], model="", text="", command="")
+def test_few_windows_are_refused(windows):
+    with pytest.raises(RotationError, match="7 windows of text have no reliable standard error"):
+        measure(load, windows[:7], model="", text="", command="")
 
 
 class Reader(HTMLParser):
@@ -239,8 +239,8 @@ def test_on_the_command_line(tmp_path, capsys):
     data = json.loads((out / "report.json").read_text())
     assert printed[0].startswith("w8a8: ")
     assert printed[-1] == f"written to {out / 'index.html'}"
-    # Windows are as long as the model allows.
-    assert (data["tokens"], data["windows"]) == (512, 2)
+    # An eighth of the tokens is shorter than the model allows.
+    assert (data["tokens"], data["windows"]) == (600, 8)
     assert (data["model"], data["text"]) == ("some model", "text")
     assert data["command"].startswith(f"fastrot report '{folder}' --scheme W8A8 --rotations")
     assert [cell["rotations"] for cell in data["cells"]] == ["none", "R1R2"] * 2
@@ -259,7 +259,7 @@ REFUSED = {
     "--rotations R9": "set of rotations 'R9' is unknown",
     "--tokens 0": "is not a positive integer",
     "--out FILE": "is a file; give a folder",
-    "--text FILE": "the text has 5 tokens",
+    "--text FILE": "the text has 5 tokens, and 8 windows of 512 need",
     "--text nowhere": "nowhere",
 }
 

@@ -60,15 +60,12 @@ def command(args: Namespace) -> str:
 def _embedded(args: Namespace) -> tuple[Callable[[], Any], Tensor]:
     from transformers import LlamaForCausalLM
 
-    from fastrot.demo.corpus import read_bytes
-    from fastrot.demo.evaluate import MODEL, OUTLIER_SCALE, heldout_windows
+    from fastrot.demo.corpus import heldout_files, read_bytes
+    from fastrot.demo.evaluate import MODEL, OUTLIER_SCALE
     from fastrot.demo.outliers import with_outliers
 
-    if args.text:
-        stream = torch.tensor(read_bytes(args.text)).long()
-        windows = cut(stream, CONTEXT, args.tokens, least=2)
-    else:
-        windows = heldout_windows(max(args.tokens, 2 * CONTEXT))
+    stream = torch.tensor(read_bytes(args.text or heldout_files())).long()
+    windows = _windows(stream, args.tokens, CONTEXT)
 
     def load() -> Any:
         model = LlamaForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
@@ -86,5 +83,12 @@ def _checkpoint(args: Namespace) -> tuple[Callable[[], Any], Tensor]:
     longest = getattr(config, "max_position_embeddings", None) or CONTEXT
     text = read_texts(args.text) if args.text else found_text()
     stream = tokenize(text, load_tokenizer(folder))
-    windows = cut(stream, min(CONTEXT, longest), args.tokens, least=2)
-    return lambda: load(folder, "float32"), windows
+    return lambda: load(folder, "float32"), _windows(stream, args.tokens, longest)
+
+
+def _windows(stream: Tensor, tokens: int, longest: int) -> Tensor:
+    """Windows of 512, or shorter, so that there are enough for a standard error."""
+    from fastrot.lab.report import FEWEST
+
+    context = max(1, min(CONTEXT, longest, tokens // FEWEST))
+    return cut(stream, context, tokens, least=FEWEST)

@@ -51,7 +51,7 @@ def html(report: Report, images: dict[str, str]) -> str:
         f"<h1>Rotations for {escape(report.model)}</h1>",
         f"<p>{report.tokens:,} tokens in {report.windows} windows of {escape(report.text)}. "
         "Quantization is simulated: round to nearest, without calibration. Differences are paired "
-        "over windows, ± one standard error; what is less than two is called no difference.</p>",
+        "over windows, ± one standard error; less than two of them is no clear difference.</p>",
         "<h2>Which rotation</h2>",
         _list([sentence(report, found) for found in report.recommendations]),
         "<h2>Perplexity</h2>",
@@ -119,12 +119,14 @@ def _outliers(report: Report) -> str:
             kurtosis = median(found.kurtosis for found in layers) if layers else float("nan")
             cells.append(f"<td>{_number(peak)} ({_number(kurtosis)})</td>")
         rows.append(f"<td>{site}</td>{''.join(cells)}")
-    first = next(iter(report.outliers.values()))
-    massive = sum(found.massive for found in first.get("attention", {}).values())
-    seen = sum(found.vectors for found in first.get("attention", {}).values())
+    massive = {
+        site: (sum(o.massive for o in layers.values()), sum(o.vectors for o in layers.values()))
+        for site, layers in next(iter(report.outliers.values())).items()
+    }
+    counts = [f"{site} {some:,} of {seen:,}" for site, (some, seen) in massive.items() if some]
     note = (
-        f"<p>At the input of attention {massive:,} of {seen:,} tokens are massive: their rms is "
-        f"more than {MASSIVE} times the median of their layer.</p>"
+        f"<p>Massive vectors, whose rms is more than {MASSIVE} times the median of their layer: "
+        f"{', '.join(counts) or 'none'}.</p>"
     )
     return _table(["site", *report.outliers], rows) + note
 

@@ -64,10 +64,11 @@ def _losses(report: Report) -> Any:
     # Schemes lie orders of magnitude apart; some win by chance, and are below zero.
     axes.set_yscale("symlog", linthresh=0.01)
     lowest = min(cell.added.mean - 2 * cell.added.error for cell in report.cells)
-    axes.set_ylim(bottom=min(0, lowest))
+    highest = max(cell.added.mean + 2 * cell.added.error for cell in report.cells)
+    axes.set_ylim(min(0, lowest), 1.3 * highest)
     axes.set_ylabel("loss over float32, nats per token")
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(title="rotations")
+    figure.legend(loc="outside upper center", ncols=len(sets))
     return figure
 
 
@@ -86,7 +87,7 @@ def _outliers(report: Report) -> Any:
         axes.grid(alpha=0.3)
     figure.supxlabel("layer")
     figure.supylabel("greatest magnitude over rms, median of tokens")
-    grid[0].legend(fontsize="small")
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside upper center", ncols=5)
     return figure
 
 

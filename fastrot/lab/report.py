@@ -21,6 +21,8 @@ from fastrot.lab.sets import SCHEMES, SETS, in_order, rotations_of
 
 LOOKED_AT = 4096
 """Tokens of which the statistics of outliers are made, at most."""
+FEWEST = 8
+"""Windows: fewer say too little of their spread."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def measure(
 
     Args:
         load: loads the model anew, unrotated, in float32; one is in memory at a time.
-        windows: token ids, ``(n, context + 1)``, two windows or more.
+        windows: token ids, ``(n, context + 1)``, at least :data:`FEWEST`.
         schemes: names, see :meth:`fastrot.lab.schemes.Scheme.parse`.
         sets: names, see :func:`rotations_of`.
         model: its name in the report.
@@ -117,10 +119,13 @@ def measure(
         progress: show a bar.
 
     Raises:
-        RotationError: an unknown scheme or set, one that the model does not allow, or one window.
+        RotationError: an unknown scheme or set, one that the model does not allow, or too few
+            windows.
     """
-    if len(windows) < 2:
-        raise RotationError("one window of text has no standard error; take more tokens")
+    if len(windows) < FEWEST:
+        raise RotationError(
+            f"{len(windows)} windows of text have no reliable standard error; take {FEWEST} or more"
+        )
     cases: dict[str | None, Scheme] = {None: Scheme()}
     cases |= {str(Scheme.parse(name)): Scheme.parse(name) for name in schemes}
     ordered = in_order(sets)
