@@ -46,7 +46,7 @@ def windows():
 
 @pytest.fixture(scope="module")
 def report(windows):
-    words = {"model": "tiny <model>", "text": "noise & more", "command": "fastrot report 'a b'"}
+    words = {"model": "tiny <model>", "text": "noise & more", "command": "report 'a &lt; b'"}
     return measure(load, windows, ["W8A8", "a4kv4"], ["r1-r4", "none"], **words)
 
 
@@ -175,7 +175,7 @@ def test_the_page_says_what_was_measured_and_loads_nothing_else(report):
     assert reader.open == []
     assert sorted(reader.loads) == ["loss.png", "outliers.png", "report.json", "surface.png"]
     assert "http" not in page
-    for words in ("tiny <model>", "noise & more", "fastrot report 'a b'", "384 tokens"):
+    for words in ("tiny <model>", "noise & more", "report 'a &lt; b'", "384 tokens"):
         assert words in reader.text
     for cell in report.cells:
         assert f"{cell.perplexity:.4g}" in reader.text
