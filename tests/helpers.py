@@ -23,6 +23,7 @@ from transformers import (
 )
 
 import fastrot
+from fastrot.integrations.transformers import cache_argument
 
 CLASSES = {
     "llama": (LlamaConfig, LlamaForCausalLM, {"attention_bias": True, "mlp_bias": True}),
@@ -104,6 +105,34 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
 def relative_error(a: Tensor, b: Tensor) -> float:
     """The norm of the difference over the norm of ``b``; NaN never passes as small."""
     return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def levels(x):
+    """The greatest number of distinct values in a vector along the last dimension."""
+    return max(row.unique().numel() for row in x.reshape(-1, x.shape[-1]))
+
+
+def inputs_of_linears(model, ids):
+    """What the linears really multiply with: seen after all other hooks."""
+    seen = {}
+    handles = [
+        module.register_forward_pre_hook(lambda m, args, n=name: seen.update({n: args[0].clone()}))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    with torch.no_grad():
+        model(ids)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def cached(model: nn.Module, ids: list[Tensor], cache: Any):
+    """The layers of a cache after a model has read some ids, part by part."""
+    with torch.no_grad():
+        for part in ids:
+            model(part, **cache_argument(model, cache), use_cache=True)
+    return cache.layers
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:

@@ -1,223 +1,23 @@
 """Simulated quantization, outlier channels, and the demo's measurements."""
 
-import copy
 import json
 import math
 from itertools import pairwise
 
 import pytest
 import torch
-from helpers import logits, random_ids, relative_error, tiny
-from torch import nn
+from helpers import cached, inputs_of_linears, logits, random_ids, tiny
 
-import fastrot
 from fastrot.demo.evaluate import (
-    BATCH,
     CASES,
     CONTEXT,
-    heldout_loss,
     heldout_windows,
     logit_errors,
     run,
     table,
 )
 from fastrot.demo.outliers import with_outliers
-from fastrot.demo.quantize import quantize, round_asymmetric, round_symmetric, rounding_cache
-from fastrot.integrations.transformers import cache_argument
-
-ROUNDINGS = {round_symmetric: lambda bits: 2**bits - 1, round_asymmetric: lambda bits: 2**bits}
-BITS = (2, 3, 4, 8)
-ROTATIONS = ("R1", "R2", "R3", "R4")
-
-
-def noise(*shape, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-
-
-def levels(x):
-    """The greatest number of distinct values in a vector along the last dimension."""
-    return max(row.unique().numel() for row in x.reshape(-1, x.shape[-1]))
-
-
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_rounding_uses_all_its_levels_and_no_more(rounding, bits):
-    x = rounding(noise(5, 7, 4096), bits)
-    assert levels(x) <= ROUNDINGS[rounding](bits)
-    # Evenly spread, so that none is skipped.
-    assert levels(rounding(torch.linspace(-1, 1, 4096), bits)) == ROUNDINGS[rounding](bits)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_rounding_twice_is_rounding_once(rounding, dtype):
-    x = rounding(noise(64, 96, dtype=dtype), 4)
-    assert x.dtype == dtype
-    torch.testing.assert_close(rounding(x, 4), x, rtol=0, atol=8 * torch.finfo(dtype).eps)
-
-
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_rounding_goes_to_the_nearest_level(rounding, bits):
-    x = noise(64, 96, dtype=torch.float64)
-    spread = 2 * x.abs().amax(-1) if rounding is round_symmetric else x.amax(-1) - x.amin(-1)
-    step = spread / (ROUNDINGS[rounding](bits) - 1)
-    error = (rounding(x, bits) - x).abs().amax(-1)
-    assert (error <= 0.5 * step * (1 + 1e-9)).all()
-    assert (error > 0.3 * step).all()
-
-
-@pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_more_bits_less_error(rounding):
-    x = noise(64, 96)
-    errors = [relative_error(rounding(x, bits), x) for bits in range(2, 13)]
-    assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 1e-3 < 0.1 < errors[0]
-
-
-@pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_every_vector_has_a_scale_of_its_own(rounding):
-    x = noise(3, 4, 32)
-    factors = torch.tensor([1.0, 1024.0, 2.0**-20, -4.0])[:, None]
-    if rounding is round_asymmetric:
-        factors = factors.abs()
-    assert torch.equal(rounding(x * factors, 4), rounding(x, 4) * factors)
-    assert torch.equal(rounding(x[1], 4), rounding(x, 4)[1])
-
-
-@pytest.mark.parametrize("rounding", ROUNDINGS)
-@pytest.mark.parametrize("value", [0.0, 3.0, -1e-30])
-def test_constant_vectors_stay(rounding, value):
-    x = torch.full((2, 8), value)
-    assert torch.equal(rounding(x, 4), x)
-
-
-def test_symmetric_keeps_zero_and_asymmetric_the_ends():
-    x = noise(16, 33)
-    x[:, 0] = 0.0
-    assert (round_symmetric(x, 4)[:, 0] == 0).all()
-    assert torch.equal(round_symmetric(-x, 4), -round_symmetric(x, 4))
-    rounded = round_asymmetric(x, 4)
-    assert torch.equal(rounded.amin(-1), x.amin(-1))
-    torch.testing.assert_close(rounded.amax(-1), x.amax(-1))
-
-
-def inputs_of_linears(model, ids):
-    """What the linears really multiply with: seen after all other hooks."""
-    seen = {}
-    handles = [
-        module.register_forward_pre_hook(lambda m, args, n=name: seen.update({n: args[0].clone()}))
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-    ]
-    with torch.no_grad():
-        model(ids)
-    for handle in handles:
-        handle.remove()
-    return seen
-
-
-@pytest.mark.parametrize("rotations", [(), ROTATIONS])
-def test_what_is_quantized_and_what_is_not(rotations):
-    model = tiny("llama")
-    if rotations:
-        fastrot.apply(model, rotations)
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    quantize(model)
-    decoder = {
-        f"{name}.weight"
-        for name, module in model.model.named_modules(prefix="model")
-        if isinstance(module, nn.Linear)
-    }
-    assert len(decoder) == 7 * len(model.model.layers)
-    for name, parameter in model.named_parameters():
-        if name in decoder:
-            assert torch.equal(parameter, round_symmetric(before[name], 4))
-            assert levels(parameter) <= 15 < levels(before[name])
-        else:
-            assert torch.equal(parameter, before[name])
-    for name, x in inputs_of_linears(model, random_ids(model, 2, 12, seed=0)).items():
-        assert (levels(x) <= 15) == (name != "lm_head"), name
-
-
-def test_r4_comes_before_the_rounding():
-    model = tiny("llama")
-    fastrot.apply(model, "R4")
-    quantized = copy.deepcopy(model)
-    quantize(quantized)
-    ids = random_ids(model, 2, 12, seed=0)
-    for index in range(2):
-        x = inputs_of_linears(quantized, ids)[f"model.layers.{index}.mlp.down_proj"]
-        rotation = quantized.model.layers[index].mlp.fastrot_down_proj_input.rotation
-        assert levels(x) <= 15
-        assert levels(rotation.apply(x, inverse=True)) > 50
-
-
-def cached(model, ids, cache):
-    with torch.no_grad():
-        for part in ids:
-            model(part, **cache_argument(model, cache), use_cache=True)
-    return cache.layers
-
-
-def test_r3_comes_before_the_rounding():
-    model = tiny("llama")
-    fastrot.apply(model, ("R3",))
-    ids = random_ids(model, 2, 12, seed=0)
-    exact = cached(model, [ids], rounding_cache(model, bits=24))[0]
-    layers = cached(model, [ids], rounding_cache(model))
-    # The first layer sees the same input in both.
-    torch.testing.assert_close(layers[0].keys, round_asymmetric(exact.keys, 4))
-    torch.testing.assert_close(layers[0].values, round_asymmetric(exact.values, 4))
-    rotation = model.model.layers[0].self_attn.fastrot_k_cache.rotation
-    for layer in layers:
-        assert layer.keys.shape == (2, 2, 12, 16)
-        assert levels(layer.keys) <= 16
-        assert levels(layer.values) <= 16
-    assert not torch.allclose(layers[0].keys, rotation.apply(layers[0].keys, inverse=True))
-
-
-def test_keys_are_rounded_once_when_they_come():
-    model = tiny("llama")
-    ids = random_ids(model, 2, 12, seed=0)
-    once = cached(model, [ids], rounding_cache(model))
-    steps = cached(model, ids.split(1, dim=1), rounding_cache(model))
-    torch.testing.assert_close(once[0].keys, steps[0].keys)
-    torch.testing.assert_close(once[0].values, steps[0].values)
-
-
-@pytest.mark.parametrize("rotations", [(), ("R1", "R2"), ROTATIONS])
-def test_more_bits_come_closer_to_the_model(rotations):
-    model = tiny("llama")
-    ids = random_ids(model, 4, 24, seed=0)
-    expected = logits(model, ids)
-    if rotations:
-        fastrot.apply(model, rotations)
-    errors = []
-    for bits in (2, 4, 8, 16):
-        case = copy.deepcopy(model)
-        quantize(case, bits)
-        with torch.no_grad():
-            got = case(ids, **cache_argument(case, rounding_cache(case, bits))).logits
-        errors.append(relative_error(got, expected))
-    assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 1e-3 < 0.05 < errors[0]
-
-
-def test_every_rotation_changes_what_is_rounded():
-    model = tiny("llama")
-    ids = random_ids(model, 2, 12, seed=0)
-    results = []
-    for rotations in ((), ("R1", "R2", "R3"), ("R1", "R2", "R4"), ROTATIONS):
-        case = copy.deepcopy(model)
-        if rotations:
-            fastrot.apply(case, rotations)
-        quantize(case)
-        with torch.no_grad():
-            results.append(case(ids, **cache_argument(case, rounding_cache(case))).logits)
-    for i, a in enumerate(results):
-        for b in results[:i]:
-            assert relative_error(a, b) > 1e-3
+from fastrot.lab.cache import WatchedCache
 
 
 @pytest.mark.parametrize("shape", [{}, {"kv_heads": 6}, {"heads": 4, "kv_heads": 1}])
@@ -245,7 +45,7 @@ def test_outliers_are_where_they_should_be():
         if count is not None:
             # One value channel of a key-value head reaches all its query heads.
             assert (ratio.mean(0) > scale / 2).sum() == count, name
-    layers = [cached(m, [ids], rounding_cache(m, 24)) for m in (model, result)]
+    layers = [cached(m, [ids], WatchedCache(m)) for m in (model, result)]
     for a, b in zip(*layers, strict=True):
         ratio = (b.keys / a.keys).median(2).values.round().long()
         assert ((ratio == scale).sum(-1) == 2).all()
@@ -279,14 +79,6 @@ def test_windows_are_spread_over_the_text():
     assert max(gaps) - min(gaps) <= 1
     assert places[-1] + max(gaps) >= len(everything)
     assert len(heldout_windows(1)) == 1
-
-
-def test_loss_is_the_mean_over_all_bytes():
-    model = tiny("llama", vocab=256)
-    windows = torch.randint(256, (BATCH + 3, 33), generator=torch.Generator().manual_seed(0))
-    log_probabilities = logits(model, windows[:, :-1]).log_softmax(-1)
-    expected = -log_probabilities.gather(-1, windows[:, 1:, None]).mean()
-    assert heldout_loss(model, windows) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_logit_errors():

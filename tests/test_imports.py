@@ -39,11 +39,12 @@ ROOMS = (
     ("api",),
     ("checkpoint", "suggest"),
     ("__init__",),
+    ("lab",),
     ("demo",),
     ("cli",),
     ("__main__",),
 )
-WITH_TRANSFORMERS = ("integrations", "suggest", "demo", "cli")
+WITH_TRANSFORMERS = ("integrations", "suggest", "lab", "demo", "cli")
 """Rooms that may import transformers when they are imported themselves."""
 HEAVY = ("transformers", "accelerate", "numba", "triton", "safetensors", "torch._dynamo", "sympy")
 RANK = {name: rank for rank, names in enumerate(ROOMS) for name in names}

@@ -6,7 +6,9 @@ from typing import Any, NoReturn
 
 from fastrot.checkpoint.workers import parse_worker
 from fastrot.cli import commands
+from fastrot.cli.report import EMBEDDED, report
 from fastrot.cli.verify import EXACT, verify
+from fastrot.lab.sets import SCHEMES, SETS
 from fastrot.mapping import ROTATIONS
 from fastrot.rotations import KINDS
 from fastrot.version import __version__
@@ -109,6 +111,50 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--bytes", type=_positive, default=65536, help="of text to evaluate on")
     demo.add_argument("--json", type=Path, metavar="FILE", help="write the measurements, too")
     demo.set_defaults(command=commands.demo)
+
+    measured = actions.add_parser(
+        "report",
+        parents=[common],
+        help="measure which rotation is right for a model and a scheme; writes a page with plots",
+    )
+    measured.add_argument(
+        "model",
+        metavar="MODEL",
+        help=f"the folder of a checkpoint, or {EMBEDDED}: the embedded one",
+    )
+    measured.add_argument(
+        "--scheme",
+        nargs="+",
+        default=SCHEMES,
+        metavar="S",
+        help=f"such as w4a4kv4, w8a8, w4g128mse, fp8; default: {' '.join(SCHEMES)}",
+    )
+    measured.add_argument(
+        "--rotations",
+        nargs="+",
+        default=SETS,
+        metavar="SET",
+        help=f"sets to compare, such as R1R2R4; default: {' '.join(SETS)}",
+    )
+    measured.add_argument(
+        "--text",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="to measure on; default: text that comes with Python",
+    )
+    measured.add_argument(
+        "--tokens", type=_positive, default=8192, metavar="N", help="to predict; default: 8192"
+    )
+    measured.add_argument(
+        "--out",
+        type=Path,
+        default=Path("fastrot-report"),
+        metavar="FOLDER",
+        help="default: fastrot-report",
+    )
+    measured.set_defaults(command=report)
     return top
 
 

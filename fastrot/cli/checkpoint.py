@@ -70,6 +70,6 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     if not any(path for pattern in TOKENIZERS for path in folder.glob(pattern)):
-        raise FileNotFoundError(f"{folder} has no tokenizer to read the given prompts with")
+        raise FileNotFoundError(f"{folder} has no tokenizer to read text with")
     with naming(f"{folder} can't be read"):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

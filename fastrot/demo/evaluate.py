@@ -13,22 +13,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import LlamaForCausalLM
 
 import fastrot
 from fastrot.demo.corpus import heldout_files, read_bytes
 from fastrot.demo.outliers import with_outliers
-from fastrot.demo.quantize import quantize, rounding_cache
-from fastrot.integrations.transformers import cache_argument
+from fastrot.lab.corpus import cut
+from fastrot.lab.evaluate import BATCH, evaluate
+from fastrot.lab.quantized import quantized
+from fastrot.lab.schemes import Scheme
 
 MODEL = Path(__file__).with_name("model")
 CASES = (((), None), ((), 4), (("R1", "R2"), 4), (("R1", "R2", "R3", "R4"), 4))
 """Rotations, and the bits of everything; None is float32."""
 
 CONTEXT = 512
-BATCH = 8
 OUTLIER_SCALE = 16
 COLUMNS = (
     "model",
@@ -126,9 +126,9 @@ def run(
                 rotate(case, rotations)
             seconds = time.perf_counter() - began if rotations else None
             errors = logit_errors(logits_of(case, probe), expected)
-            if bits is not None:
-                quantize(case, bits)
-            loss = heldout_loss(case, windows, bits, bar)
+            scheme = Scheme() if bits is None else Scheme.parse(f"w{bits}a{bits}kv{bits}")
+            with quantized(case, scheme):
+                loss = evaluate(case, windows, bar.update).mean
             numbers = (math.exp(loss), loss / math.log(2), *errors, seconds)
             rows.append(Row(name, rotations, bits, *numbers))
     versions = (platform.python_version(), torch.__version__)
@@ -137,10 +137,7 @@ def run(
 
 def heldout_windows(nbytes: int, context: int = CONTEXT) -> Tensor:
     """Held-out text, ``(n, context + 1)`` int64: each window ends with the byte after it."""
-    stream = torch.tensor(read_bytes(heldout_files())).long()
-    windows = stream.unfold(0, context + 1, context)
-    wanted = min(len(windows), max(1, nbytes // context))
-    return windows[torch.arange(wanted) * len(windows) // wanted]
+    return cut(torch.tensor(read_bytes(heldout_files())).long(), context, nbytes)
 
 
 @torch.no_grad()
@@ -154,28 +151,6 @@ def logit_errors(logits: Tensor, expected: Tensor) -> tuple[float, float]:
     """Greatest difference, and norm of the difference over the norm of ``expected``."""
     difference = logits.double() - expected.double()
     return float(difference.abs().max()), float(difference.norm() / expected.double().norm())
-
-
-@torch.no_grad()
-def heldout_loss(model: Any, windows: Tensor, bits: int | None = None, bar: Any = None) -> float:
-    """Mean loss of next-byte prediction in nats; every window starts without context.
-
-    Args:
-        model: its weights and activations are as they are.
-        windows: ``(n, context + 1)``.
-        bits: of keys and values; None leaves them.
-        bar: a progress bar that counts bytes.
-    """
-    total = 0.0
-    for batch in windows.split(BATCH):
-        ids, targets = batch[:, :-1], batch[:, 1:]
-        cache = None if bits is None else rounding_cache(model, bits)
-        given = cache_argument(model, cache)
-        logits = model(input_ids=ids, **given, use_cache=cache is not None).logits
-        total += float(cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum"))
-        if bar is not None:
-            bar.update(targets.numel())
-    return total / windows[:, 1:].numel()
 
 
 def table(report: Report) -> str:

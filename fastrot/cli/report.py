@@ -1,0 +1,94 @@
+"""The command ``report``."""
+
+import shlex
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastrot.cli.output import announce
+from fastrot.lab.corpus import cut, found_text, read_texts, tokenize
+from fastrot.lab.sets import in_order
+
+CONTEXT = 512
+EMBEDDED = "demo"
+"""Names the model in this package, with the outlier channels that it is given in the demo."""
+
+
+def report(args: Namespace) -> int:
+    """Measure a model with rotations and schemes, and write what follows as a page."""
+    from fastrot.lab.page import sentence, write
+    from fastrot.lab.plots import check_plots
+    from fastrot.lab.report import measure
+    from fastrot.lab.schemes import Scheme
+
+    check_plots()
+    if args.out.exists() and not args.out.is_dir():
+        raise FileExistsError(f"{args.out} is a file; give a folder")
+    schemes = [str(Scheme.parse(name)) for name in args.scheme]
+    load, windows = _embedded(args) if args.model == EMBEDDED else _checkpoint(args)
+    texts = ", ".join(path.name for path in args.text)
+    found = "held-out Python modules" if args.model == EMBEDDED else "Python's own reference"
+    made = measure(
+        load,
+        windows,
+        schemes,
+        in_order(args.rotations),
+        model="the embedded model" if args.model == EMBEDDED else Path(args.model).resolve().name,
+        text=texts or found,
+        command=command(args),
+        progress=sys.stderr.isatty(),
+    )
+    page = write(made, args.out)
+    lines = [sentence(made, recommendation) for recommendation in made.recommendations]
+    announce("\n".join([*lines, f"written to {page}"]))
+    return 0
+
+
+def command(args: Namespace) -> str:
+    """The whole command, with what was left out."""
+    words = ["fastrot", "report", args.model, "--scheme", *args.scheme]
+    words += ["--rotations", *args.rotations, "--tokens", str(args.tokens)]
+    words += ["--text", *map(str, args.text)] if args.text else []
+    return shlex.join([*words, "--out", str(args.out)])
+
+
+def _embedded(args: Namespace) -> tuple[Callable[[], Any], Tensor]:
+    from transformers import LlamaForCausalLM
+
+    from fastrot.demo.corpus import heldout_files, read_bytes
+    from fastrot.demo.evaluate import MODEL, OUTLIER_SCALE
+    from fastrot.demo.outliers import with_outliers
+
+    stream = torch.tensor(read_bytes(args.text or heldout_files())).long()
+    windows = _windows(stream, args.tokens, CONTEXT)
+
+    def load() -> Any:
+        model = LlamaForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+        return with_outliers(model, scale=OUTLIER_SCALE)
+
+    return load, windows
+
+
+def _checkpoint(args: Namespace) -> tuple[Callable[[], Any], Tensor]:
+    from fastrot.checkpoint.source import configuration
+    from fastrot.cli.checkpoint import load, load_tokenizer
+
+    folder = Path(args.model)
+    config = configuration(folder).get_text_config()
+    longest = getattr(config, "max_position_embeddings", None) or CONTEXT
+    text = read_texts(args.text) if args.text else found_text()
+    stream = tokenize(text, load_tokenizer(folder))
+    return lambda: load(folder, "float32"), _windows(stream, args.tokens, longest)
+
+
+def _windows(stream: Tensor, tokens: int, longest: int) -> Tensor:
+    """Windows of 512, or shorter, so that there are enough for a standard error."""
+    from fastrot.lab.report import FEWEST
+
+    context = max(1, min(CONTEXT, longest, tokens // FEWEST))
+    return cut(stream, context, tokens, least=FEWEST)

@@ -1,0 +1,1 @@
+"""The laboratory: simulated quantization of a model, and what rotations do to it, measured."""

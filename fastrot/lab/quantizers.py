@@ -1,0 +1,106 @@
+"""Simulated quantization: numbers are rounded to what a format can hold, and stay floats.
+
+Round to nearest, without calibration. Integers have ``2**bits - 1`` levels around zero, or
+``2**bits`` over a range; the other formats are those of :mod:`fastrot.kernels.formats`, where what
+their codes mean is specified. nvfp4 takes the usual global scale, from the whole tensor.
+"""
+
+import torch
+from torch import Tensor
+
+from fastrot.errors import RotationError
+from fastrot.kernels.formats import Quantization
+from fastrot.lab.schemes import Numbers
+
+CLIPS = tuple(1 - step / 32 for step in range(1, 20))
+"""Shares of the range that ``clip="mse"`` tries, besides all of it."""
+
+
+def fake_quantize(x: Tensor, numbers: Numbers) -> Tensor:
+    """Round a tensor as a format would, with arithmetic in float32 or, if it is that, float64.
+
+    Args:
+        x: floating point, any shape; the last dimension is that of the inputs, channels or head.
+        numbers: the format.
+
+    Returns:
+        Shape and dtype of ``x``.
+
+    Raises:
+        RotationError: the last dimension does not divide into groups.
+    """
+    work = x if x.dtype == torch.float64 else x.float()
+    if numbers.format != "int":
+        return _round_float(work, numbers).to(x.dtype)
+    if numbers.per == "tensor":
+        work = work.reshape(-1)
+    elif numbers.group:
+        if work.shape[-1] % numbers.group:
+            raise RotationError(
+                f"{work.shape[-1]} elements do not divide into groups of {numbers.group}"
+            )
+        work = work.unflatten(-1, (-1, numbers.group))
+    return _round_integer(work, numbers).reshape(x.shape).to(x.dtype)
+
+
+def _round_integer(x: Tensor, numbers: Numbers) -> Tensor:
+    rounding = round_symmetric if numbers.symmetric else round_asymmetric
+    assert numbers.bits is not None
+    best = rounding(x, numbers.bits)
+    if numbers.clip == "max":
+        return best
+    least = (best - x).square().sum(-1, keepdim=True)
+    for clip in CLIPS:
+        tried = rounding(x, numbers.bits, clip)
+        error = (tried - x).square().sum(-1, keepdim=True)
+        best = torch.where(error < least, tried, best)
+        least = torch.minimum(error, least)
+    return best
+
+
+def round_symmetric(x: Tensor, bits: int, clip: float = 1.0) -> Tensor:
+    """Round every vector along the last dimension to ``2**bits - 1`` levels around zero.
+
+    Args:
+        x: any shape, floating point.
+        bits: at least 2.
+        clip: the outermost level, as a share of the largest magnitude.
+
+    Returns:
+        The nearest levels, shape and dtype of ``x``.
+    """
+    most = 2 ** (bits - 1) - 1
+    scale = x.abs().amax(-1, keepdim=True) * clip / most
+    scale = scale.clamp_min(torch.finfo(x.dtype).tiny)
+    return (x / scale).round().clamp(-most, most) * scale
+
+
+def round_asymmetric(x: Tensor, bits: int, clip: float = 1.0) -> Tensor:
+    """Round every vector along the last dimension to ``2**bits`` levels over its range.
+
+    Args:
+        x: any shape, floating point.
+        bits: at least 1.
+        clip: the range of the levels, as a share of that from least to greatest, around its middle.
+
+    Returns:
+        The nearest levels, shape and dtype of ``x``.
+    """
+    low, high = x.aminmax(dim=-1, keepdim=True)
+    spread = high - low
+    low = low + spread * ((1 - clip) / 2)
+    scale = spread * clip / (2**bits - 1)
+    scale = scale.clamp_min(torch.finfo(x.dtype).tiny)
+    return ((x - low) / scale).round().clamp(0, 2**bits - 1) * scale + low
+
+
+def _round_float(x: Tensor, numbers: Numbers) -> Tensor:
+    whole = None
+    if numbers.format == "nvfp4":
+        largest = x.abs().amax().float().clamp_min(torch.finfo(torch.float32).tiny)
+        whole = (448 * 6 / largest).clamp(max=torch.finfo(torch.float32).max).reshape(1)
+    form = Quantization(
+        numbers.format, numbers.group if numbers.format == "fp8" else None, global_scale=whole
+    )
+    flat = x.reshape(1, -1) if numbers.per == "tensor" else x
+    return form.dequantize(form.quantize(flat), x.dtype).reshape(x.shape)

@@ -1,0 +1,220 @@
+"""Which rotation is right for a model and a scheme: everything measured, and what follows."""
+
+import math
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+import fastrot
+from fastrot.errors import RotationError
+from fastrot.lab.evaluate import Difference, Losses, compare, evaluate
+from fastrot.lab.outliers import Outliers, magnitudes, outliers
+from fastrot.lab.quantized import quantized
+from fastrot.lab.schemes import Scheme
+from fastrot.lab.sets import SCHEMES, SETS, in_order, rotations_of
+
+LOOKED_AT = 4096
+"""Tokens of which the statistics of outliers are made, at most."""
+FEWEST = 8
+"""Windows: fewer say too little of their spread."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One scheme with one set of rotations.
+
+    Attributes:
+        scheme: its name; None in float32.
+        rotations: name of the set.
+        perplexity: per token.
+        loss: mean, in nats; NaN if the model broke.
+        added: over the model as it is, in float32, on the same windows.
+    """
+
+    scheme: str | None
+    rotations: str
+    perplexity: float
+    loss: float
+    added: Difference
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """The set of rotations for a scheme.
+
+    Attributes:
+        scheme: its name.
+        rotations: of the sets that are not clearly worse than the best, the one with the fewest
+            rotations; clearly is more than two standard errors.
+        best: the set of least loss.
+        over: loss of every set over that of the recommended one.
+    """
+
+    scheme: str
+    rotations: str
+    best: str
+    over: dict[str, Difference]
+
+
+@dataclass(frozen=True)
+class Surface:
+    """Magnitudes ``(length, channels)`` at one site, with the first and the last set."""
+
+    site: str
+    layer: int
+    magnitudes: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All measurements of a run, and what they depend on."""
+
+    model: str
+    text: str
+    command: str
+    tokens: int
+    windows: int
+    seconds: float
+    versions: dict[str, str]
+    cells: tuple[Cell, ...]
+    outliers: dict[str, dict[str, dict[int, Outliers]]]
+    recommendations: tuple[Recommendation, ...]
+    surface: Surface
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON data, without the surface; what is not finite becomes None."""
+        fields = {name: value for name, value in vars(self).items() if name != "surface"}
+        fields["surface"] = {"site": self.surface.site, "layer": self.surface.layer}
+        result: dict[str, Any] = _plain(fields)
+        return result
+
+
+def measure(
+    load: Callable[[], Any],
+    windows: Tensor,
+    schemes: Sequence[str] = SCHEMES,
+    sets: Sequence[str] = SETS,
+    *,
+    model: str,
+    text: str,
+    command: str,
+    progress: bool = False,
+) -> Report:
+    """Measure a model with every set of rotations and every scheme.
+
+    Args:
+        load: loads the model anew, unrotated, in float32; one is in memory at a time.
+        windows: token ids, ``(n, context + 1)``, at least :data:`FEWEST`.
+        schemes: names, see :meth:`fastrot.lab.schemes.Scheme.parse`.
+        sets: names, see :func:`rotations_of`.
+        model: its name in the report.
+        text: what the windows are cut from, in words.
+        command: what makes this report.
+        progress: show a bar.
+
+    Raises:
+        RotationError: an unknown scheme or set, one that the model does not allow, or too few
+            windows.
+    """
+    if len(windows) < FEWEST:
+        raise RotationError(
+            f"{len(windows)} windows of text have no reliable standard error; take {FEWEST} or more"
+        )
+    cases: dict[str | None, Scheme] = {None: Scheme()}
+    cases |= {str(Scheme.parse(name)): Scheme.parse(name) for name in schemes}
+    ordered = in_order(sets)
+    began = time.perf_counter()
+    losses: dict[tuple[str | None, str], Losses] = {}
+    statistics: dict[str, dict[str, dict[int, Outliers]]] = {}
+    surface: Surface | None = None
+    looked_at = windows[: max(1, LOOKED_AT // windows.shape[1])]
+    predicted = windows[:, 1:].numel()
+    total = len(ordered) * (looked_at.numel() + predicted * len(cases))
+    with tqdm(total=total, unit="token", unit_scale=True, disable=not progress) as bar:
+        for name in ordered:
+            case = load()
+            if rotations := rotations_of(name):
+                fastrot.apply(case, rotations)
+            bar.set_description(f"{name}, outliers")
+            statistics[name] = outliers(case, looked_at, bar.update)
+            surface = surface or Surface(*_most_uneven(statistics[name]), {})
+            if name in (ordered[0], ordered[-1]):
+                surface.magnitudes[name] = magnitudes(
+                    case, windows[0, :-1], surface.site, surface.layer
+                )
+            for label, scheme in cases.items():
+                bar.set_description(f"{name}, {label or 'float32'}")
+                with quantized(case, scheme):
+                    losses[label, name] = evaluate(case, windows, bar.update)
+    assert surface is not None
+    exact = losses[None, ordered[0]]
+    return Report(
+        model=model,
+        text=text,
+        command=command,
+        tokens=predicted,
+        windows=len(windows),
+        seconds=time.perf_counter() - began,
+        versions={
+            "fastrot": fastrot.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+        cells=tuple(
+            Cell(scheme, name, found.perplexity, found.mean, compare(found, exact))
+            for scheme in cases
+            for name in ordered
+            for found in (losses[scheme, name],)
+        ),
+        outliers=statistics,
+        recommendations=tuple(
+            recommend(scheme, {name: losses[scheme, name] for name in ordered})
+            for scheme in cases
+            if scheme is not None
+        ),
+        surface=surface,
+    )
+
+
+def recommend(scheme: str, losses: dict[str, Losses]) -> Recommendation:
+    """The cheapest set of rotations that is not clearly worse than the best.
+
+    Args:
+        scheme: for which.
+        losses: of every set; the cheapest first.
+
+    Raises:
+        RotationError: no set has a finite loss.
+    """
+    finite = {name: found for name, found in losses.items() if math.isfinite(found.mean)}
+    if not finite:
+        raise RotationError(f"scheme {scheme}: the loss is not finite with any set of rotations")
+    best = min(finite, key=lambda name: finite[name].mean)
+    chosen = next(
+        name
+        for name, found in finite.items()
+        if name == best or not compare(found, losses[best]).is_clear
+    )
+    over = {name: compare(found, losses[chosen]) for name, found in losses.items()}
+    return Recommendation(scheme, chosen, best, over)
+
+
+def _most_uneven(statistics: dict[str, dict[int, Outliers]]) -> tuple[str, int]:
+    places = ((site, layer) for site, layers in statistics.items() for layer in layers)
+    return max(places, key=lambda place: statistics[place[0]][place[1]].peak)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, (Cell, Recommendation, Difference, Outliers)):
+        return _plain(asdict(value))
+    return None if isinstance(value, float) and not math.isfinite(value) else value
