@@ -462,6 +462,22 @@ def test_a_terminated_run_leaves_nothing(
     assert signal.getsignal(number) == signal.SIG_DFL
 
 
+@pytest.mark.parametrize("stage", ["read", "write", "settle"])
+def test_a_signal_while_the_stages_start(checkpoints, stage, tmp_path, monkeypatch, capsys):
+    start = threading.Thread.start
+
+    def late(thread):
+        if thread.name == f"fastrot-{stage}":
+            signal.raise_signal(signal.SIGTERM)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", late)
+    got, _, err = run(capsys, "rotate", checkpoints["float32"], tmp_path / "target")
+    assert (got, err) == (143, "fastrot: terminated\n")
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("fastrot-")]
+    assert names(tmp_path) == set()
+
+
 def test_an_error_in_the_middle_keeps_its_cause(checkpoints, tmp_path, monkeypatch, capsys):
     def fail(*args):
         raise RuntimeError("a memory bank failed")

@@ -135,9 +135,10 @@ class Pipeline:
                 ("settle", self._settle),
             )
         ]
-        for thread in threads:
-            thread.start()
         try:
+            with held_signals():  # else one that arrives now leaves stages that wait for ever
+                for thread in threads:
+                    thread.start()
             self._rotate()
             for thread in threads:
                 thread.join()
@@ -146,7 +147,8 @@ class Pipeline:
         # Nobody writes behind the back of whoever takes the error, a second Ctrl-C or not.
         with held_signals():
             for thread in threads:
-                thread.join()
+                if thread.ident is not None:
+                    thread.join()
         if self._failure is not None:
             raise self._failure
 
