@@ -1,6 +1,7 @@
 """Settings of every test process."""
 
 import gc
+import itertools
 import os
 
 import torch
@@ -13,13 +14,23 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 
-def pytest_collection_finish():
-    """Half a million objects of imports: fastrot and the collector need not walk them each time.
+EACH = 20
+"""Tests between two looks at what has gathered."""
 
-    Nor what numba makes when the first kernel is compiled.
-    """
+
+def pytest_collection_finish(session):
+    """Let numba make what it makes when the first kernel is compiled."""
     import fastrot
 
     fastrot.hadamard_transform(torch.ones(1, 2), impl="cpu")
-    gc.collect()
-    gc.freeze()
+    session.tests_begun = itertools.count()
+
+
+def pytest_runtest_setup(item):
+    """Half a million objects of imports: fastrot and the collector need not walk them each time.
+
+    Nor what compilers, and libraries with a cache, keep after a test.
+    """
+    if next(item.session.tests_begun) % EACH == 0:
+        gc.collect()
+        gc.freeze()
