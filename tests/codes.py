@@ -1,13 +1,11 @@
-"""Exact transforms, and when codes and scales are right: but for what float32 can't decide."""
+"""When codes and scales are right: but for what float32 can't decide."""
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from fastrot.hadamard import base_matrix, factors
 from fastrot.kernels.formats import Quantization, Quantized, decode, encode, from_blocked
 
 ARITHMETIC = 2.0**-15
@@ -18,29 +16,6 @@ Intermediates keep 16 bits, an error of 2^-17 each, of which a sum adds up a few
 AMBIGUOUS = 0.004
 """Share of codes that may differ: codes are up to 254 steps wide, and 254 · 2 · ARITHMETIC = 0.016
 is the most, if all errors were as large."""
-
-
-def halves(n: int) -> tuple[Tensor, Tensor]:
-    """P, Q with H_n = P ⊗ Q, both dense float64 and of similar order."""
-    bases, power = factors(n)
-    atoms = [*bases, *[2] * (power.bit_length() - 1)]
-    first, second = np.ones((1, 1)), np.ones((1, 1))
-    while atoms:
-        if len(first) <= len(second):
-            first = np.kron(first, base_matrix(atoms.pop(0)))
-        else:
-            second = np.kron(base_matrix(atoms.pop()), second)
-    return torch.from_numpy(first), torch.from_numpy(second)
-
-
-def transformed(z: Tensor, block: int, signs: Tensor | None = None) -> Tensor:
-    """The exact orthonormal transform of blocks of float64 data."""
-    p, q = (h.to(z.device) for h in halves(block))
-    blocks = z.unflatten(-1, (-1, block))
-    if signs is not None:
-        blocks = blocks * signs.to(z)
-    y = torch.einsum("...ab,ac,bd->...cd", blocks.unflatten(-1, (len(p), len(q))), p, q)
-    return (y * block**-0.5).flatten(-3)
 
 
 def assert_codes(got: Quantized, truth: Tensor, quantize: Quantization) -> float:

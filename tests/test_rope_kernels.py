@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from codes import assert_codes, poisoned, transformed  # noqa: F401
+from codes import assert_codes, poisoned  # noqa: F401
+from oracles import transformed
 from test_fused_kernels import DEVICE, IMPLEMENTATIONS, TRITON, assert_close, data
 from torch import Tensor
 

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from codes import halves
+from oracles import halves, rms, transformed
 from torch import Tensor
 
 from fastrot.hadamard import base_matrix, factors
@@ -23,29 +23,15 @@ from fastrot.kernels.gpu_tiles import TRITON_SHARES_ACCUMULATORS  # noqa: E402
 
 SIZES = [1, 2, 12, 16, 28, 64, 96, 128, 768, 1024, 2880, 4096, 11008, 10944, 29568, 14336, 32768]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-BUDGET = {torch.bfloat16: 1.1, torch.float16: 1.5}
+BUDGET = {torch.bfloat16: 1.1, torch.float16: 1.3}
 """Admissible RMS error, in errors of correct rounding."""
 ULPS = 4
 """Admissible error of a vector in float32 and float64, in ulp of its norm."""
 
 
 def exact(x: Tensor, signs: Tensor | None, scale: float, transpose: bool) -> Tensor:
-    outer, n, inner = x.shape
-    p, q = halves(n)
-    x = x.double().cpu()
-    d = torch.ones(n) if signs is None else signs.cpu()
-    d = d.double().view(1, n, 1)
-    if transpose:
-        p, q = p.T, q.T
-    else:
-        x = x * d
-    x = x.reshape(outer, len(p), len(q), inner)
-    y = torch.einsum("oabi,ac,bd->ocdi", x, p, q).reshape(outer, n, inner) * scale
-    return y * d if transpose else y
-
-
-def rms(x: Tensor) -> float:
-    return x.double().square().mean().sqrt().item()
+    """Along the middle one of three dimensions, on the CPU."""
+    return transformed(x.cpu(), x.shape[1], signs, scale=scale, transpose=transpose, dim=1)
 
 
 def check_error(out: Tensor, truth: Tensor) -> None:
