@@ -7,7 +7,17 @@ from difflib import get_close_matches
 from typing import Any
 
 from fastrot.errors import RotationError
-from fastrot.mapping import dense, experts, hybrid, latent, layernorm, sight, unrotated, vision
+from fastrot.mapping import (
+    dense,
+    experts,
+    hybrid,
+    latent,
+    layernorm,
+    sight,
+    singular,
+    unrotated,
+    vision,
+)
 from fastrot.mapping.refused import REFUSED, reasons_of
 from fastrot.mapping.roles import Architecture, Mapping, Patterns, Shell, Untouched
 
@@ -17,6 +27,7 @@ ARCHITECTURES: dict[str, Architecture | tuple[Architecture, ...]] = {
     **experts.ROWS,
     **latent.ROWS,
     **hybrid.ROWS,
+    **singular.ROWS,
     **unrotated.ROWS,
     **vision.ROWS,
     **sight.ROWS,

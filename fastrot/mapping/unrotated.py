@@ -108,12 +108,87 @@ INKLING = Architecture(
     notes="values pass a convolution",
 )
 
+SINES = "it adds sines to the stream that are no parameter, so that nothing can turn them too"
+
+CTRL = Architecture(
+    Mapping(
+        attn=(r"re:.*\.multi_head_attention$",),
+        attn_v=(r"re:.*\.multi_head_attention\.Wv$",),
+        attn_o=(r"re:.*\.multi_head_attention\.dense$",),
+    ),
+    (),
+    refuses={
+        "R1": SINES,
+        "R4": "its MLP is a list of modules, none of which is called by a name that R4 could hold",
+    },
+    notes="positions are sines",
+)
+
+XGLM = Architecture(
+    replace(INSIDE, attn_o=(r"re:.*self_attn\.out_proj$",), mlp_out=(r"re:.*\.fc2$",)),
+    (),
+    refuses={"R1": SINES, "R3": OWN_ATTENTION},
+    notes="positions are sines",
+)
+
+RWKV = Architecture(
+    Mapping(mlp_out=(r"re:.*\.feed_forward\.value$",)),
+    (),
+    refuses={
+        "R1": "it mixes each token with the one before at a rate of its own for every channel"
+    },
+    notes="no attention",
+)
+
+AXK2 = replace(
+    HYPER,
+    refuses={
+        **HYPER.refuses,
+        "R1": "a gate multiplies the output of its norms channel by channel before it is read",
+    },
+)
+
+DEEPSEEK_V4 = Architecture(
+    Mapping(mlp_out=(r"re:.*mlp\.(shared_)?experts\.down_proj$",)),
+    (),
+    refuses={
+        "R1": HYPER.refuses["R1"],
+        "R2": "its keys are its values, positions turn both, and queries take no part in R2",
+        "R3": "its keys are its values, and a rotation of the one is one of the other",
+    },
+    notes="keys are values, and are compressed",
+)
+
+ZAMBA2 = replace(
+    ZAMBA,
+    mapping=Mapping(
+        attn=(r"re:.*shared_transformer\.self_attn$",),
+        attn_v=(r"re:.*shared_transformer\.self_attn\.v_proj$",),
+        attn_o=(r"re:.*shared_transformer\.self_attn\.o_proj$",),
+        mlp_out=(r"re:.*shared_transformer\.feed_forward\.down_proj$",),
+    ),
+    when={"use_shared_attention_adapter": False},
+)
+
+ZAMBA2_ADAPTED = replace(
+    ZAMBA2,
+    mapping=replace(ZAMBA2.mapping, attn_v=(), attn_gated=True),
+    when={"use_shared_attention_adapter": True},
+    notes="Mamba layers; attention and MLP are shared; each layer adds to the values",
+)
+
 ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     "openai-gpt": OPENAI_GPT,
     "doge": DOGE,
     "dory": DORY,
     "longcat_flash": LONGCAT,
     "zamba": ZAMBA,
+    "zamba2": (ZAMBA2, ZAMBA2_ADAPTED),
+    "ctrl": CTRL,
+    "xglm": XGLM,
+    "rwkv": RWKV,
+    "axk2": AXK2,
+    "deepseek_v4": DEEPSEEK_V4,
     "hy_v4": HYPER,
     "zaya": ZAYA,
     "inkling_text": INKLING,

@@ -140,10 +140,10 @@ def inputs(
 
 
 def _families() -> dict[str, Family]:
-    from zoo import dense, experts, hybrid, layernorm, readers, sight, unrotated, vision
+    from zoo import dense, experts, hybrid, layernorm, readers, sight, singular, unrotated, vision
 
     rows: dict[str, Family] = {}
-    for module in (dense, layernorm, experts, hybrid, unrotated, vision, sight, readers):
+    for module in (dense, layernorm, experts, hybrid, singular, unrotated, vision, sight, readers):
         for name, family in module.FAMILIES.items():
             if name in rows:
                 raise ValueError(f"family {name!r} stands twice in the zoo")
