@@ -8,6 +8,7 @@ beside something else, in a vector of another size.
 from dataclasses import replace
 
 from fastrot.mapping.dense import LLAMA
+from fastrot.mapping.hybrid import KIMI
 from fastrot.mapping.latent import LATENT
 from fastrot.mapping.layernorm import GPT2, OWN_ATTENTION
 from fastrot.mapping.roles import Architecture, Mapping
@@ -177,12 +178,63 @@ ZAMBA2_ADAPTED = replace(
     notes="Mamba layers; attention and MLP are shared; each layer adds to the values",
 )
 
+INKLING2 = replace(
+    INKLING, mapping=replace(INKLING.mapping, attn_o=(r"re:.*self_attn\.o_proj\.linear$",))
+)
+
+GLM5_NEXT = Architecture(
+    Mapping(mlp_out=HYPER.mapping.mlp_out),
+    (),
+    refuses={**HYPER.refuses, "R2": KIMI.refuses["R2"]},
+    notes="linear attention and multi-head latent attention",
+)
+
+MISTRAL_LARGE4 = Architecture(
+    replace(
+        INSIDE,
+        attn_v=LATENT.mapping.attn_v,
+        attn_v_rows="latent",
+        mlp_out=HYPER.mapping.mlp_out,
+    ),
+    (),
+    refuses={
+        "R1": "its indexer reads the scaled output of a norm through a second one, which centres",
+        "R3": LATENT.refuses["R3"],
+    },
+    notes="R2 on the value rows of kv_b_proj",
+)
+
+MUSE_SPARK = Architecture(
+    replace(INSIDE, attn_v=(), attn_gated=True),
+    (),
+    refuses={"R1": "each sum scales the stream channel by channel"},
+    notes="a gate between values and output; R4 in dense MLPs, not in experts",
+)
+
+QWEN4 = Architecture(
+    replace(
+        INSIDE,
+        attn_v=(),
+        attn_gated=True,
+        mlp_out=(r"re:.*mlp\.(shared_expert|experts)\.down_proj$",),
+    ),
+    (),
+    refuses={"R1": HYPER.refuses["R1"]},
+    notes="linear attention; q_proj carries a gate between values and output",
+)
+
 ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     "openai-gpt": OPENAI_GPT,
     "doge": DOGE,
     "dory": DORY,
     "longcat_flash": LONGCAT,
     "zamba": ZAMBA,
+    "hy_v4_vl_text": HYPER,
+    "inkling2_text": INKLING2,
+    "glm5_next_text": GLM5_NEXT,
+    "mistral_large4_text": MISTRAL_LARGE4,
+    "muse_spark_text": MUSE_SPARK,
+    "qwen4_exp_text": QWEN4,
     "zamba2": (ZAMBA2, ZAMBA2_ADAPTED),
     "ctrl": CTRL,
     "xglm": XGLM,

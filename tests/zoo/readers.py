@@ -254,4 +254,38 @@ FAMILIES: dict[str, Family] = {
         FREE,
         vision=heard,
     ),
+    "deepseek_ocr2": Family(
+        "deepseek_ocr2",
+        "DeepseekOcr2ForConditionalGeneration",
+        {
+            "text_config": {
+                **WIDE,
+                **GROUPED,
+                "num_experts_per_tok": 2,
+                "mlp_layer_types": ["dense", "sparse"],
+                "attention_bias": True,
+            },
+            "vision_config": {
+                "sam_config": {
+                    **without(TOWER, "intermediate_size"),
+                    "image_size": 32,
+                    "output_channels": 8,
+                    "downsample_channels": [16, 32],
+                    "window_size": 4,
+                    "global_attn_indexes": [1],
+                    "mlp_dim": 40,
+                },
+                "encoder_config": {
+                    "hidden_size": 32,
+                    "intermediate_size": 40,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 2,
+                    "num_key_value_heads": 2,
+                },
+            },
+            "image_token_id": IMAGE,
+        },
+        {"text_config.num_key_value_heads": (2, 1, 6)},
+        vision=pictures(145, 3, 32, 32),
+    ),
 }
