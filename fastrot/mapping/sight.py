@@ -188,6 +188,44 @@ DOTS = Shell(
     ignore=(TOWER,),
 )
 
+MLLAMA = Shell(
+    "model.language_model",
+    ignore=(
+        TOWER,
+        Untouched(r"re:model\.multi_modal_projector\.", "ends in keys and values of their own"),
+    ),
+    notes="images are attended to, and never in the stream",
+)
+
+EMU3 = Shell(
+    "model.text_model",
+    ignore=(Untouched(r"re:model\.vqmodel\.", "turns a picture into token ids"),),
+    notes="images are tokens",
+)
+
+BLIP2 = Shell(
+    "language_model.model",
+    writers=(r"re:language_projection$",),
+    ignore=(
+        TOWER,
+        Untouched(r"re:(query_tokens|qformer\.)", "stands before the projection"),
+    ),
+    head="language_model.lm_head",
+)
+
+HYBRID = Shell(
+    "model.language_model",
+    writers=(r"re:model\.aligner\.proj$",),
+    ignore=(
+        TOWER,
+        Untouched(r"re:model\.high_res_vision_", "sees the image and ends in the aligner"),
+        Untouched(
+            r"re:model\.aligner\.(high_res_)?vision_proj\.",
+            "stands before the aligner's last layer",
+        ),
+    ),
+)
+
 UNROTATED = Shell("model.language_model", notes="nothing outside of its language model is rotated")
 """Around a decoder whose stream no rotation can pass."""
 
@@ -212,6 +250,12 @@ SHELLS: dict[str, Shell] = {
     "unlimited_ocr": OCR,
     "step3p7": STEP,
     "dots3_note": DOTS,
+    "mllama": MLLAMA,
+    "emu3": EMU3,
+    "blip-2": BLIP2,
+    "instructblip": BLIP2,
+    "instructblipvideo": BLIP2,
+    "deepseek_vl_hybrid": HYBRID,
     "hy_v4_vl": UNROTATED,
     "inkling_mm_model": UNROTATED,
     "inkling2": UNROTATED,

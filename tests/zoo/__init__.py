@@ -142,6 +142,7 @@ def inputs(
 def _families() -> dict[str, Family]:
     from zoo import (
         blind,
+        crossed,
         dense,
         experts,
         hybrid,
@@ -167,6 +168,7 @@ def _families() -> dict[str, Family]:
         readers,
         mixed,
         blind,
+        crossed,
     ):
         for name, family in module.FAMILIES.items():
             if name in rows:
