@@ -250,6 +250,8 @@ SHELLS: dict[str, Shell] = {
     "unlimited_ocr": OCR,
     "step3p7": STEP,
     "dots3_note": DOTS,
+    "fast_vlm": LLAVA,
+    "perception_lm": LLAVA,
     "mllama": MLLAMA,
     "emu3": EMU3,
     "blip-2": BLIP2,

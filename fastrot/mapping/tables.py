@@ -8,6 +8,7 @@ from typing import Any
 
 from fastrot.errors import RotationError
 from fastrot.mapping import (
+    crossed,
     dense,
     experts,
     hybrid,
@@ -28,6 +29,7 @@ ARCHITECTURES: dict[str, Architecture | tuple[Architecture, ...]] = {
     **latent.ROWS,
     **hybrid.ROWS,
     **singular.ROWS,
+    **crossed.ROWS,
     **unrotated.ROWS,
     **vision.ROWS,
     **sight.ROWS,

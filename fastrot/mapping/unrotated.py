@@ -132,6 +132,27 @@ XGLM = Architecture(
     notes="positions are sines",
 )
 
+KOSMOS = Architecture(
+    Mapping(
+        attn=(r"re:text_model\..*self_attn$",),
+        attn_o=(r"re:text_model\..*self_attn\.out_proj$",),
+        mlp_out=(r"re:text_model\..*\.fc2$",),
+    ),
+    (),
+    refuses={"R1": SINES, "R2": "a norm that centres stands between values and output"},
+    notes="positions are sines; norms inside attention and MLP",
+)
+
+KOSMOS2_5 = Architecture(
+    replace(
+        KOSMOS.mapping,
+        attn_v=(r"re:text_model\..*self_attn\.v_proj$",),
+    ),
+    (),
+    refuses={"R1": SINES},
+    notes="positions are sines; a norm inside the MLP",
+)
+
 RWKV = Architecture(
     Mapping(mlp_out=(r"re:.*\.feed_forward\.value$",)),
     (),
@@ -238,6 +259,8 @@ ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     "zamba2": (ZAMBA2, ZAMBA2_ADAPTED),
     "ctrl": CTRL,
     "xglm": XGLM,
+    "kosmos-2": KOSMOS,
+    "kosmos-2.5": KOSMOS2_5,
     "rwkv": RWKV,
     "axk2": AXK2,
     "deepseek_v4": DEEPSEEK_V4,

@@ -4,20 +4,25 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.models.kosmos2 import modeling_kosmos2
 
 from zoo import Family
 from zoo.dense import DERIVED
+from zoo.unrotated import Wide
 from zoo.vision import (
     IMAGE,
     SIGLIP,
     TEXT,
     TIES,
     TOWER,
+    VIDEO,
     Inputs,
     around,
     pictures,
     without,
 )
+
+modeling_kosmos2.torch = Wide()  # type: ignore[attr-defined]
 
 CODES: dict[str, Any] = {
     "embed_dim": 8,
@@ -75,11 +80,51 @@ BLIP: dict[str, Any] = {
 BLIP_SIZES: dict[str, tuple[Any, ...]] = {"text_config.ffn_dim": (112, 56)}
 
 
+KOSMOS: dict[str, Any] = {
+    "vocab_size": 80,
+    "embed_dim": 96,
+    "layers": 2,
+    "ffn_dim": 112,
+    "attention_heads": 6,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+IDEFICS: dict[str, Any] = {
+    **without(DERIVED, "num_key_value_heads"),
+    "alpha_initializer": "ones",
+    "qk_layer_norms": True,
+    "cross_layer_interval": 2,
+    "vision_config": {**without(TOWER, "hidden_size"), "embed_dim": 32},
+}
+
+
 def seen(model: nn.Module, generator: torch.Generator) -> Inputs:
     """What the vision tower would say of a picture, for both rows."""
     result = around(0, generator)
     states = torch.randn(2, 5, 96, generator=generator, dtype=torch.float64)
     result["cross_attention_states"] = states.to(model.dtype)
+    return result
+
+
+def given(model: nn.Module, generator: torch.Generator) -> Inputs:
+    """What the projection would say of a picture, in place of four tokens of each row."""
+    result = around(4, generator)
+    embeds = torch.randn(2, 4, 96, generator=generator, dtype=torch.float64)
+    result["image_embeds"] = embeds.to(model.dtype)
+    result["image_embeds_position_mask"] = (result["input_ids"] == IMAGE).long()
+    return result
+
+
+def encoded(model: nn.Module, generator: torch.Generator) -> Inputs:
+    """What the vision tower would say of a picture, and which tokens may look at it: all."""
+    result = around(0, generator)
+    states = torch.randn(2, 1, 5, 32, generator=generator, dtype=torch.float64)
+    result["image_encoder_embeddings"] = states.to(model.dtype)
+    result["image_attention_mask"] = torch.ones(2, result["input_ids"].shape[1], 1)
     return result
 
 
@@ -197,5 +242,62 @@ FAMILIES: dict[str, Family] = {
         },
         TIES,
         vision=twice,
+    ),
+    "fast_vlm": Family(
+        "fast_vlm",
+        "FastVlmForConditionalGeneration",
+        {
+            "text_config": {**TEXT, "model_type": "qwen2"},
+            "vision_config": {**SIGLIP, "hidden_size": 16},  # as high as wide, like a CNN's pixels
+            "image_token_index": IMAGE,
+            "tie_word_embeddings": False,
+        },
+        TIES,
+        vision=pictures(16, 3, 8, 8),
+    ),
+    "perception_lm": Family(
+        "perception_lm",
+        "PerceptionLMForConditionalGeneration",
+        {
+            "text_config": {**TEXT, "model_type": "llama"},
+            "vision_config": {**SIGLIP, "model_args": {"embed_dim": 32}},
+            "vision_use_cls_token": False,
+            "image_token_id": IMAGE,
+            "video_token_id": VIDEO,
+            "tie_word_embeddings": False,
+        },
+        TIES,
+        vision=pictures(16, 1, 3, 8, 8),
+    ),
+    "kosmos-2": Family(
+        "kosmos-2",
+        "Kosmos2ForConditionalGeneration",
+        {"text_config": KOSMOS, "vision_config": TOWER, "latent_query_num": 4},
+        vision=given,
+    ),
+    "kosmos-2.5": Family(
+        "kosmos-2.5",
+        "Kosmos2_5ForConditionalGeneration",
+        {
+            "text_config": KOSMOS,
+            "vision_config": {
+                "hidden_size": 32,
+                "patch_embed_hidden_size": 12,
+                "intermediate_size": 40,
+                "head_dim": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "max_num_patches": 16,
+            },
+            "latent_query_num": 4,
+        },
+        vision=given,
+    ),
+    "idefics": Family("idefics", "IdeficsForVisionText2Text", IDEFICS, vision=encoded),
+    "idefics_more_tokens": Family(
+        "idefics",
+        "IdeficsForVisionText2Text",
+        {**IDEFICS, "additional_vocab_size": 2},
+        vision=encoded,
     ),
 }
