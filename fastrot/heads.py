@@ -13,8 +13,8 @@ from fastrot.mapping import Mapping
 from fastrot.sites import Site, find_sites
 from fastrot.transform_config import Rows
 
-VALUE_NAMES = ("v_head_dim", "head_dim", "head_size")
-KEY_NAMES = ("qk_head_dim", "head_dim", "head_size")
+VALUE_NAMES = ("v_head_dim", "head_dim", "head_size", "dim_head")
+KEY_NAMES = ("qk_head_dim", "head_dim", "head_size", "dim_head")
 
 
 def head_size(module: nn.Module, config: Any, names: tuple[str, ...] = VALUE_NAMES) -> int | None:

@@ -174,6 +174,10 @@ def _is_transposed(name: str, experts: nn.Module) -> bool:
     known = getattr(experts, "is_transposed", None)
     if isinstance(known, bool):
         return known
+    sizes = getattr(experts, "output_size", None), getattr(experts, "input_size", None)
+    shape = tuple(getattr(experts, name.rpartition(".")[2]).shape[1:])
+    if shape in (sizes, sizes[::-1]):
+        return shape != sizes
     up, down = getattr(experts, "gate_up_proj", None), getattr(experts, "down_proj", None)
     if up is not None and down is not None and up.dim() == down.dim() == 3:
         if up.shape[1] == down.shape[2] and up.shape[2] == 2 * down.shape[1]:

@@ -33,6 +33,9 @@ from fastrot.cli.checkpoint import load
 from fastrot.mapping import ROTATIONS
 from fastrot.mapping.tables import find_architecture
 
+PERMUTED = {"inkling_mm_model"}
+"""Families whose files hold gate and up in turns, which the loader takes apart."""
+
 ALL = fastrot.Recipe(ROTATIONS, transform_type="random-hadamard", randomize=True)
 
 
@@ -67,6 +70,10 @@ def test_the_result_is_that_of_apply(name, tmp_path):
         with pytest.raises(fastrot.RotationError):
             fastrot.rotate_checkpoint(tmp_path / "source", tmp_path / "target", recipe)
         pytest.skip(str(refusal))
+    if name in PERMUTED:
+        with pytest.raises(fastrot.RotationError, match="can't be done to a file"):
+            fastrot.rotate_checkpoint(tmp_path / "source", tmp_path / "target", recipe)
+        return
     model.save_pretrained(tmp_path / "whole")
     fastrot.rotate_checkpoint(tmp_path / "source", tmp_path / "target", recipe)
     expected, got = tensors(tmp_path / "whole"), tensors(tmp_path / "target")

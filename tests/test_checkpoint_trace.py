@@ -6,8 +6,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_checkpoint_rotate import PERMUTED
 from zoo import FAMILIES, build
 
+import fastrot
 from fastrot.checkpoint.header import CheckpointError, header_of, read_header, read_headers
 from fastrot.checkpoint.trace import trace
 from fastrot.checkpoint.traced import Traced, UntraceableError
@@ -43,6 +45,10 @@ def test_every_parameter_is_made_of_what_was_saved(name, tmp_path):
     except ValueError:
         with torch.device("meta"):
             shapes = type(model)(model.config)
+    if name in PERMUTED:
+        with pytest.raises(fastrot.RotationError, match="can't be done to a file"):
+            trace(shapes, read_headers(files)[0])
+        return
     made = trace(shapes, read_headers(files)[0])
     state = model.state_dict()
     assert not made.unknown
@@ -52,6 +58,10 @@ def test_every_parameter_is_made_of_what_was_saved(name, tmp_path):
         got = torch.full(target.shape, torch.nan, dtype=torch.float64)
         for piece in target.pieces:
             box = tuple(slice(*ends) for ends in piece.box)
+            if any(axis.mixed for axis in piece.axes):  # where from is not followed, only of what
+                got[box] = state[parameter][box].double()
+                assert torch.isin(got[box], saved[piece.source].double()).all(), parameter
+                continue
             got[box] = saved[piece.source][tuple(place(piece))].double()
         assert torch.equal(got, state[parameter].double()), parameter
 

@@ -29,6 +29,7 @@ SUBMODULE_IMPORTS = {
     "models.auto.configuration_auto": {"CONFIG_MAPPING"},
     "models.auto.modeling_auto": {
         "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+        "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
         "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
     },
     "pytorch_utils": {"Conv1D"},

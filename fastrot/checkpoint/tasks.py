@@ -105,13 +105,14 @@ def tasks_of(
     copied: dict[str, list[Action]] = {name: [] for name in entries}
     for name, target in made.targets.items():
         for piece in target.pieces:
-            box, edit = place_of(piece, entries[piece.source]), edit_of(name)
+            entry, edit = entries[piece.source], edit_of(name)
             if name in values:
-                actions[piece.source].append(Action(box, value=values[name]))
+                actions[piece.source].append(Action(place_of(piece, entry), value=values[name]))
             elif edit is not None:
+                box = place_of(piece, entry)
                 actions[piece.source].append(Action(box, _local(edit, piece, target)))
             else:
-                copied[piece.source].append(Action(box))
+                copied[piece.source].append(Action(_around(piece, entry)))
     for name, found in actions.items():
         _check_disjoint(name, found, copied[name])
 
@@ -168,16 +169,26 @@ def _converted(entry: Entry, dtype: torch.dtype | None) -> Layout:
 
 
 def place_of(piece: Piece, entry: Layout) -> Slices:
-    """The box of a source that a piece came from."""
-    box = []
-    for axis, length in zip(piece.axes, entry.shape, strict=True):
-        reach = sum(stride * (piece.shape[dim] - 1) for dim, stride in axis.strides)
-        box.append(slice(0, length) if axis.mixed else slice(axis.start, axis.start + reach + 1))
+    """The box of a source that a piece came from.
+
+    Raises:
+        RotationError: the piece is not all of a box.
+    """
+    box = _around(piece, entry)
     if prod(s.stop - s.start for s in box) != prod(piece.shape):
         raise RotationError(
             f"transformers takes {piece.source} apart in steps, which can't be done to a file; "
             "load the model and use fastrot.apply"
         )
+    return box
+
+
+def _around(piece: Piece, entry: Layout) -> Slices:
+    """The smallest box known to hold all that a piece came from."""
+    box = []
+    for axis, length in zip(piece.axes, entry.shape, strict=True):
+        reach = sum(stride * (piece.shape[dim] - 1) for dim, stride in axis.strides)
+        box.append(slice(0, length) if axis.mixed else slice(axis.start, axis.start + reach + 1))
     return tuple(box)
 
 

@@ -14,8 +14,16 @@ if TYPE_CHECKING:
 def auto_class(config: "PreTrainedConfig") -> Any:
     """The class of transformers that makes a language model, with eyes or without."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
 
-    return AutoModelForImageTextToText if config.model_type in SHELLS else AutoModelForCausalLM
+    name = config.model_type
+    # Some are listed as both, the second time without eyes; and what only hears is not listed here.
+    sees = name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    whole = name in SHELLS or name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return AutoModelForImageTextToText if sees and whole else AutoModelForCausalLM
 
 
 def model_of(config: "PreTrainedConfig") -> "PreTrainedModel":

@@ -208,6 +208,50 @@ NANOCHAT = Architecture(
     notes="norms without parameters; MLP without a gate",
 )
 
+CHAMELEON = replace(
+    LLAMA,
+    mapping=replace(
+        LLAMA.mapping,
+        ignore=(
+            Untouched(r"re:.*self_attn\.[qk]_norm\.\w+$", "acts on queries and keys, before R3"),
+            Untouched(r"re:.*\.vqmodel\.", "turns a picture into token ids"),
+        ),
+    ),
+    when={"swin_norm": False},
+)
+
+CHAMELEON_POST = replace(
+    CHAMELEON,
+    mapping=replace(
+        CHAMELEON.mapping,
+        post_norm=(r"re:.*\.(input|post_attention)_layernorm$",),
+        post_norm_in=(r"re:.*self_attn\.o_proj$", r"re:.*mlp\.down_proj$"),
+    ),
+    norms=OLMO2.norms,
+    when={"swin_norm": True},
+    notes="no norm before attention and MLP",
+)
+
+CROSS_QUERY = r"re:.*cross_attn\.q_proj$"
+
+MLLAMA = replace(
+    LLAMA,
+    mapping=replace(
+        LLAMA.mapping,
+        readers=(CROSS_QUERY,),
+        writers=(r"re:.*cross_attn\.o_proj$",),
+        ignore=(
+            Untouched(
+                r"re:.*(cross_attn\.[kv]_proj|cross_attn\.[qk]_norm)\.weight$",
+                "reads the image, or acts on queries and keys",
+            ),
+            Untouched(r"re:.*\.cross_attn_(attn|mlp)_gate$", "scales what a layer adds as a whole"),
+        ),
+    ),
+    norms=(NormMapping(r"re:.*\.input_layernorm$", (*QKV, CROSS_QUERY)), *LLAMA.norms[1:]),
+    notes="some layers attend to the image, in a space of its own",
+)
+
 ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     "llama": LLAMA,
     "mistral": LLAMA,
@@ -218,11 +262,14 @@ ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     "internlm3": LLAMA,
     "qwen2": LLAMA,
     "seed_oss": LLAMA,
+    "emu3_text_model": LLAMA,
     "helium": LLAMA,
     "cwm": LLAMA,
     "exaone": LLAMA,
     "iquestcoder": LLAMA,
     "diffllama": replace(LLAMA, mapping=replace(LLAMA.mapping, ignore=(DIFFERENTIAL,))),
+    "chameleon": (CHAMELEON, CHAMELEON_POST),
+    "mllama_text_model": MLLAMA,
     "granite": GRANITE,
     "granite_swa": replace(GRANITE, mapping=replace(LLAMA.mapping, ignore=(SINKS,))),
     "hyperclovax": (HYPERCLOVAX, replace(GRANITE, when={"use_post_norm": False})),

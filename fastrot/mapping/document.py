@@ -79,7 +79,8 @@ are refused as such, whatever they are called.
 def architectures_document() -> str:
     """``docs/architectures.md``."""
     shells = "".join(
-        f"| {name} | {', '.join(map(_code, shell.writers)) or '–'} | {shell.notes} |\n"
+        f"| {name} | {', '.join(map(_code, shell.writers + shell.post_norm)) or '–'} "
+        f"| {shell.notes} |\n"
         for name, shell in sorted(SHELLS.items())
     )
     return f"{HEAD}{architectures_table()}{SHELL_HEAD}{shells}{REFUSED_HEAD}{_refused()}"

@@ -325,6 +325,7 @@ ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     ),
     "cohere": COHERE,
     "cohere2": COHERE,
+    "cohere_compass_text": COHERE,
     "stablelm": (STABLELM, STABLELM_PARALLEL),
     "nemotron": NEMOTRON,
     "jais2": JAIS2,

@@ -22,6 +22,8 @@ DECODER_HALF = _all(
     "rotates decoders that stand alone"
 )
 
+ENCODER_DECODER = _all("it is an encoder-decoder; fastrot rotates decoders")
+
 ASSISTANT = {
     "R1": "it reads the states of the model that it drafts for, whose stream would turn too",
     "R2": "it attends to the values of the model that it drafts for",
@@ -51,9 +53,12 @@ REFUSED: dict[str, Reasons] = {
         ),
         DECODER_HALF,
     ),
-    "vision-encoder-decoder": _all("it is an encoder-decoder; fastrot rotates decoders"),
+    **dict.fromkeys(("vision-encoder-decoder", "diffusion_gemma"), ENCODER_DECODER),
     **dict.fromkeys(("blip", "git"), CAPTION),
     "shieldgemma2": _all("it sorts images and has no head for text; rotate its Gemma 3 instead"),
+    "pi0": _all(
+        "it answers with motions and has no head for text; fastrot rotates decoders of text"
+    ),
     **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), ASSISTANT),
 }
 """``model_type`` → the reasons for which none of the rotations can be done."""

@@ -192,6 +192,7 @@ class Shell:
         transposed: the bare matrices among them that are (in, out).
         between: those of them that write between two layers of the language model.
         ignore: parameters of the towers; a parameter that a writer owns need not be left out.
+        post_norm: norms at the end of projectors, whose output goes into the stream.
         head: full name of the language model's head.
         notes: what is special, for the documentation.
     """
@@ -201,6 +202,7 @@ class Shell:
     transposed: Patterns = ()
     between: Patterns = ()
     ignore: tuple[Untouched, ...] = ()
+    post_norm: Patterns = ()
     head: str = "lm_head"
     notes: str = ""
 

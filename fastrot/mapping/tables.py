@@ -7,7 +7,18 @@ from difflib import get_close_matches
 from typing import Any
 
 from fastrot.errors import RotationError
-from fastrot.mapping import dense, experts, hybrid, latent, layernorm, unrotated, vision
+from fastrot.mapping import (
+    crossed,
+    dense,
+    experts,
+    hybrid,
+    latent,
+    layernorm,
+    sight,
+    singular,
+    unrotated,
+    vision,
+)
 from fastrot.mapping.refused import REFUSED, reasons_of
 from fastrot.mapping.roles import Architecture, Mapping, Patterns, Shell, Untouched
 
@@ -17,12 +28,15 @@ ARCHITECTURES: dict[str, Architecture | tuple[Architecture, ...]] = {
     **experts.ROWS,
     **latent.ROWS,
     **hybrid.ROWS,
+    **singular.ROWS,
+    **crossed.ROWS,
     **unrotated.ROWS,
     **vision.ROWS,
+    **sight.ROWS,
 }
 """``model_type`` of a (text) configuration → its row, or several for different settings."""
 
-SHELLS: dict[str, Shell] = vision.SHELLS
+SHELLS: dict[str, Shell] = {**vision.SHELLS, **sight.SHELLS}
 """``model_type`` of a multimodal configuration → what surrounds its language model."""
 
 
@@ -109,6 +123,7 @@ def _inside(row: Architecture, shell: Shell) -> Architecture:
         writers=(*mapping.writers, *shell.writers),
         transposed=(*mapping.transposed, *shell.transposed),
         between=(*mapping.between, *shell.between),
+        post_norm=(*mapping.post_norm, *shell.post_norm),
     )
     notes = "; ".join(note for note in (row.notes, shell.notes) if note)
     return replace(row, mapping=mapping, norms=norms, notes=notes)

@@ -8,6 +8,7 @@ beside something else, in a vector of another size.
 from dataclasses import replace
 
 from fastrot.mapping.dense import LLAMA
+from fastrot.mapping.hybrid import KIMI
 from fastrot.mapping.latent import LATENT
 from fastrot.mapping.layernorm import GPT2, OWN_ATTENTION
 from fastrot.mapping.roles import Architecture, Mapping
@@ -108,12 +109,161 @@ INKLING = Architecture(
     notes="values pass a convolution",
 )
 
+SINES = "it adds sines to the stream that are no parameter, so that nothing can turn them too"
+
+CTRL = Architecture(
+    Mapping(
+        attn=(r"re:.*\.multi_head_attention$",),
+        attn_v=(r"re:.*\.multi_head_attention\.Wv$",),
+        attn_o=(r"re:.*\.multi_head_attention\.dense$",),
+    ),
+    (),
+    refuses={
+        "R1": SINES,
+        "R4": "its MLP is a list of modules, none of which is called by a name that R4 could hold",
+    },
+    notes="positions are sines",
+)
+
+XGLM = Architecture(
+    replace(INSIDE, attn_o=(r"re:.*self_attn\.out_proj$",), mlp_out=(r"re:.*\.fc2$",)),
+    (),
+    refuses={"R1": SINES, "R3": OWN_ATTENTION},
+    notes="positions are sines",
+)
+
+KOSMOS = Architecture(
+    Mapping(
+        attn=(r"re:text_model\..*self_attn$",),
+        attn_o=(r"re:text_model\..*self_attn\.out_proj$",),
+        mlp_out=(r"re:text_model\..*\.fc2$",),
+    ),
+    (),
+    refuses={"R1": SINES, "R2": "a norm that centres stands between values and output"},
+    notes="positions are sines; norms inside attention and MLP",
+)
+
+KOSMOS2_5 = Architecture(
+    replace(
+        KOSMOS.mapping,
+        attn_v=(r"re:text_model\..*self_attn\.v_proj$",),
+    ),
+    (),
+    refuses={"R1": SINES},
+    notes="positions are sines; a norm inside the MLP",
+)
+
+RWKV = Architecture(
+    Mapping(mlp_out=(r"re:.*\.feed_forward\.value$",)),
+    (),
+    refuses={
+        "R1": "it mixes each token with the one before at a rate of its own for every channel"
+    },
+    notes="no attention",
+)
+
+AXK2 = replace(
+    HYPER,
+    refuses={
+        **HYPER.refuses,
+        "R1": "a gate multiplies the output of its norms channel by channel before it is read",
+    },
+)
+
+DEEPSEEK_V4 = Architecture(
+    Mapping(mlp_out=(r"re:.*mlp\.(shared_)?experts\.down_proj$",)),
+    (),
+    refuses={
+        "R1": HYPER.refuses["R1"],
+        "R2": "its keys are its values, positions turn both, and queries take no part in R2",
+        "R3": "its keys are its values, and a rotation of the one is one of the other",
+    },
+    notes="keys are values, and are compressed",
+)
+
+ZAMBA2 = replace(
+    ZAMBA,
+    mapping=Mapping(
+        attn=(r"re:.*shared_transformer\.self_attn$",),
+        attn_v=(r"re:.*shared_transformer\.self_attn\.v_proj$",),
+        attn_o=(r"re:.*shared_transformer\.self_attn\.o_proj$",),
+        mlp_out=(r"re:.*shared_transformer\.feed_forward\.down_proj$",),
+    ),
+    when={"use_shared_attention_adapter": False},
+)
+
+ZAMBA2_ADAPTED = replace(
+    ZAMBA2,
+    mapping=replace(ZAMBA2.mapping, attn_v=(), attn_gated=True),
+    when={"use_shared_attention_adapter": True},
+    notes="Mamba layers; attention and MLP are shared; each layer adds to the values",
+)
+
+INKLING2 = replace(
+    INKLING, mapping=replace(INKLING.mapping, attn_o=(r"re:.*self_attn\.o_proj\.linear$",))
+)
+
+GLM5_NEXT = Architecture(
+    Mapping(mlp_out=HYPER.mapping.mlp_out),
+    (),
+    refuses={**HYPER.refuses, "R2": KIMI.refuses["R2"]},
+    notes="linear attention and multi-head latent attention",
+)
+
+MISTRAL_LARGE4 = Architecture(
+    replace(
+        INSIDE,
+        attn_v=LATENT.mapping.attn_v,
+        attn_v_rows="latent",
+        mlp_out=HYPER.mapping.mlp_out,
+    ),
+    (),
+    refuses={
+        "R1": "its indexer reads the scaled output of a norm through a second one, which centres",
+        "R3": LATENT.refuses["R3"],
+    },
+    notes="R2 on the value rows of kv_b_proj",
+)
+
+MUSE_SPARK = Architecture(
+    replace(INSIDE, attn_v=(), attn_gated=True),
+    (),
+    refuses={"R1": "each sum scales the stream channel by channel"},
+    notes="a gate between values and output; R4 in dense MLPs, not in experts",
+)
+
+QWEN4 = Architecture(
+    replace(
+        INSIDE,
+        attn_v=(),
+        attn_gated=True,
+        mlp_out=(r"re:.*mlp\.(shared_expert|experts)\.down_proj$",),
+    ),
+    (),
+    refuses={"R1": HYPER.refuses["R1"]},
+    notes="linear attention; q_proj carries a gate between values and output",
+)
+
 ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     "openai-gpt": OPENAI_GPT,
     "doge": DOGE,
     "dory": DORY,
     "longcat_flash": LONGCAT,
     "zamba": ZAMBA,
+    "hy_v4_vl_text": HYPER,
+    "inkling2_text": INKLING2,
+    "glm5_next_text": GLM5_NEXT,
+    "mistral_large4_text": MISTRAL_LARGE4,
+    "muse_spark_text": MUSE_SPARK,
+    "qwen4_exp_text": QWEN4,
+    "zamba2": (ZAMBA2, ZAMBA2_ADAPTED),
+    "ctrl": CTRL,
+    "xglm": XGLM,
+    "kosmos-2": KOSMOS,
+    "kosmos-2.5": KOSMOS2_5,
+    "rwkv": RWKV,
+    "axk2": AXK2,
+    "deepseek_v4": DEEPSEEK_V4,
     "hy_v4": HYPER,
     "zaya": ZAYA,
     "inkling_text": INKLING,

@@ -140,10 +140,36 @@ def inputs(
 
 
 def _families() -> dict[str, Family]:
-    from zoo import dense, experts, hybrid, layernorm, sight, unrotated, vision
+    from zoo import (
+        blind,
+        crossed,
+        dense,
+        experts,
+        hybrid,
+        layernorm,
+        mixed,
+        readers,
+        sight,
+        singular,
+        unrotated,
+        vision,
+    )
 
     rows: dict[str, Family] = {}
-    for module in (dense, layernorm, experts, hybrid, unrotated, vision, sight):
+    for module in (
+        dense,
+        layernorm,
+        experts,
+        hybrid,
+        singular,
+        unrotated,
+        vision,
+        sight,
+        readers,
+        mixed,
+        blind,
+        crossed,
+    ):
         for name, family in module.FAMILIES.items():
             if name in rows:
                 raise ValueError(f"family {name!r} stands twice in the zoo")

@@ -180,7 +180,7 @@ FAMILIES: dict[str, Family] = {
                 for kind in SLIDING["layer_types"]
             },
         },
-        {**without(SIZES, "head_dim"), "v_head_dim": (12, 8)},
+        {**without(SIZES, "head_dim"), "v_head_dim": (12, 8), "num_key_value_heads": (2, 1)},
     ),
     "axk1": Family(
         "axk1",

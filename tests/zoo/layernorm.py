@@ -302,4 +302,23 @@ FAMILIES: dict[str, Family] = {
         {"d_model": (96, 64), "n_heads": (8, 4), "attn_config.clip_qkv": (None, 0.5), **TIED},
         EXACT,
     ),
+    "cohere_compass_text": Family(
+        "cohere_compass_text",
+        "CohereCompassForCausalLM",
+        {
+            **DERIVED,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "sliding_window": 8,
+            "attention_bias": True,
+            "rope_parameters": {
+                "full_attention": None,
+                "sliding_attention": {
+                    "rope_type": "default",
+                    "rope_theta": 1e4,
+                    "mrope_section": [2, 3, 3],
+                },
+            },
+        },
+        {"hidden_size": (96, 48, 192), **TIED},
+    ),
 }

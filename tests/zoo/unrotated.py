@@ -2,10 +2,28 @@
 
 from typing import Any
 
+import torch
+from transformers.models.xglm import modeling_xglm
+
 from zoo import Family
 from zoo.dense import COMMON, DERIVED
 from zoo.experts import GROUPED, LATENT, without
 from zoo.layernorm import GPT, TIED
+
+
+class Wide:
+    """torch for a model that puts the smallest float64 into a float32."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def full(size: tuple[int, ...], value: float, **settings: Any) -> torch.Tensor:
+        """As ``torch.full``, wide enough for the value."""
+        return torch.full(size, value, **{"dtype": torch.float64, **settings})
+
+
+modeling_xglm.torch = Wide()  # type: ignore[attr-defined]
 
 SIZES: dict[str, tuple[Any, ...]] = {
     "hidden_size": (96, 48, 192),
@@ -40,6 +58,22 @@ INKLING: dict[str, Any] = {
     "n_routed_experts": 4,
     "n_shared_experts": 2,
     "num_experts_per_tok": 2,
+}
+
+ZAMBA2: dict[str, Any] = {
+    **without(DERIVED, "head_dim"),
+    "num_hidden_layers": 3,
+    "num_key_value_heads": 6,
+    "layers_block_type": ["linear_attention", "hybrid", "hybrid"],
+    "hybrid_layer_ids": [1, 2],
+    "mamba_d_state": 8,
+    "mamba_ngroups": 1,
+    "n_mamba_heads": 4,
+    "mamba_headdim": 48,
+    "adapter_rank": 8,
+    "use_mem_rope": True,
+    "chunk_size": 8,
+    "use_mamba_kernels": False,
 }
 
 FAMILIES: dict[str, Family] = {
@@ -118,5 +152,109 @@ FAMILIES: dict[str, Family] = {
     ),
     "inkling_text": Family(
         "inkling_text", "InklingForCausalLM", INKLING, {"hidden_size": (96, 48)}
+    ),
+    "ctrl": Family(
+        "ctrl",
+        "CTRLLMHeadModel",
+        {
+            "vocab_size": 64,
+            "n_positions": 256,
+            "n_embd": 96,
+            "dff": 112,
+            "n_layer": 2,
+            "n_head": 6,
+            "tie_word_embeddings": False,
+        },
+        {"n_embd": (96, 48), **TIED},
+        1e-12,
+    ),
+    "xglm": Family(
+        "xglm",
+        "XGLMForCausalLM",
+        {
+            "vocab_size": 64,
+            "d_model": 96,
+            "ffn_dim": 112,
+            "num_layers": 2,
+            "attention_heads": 6,
+            "max_position_embeddings": 256,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "tie_word_embeddings": False,
+        },
+        {"d_model": (96, 48), **TIED},
+    ),
+    "rwkv": Family(
+        "rwkv",
+        "RwkvForCausalLM",
+        {
+            "vocab_size": 64,
+            "context_length": 256,
+            "hidden_size": 96,
+            "num_hidden_layers": 2,
+            "intermediate_size": 112,
+            "rescale_every": 0,  # else a forward halves weights, and saving keeps that
+            "tie_word_embeddings": False,
+        },
+        {"hidden_size": (96, 48), "intermediate_size": (112, 56)},
+    ),
+    "axk2": Family(
+        "axk2",
+        "AXK2ForCausalLM",
+        {
+            **LATENT,
+            **GROUPED,
+            "index_topk": 5,
+            "index_head_dim": 12,
+            "index_n_heads": 4,
+            "gated_norm_rank": 8,
+            "mlp_layer_types": ["dense", "sparse"],
+        },
+        {"hidden_size": (96, 48)},
+    ),
+    "deepseek_v4": Family(
+        "deepseek_v4",
+        "DeepseekV4ForCausalLM",
+        {
+            **without(COMMON, "intermediate_size"),
+            "num_key_value_heads": 1,
+            "num_hidden_layers": 3,
+            "moe_intermediate_size": 56,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "q_lora_rank": 36,
+            "o_groups": 2,
+            "o_lora_rank": 20,
+            "index_n_heads": 2,
+            "index_head_dim": 16,
+            "index_topk": 4,
+            "sliding_window": 8,
+            "hc_mult": 2,
+            "layer_types": [
+                "sliding_attention",
+                "compressed_sparse_attention",
+                "heavily_compressed_attention",
+            ],
+            "compress_rates": {
+                "compressed_sparse_attention": 2,
+                "heavily_compressed_attention": 4,
+            },
+            "mlp_layer_types": ["hash_moe", "moe", "moe"],
+            "rope_parameters": {
+                name: {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+                for name in ("main", "compress")
+            },
+        },
+        {"hidden_size": (96, 48)},
+    ),
+    "zamba2": Family("zamba2", "Zamba2ForCausalLM", ZAMBA2, {"intermediate_size": (112, 56)}, 1e-5),
+    "zamba2_adapted": Family(
+        "zamba2",
+        "Zamba2ForCausalLM",
+        {**ZAMBA2, "use_shared_attention_adapter": True},
+        {"intermediate_size": (112, 56)},
+        1e-5,
     ),
 }

@@ -1,0 +1,50 @@
+"""Decoders some of whose layers attend to an image, gated as a whole."""
+
+from dataclasses import replace
+
+from fastrot.mapping.dense import GATE_UP, LLAMA
+from fastrot.mapping.roles import Architecture, NormMapping, Untouched
+
+CROSS_QUERY = r"re:.*cross_attn\.q_proj$"
+
+IDEFICS = Architecture(
+    replace(
+        LLAMA.mapping,
+        attn=(r"re:model\.layers\.\d+\.self_attn$",),
+        attn_q=(r"re:model\.layers\..*self_attn\.q_proj$",),
+        attn_k=(r"re:model\.layers\..*self_attn\.k_proj$",),
+        attn_v=(r"re:model\.layers\..*self_attn\.v_proj$",),
+        readers=(CROSS_QUERY,),
+        writers=(r"re:.*cross_attn\.o_proj$",),
+        ignore=(
+            Untouched(r"re:model\.vision_model\.", "sees the image, which is attended to"),
+            Untouched(
+                r"re:.*_attn\.[qk]_layer_norm\.weight$", "acts on queries and keys, before R3"
+            ),
+            Untouched(r"re:.*cross_attn\.[kv]_proj\.weight$", "reads the image"),
+            Untouched(r"re:.*\.alpha_(cross_attn|dense)$", "scales what a layer adds as a whole"),
+        ),
+    ),
+    (
+        NormMapping(
+            r"re:.*\.input_layernorm$", (r"re:model\.layers\..*self_attn\.[qkv]_proj$", CROSS_QUERY)
+        ),
+        NormMapping(r"re:.*\.post_attention_layernorm$", GATE_UP),
+        LLAMA.norms[2],
+    ),
+    when={"additional_vocab_size": 0, "alpha_type": "float"},
+    notes="some layers attend to the image, in a space of its own",
+)
+
+IDEFICS_INSIDE = replace(
+    IDEFICS,
+    mapping=replace(IDEFICS.mapping, embedding=(), lm_head=()),
+    norms=(),
+    when={},
+    refuses={
+        "R1": "a gate scales what some layers add channel by channel, or embedding and head hold a "
+        "second matrix, for further tokens, in one module with the first"
+    },
+)
+
+ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {"idefics": (IDEFICS, IDEFICS_INSIDE)}
