@@ -77,8 +77,9 @@ def check_whole(model: nn.Module, *, trust: bool = False) -> None:
     from transformers import PreTrainedModel
 
     inside = {id(module) for module in model.modules() if any(True for _ in module.parameters())}
-    for other in gc.get_objects():
-        if issubclass(type(other), PreTrainedModel) and id(other) not in inside:
+    kinds = _with_subclasses(PreTrainedModel)
+    for other in [found for found in gc.get_objects() if type(found) in kinds]:
+        if id(other) not in inside:
             # Another thread may be making it: copying, unpickling.
             for name, child in dict(other.__dict__.get("_modules", ())).items():
                 if child is model:
@@ -94,6 +95,14 @@ def check_whole(model: nn.Module, *, trust: bool = False) -> None:
                         "model, give it a copy (copy.deepcopy), or pass trust=True if it is not "
                         "used any more"
                     )
+
+
+def _with_subclasses(kind: type) -> set[type]:
+    found: set[type] = {kind}
+    below: type
+    for below in type.__subclasses__(kind):
+        found |= _with_subclasses(below)
+    return found
 
 
 def _touched(model: nn.Module, plan: Plan) -> list[str]:

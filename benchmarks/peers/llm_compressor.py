@@ -4,6 +4,7 @@ Runs in a virtual environment of its own: `pip install torch==2.13.0 llmcompress
 """
 
 import json
+import os
 import sys
 import time
 from importlib.metadata import version
@@ -22,6 +23,7 @@ def main() -> None:
     model = LlamaForCausalLM(LlamaConfig(**request["config"])).eval()
     modifier = SpinQuantModifier(rotations=request["rotations"], transform_type="hadamard")
     state = State(model=model)
+    torch.ones(int(os.environ["TOUCHED"]), dtype=torch.uint8)
     start = time.perf_counter()
     modifier.on_initialize(state)
     modifier.on_calibration_start(state, None)
