@@ -49,7 +49,7 @@ BEHIND = {  # family → rotation that its row has and a suggestion lacks
     "modernbert-decoder": {"R1": "a norm stands between the embedding and the stream"},
     "zamba2": {"R2": "the adapter of the values looks like another projection"},
     **{name: {"R2": NO_STREAM} for name in ("dory", "zaya", "inkling_text")},
-    "doge": {"R2": NO_STREAM, "R4": "its attention keeps the best positions, and rounding may change one"},
+    "doge": {"R2": NO_STREAM, "R4": "rounding may change which positions it keeps"},
     "longcat_flash": {"R2": NO_STREAM, "R4": "two blocks in a layer share its experts"},
 }
 ALIKE = {"dbrx"}
