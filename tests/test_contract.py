@@ -17,7 +17,7 @@ from fastrot.integrations.registration import REGISTRIES
 from fastrot.integrations.transformers import cache_argument
 
 SUBMODULE_IMPORTS = {
-    "cache_utils": {"Cache", "DynamicLayer", "EncoderDecoderCache"},
+    "cache_utils": {"Cache", "DynamicCache", "EncoderDecoderCache"},
     "cli.transformers": {"app"},
     "conversion_mapping": {"get_model_conversion_mapping"},
     "core_model_loading": {

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -33,6 +34,7 @@ class Family:
         vision: makes the image inputs and the ids around them; None for text models.
         unread: how the names of parameters end that transformers does not read in this setting.
         ids: the smallest and (exclusive) largest token id that random text uses.
+        since: release of transformers that can build it; None for all that know its type.
     """
 
     model_type: str
@@ -43,6 +45,7 @@ class Family:
     vision: Callable[[nn.Module, torch.Generator], Inputs] | None = None
     ids: tuple[int, int] = (3, 64)
     unread: tuple[str, ...] = ()
+    since: str | None = None
 
 
 def build(
@@ -155,6 +158,7 @@ def _families() -> dict[str, Family]:
         vision,
     )
 
+    release = Version(transformers.__version__)
     rows: dict[str, Family] = {}
     for module in (
         dense,
@@ -173,7 +177,9 @@ def _families() -> dict[str, Family]:
         for name, family in module.FAMILIES.items():
             if name in rows:
                 raise ValueError(f"family {name!r} stands twice in the zoo")
-            if family.model_type in CONFIG_MAPPING and hasattr(transformers, family.model_class):
+            known = family.model_type in CONFIG_MAPPING
+            early = family.since is not None and release < Version(family.since)
+            if known and not early and hasattr(transformers, family.model_class):
                 rows[name] = family
     return rows
 

@@ -126,6 +126,7 @@ FAMILIES: dict[str, Family] = {
             **SPECIAL_GLM,
         },
         exact=1e-5,
+        since="5.24",
     ),
     "mistral_large4": Family(
         "mistral_large4",
@@ -200,5 +201,6 @@ FAMILIES: dict[str, Family] = {
             **SPECIAL,
         },
         exact=1e-5,
+        since="5.24",
     ),
 }
