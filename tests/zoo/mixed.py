@@ -228,6 +228,7 @@ FAMILIES: dict[str, Family] = {
         },
         TIES,
         vision=listened(16, 4),
+        since="5.24",
     ),
     "qwen3_omni_moe_thinker": Family(
         "qwen3_omni_moe_thinker",
@@ -264,6 +265,7 @@ FAMILIES: dict[str, Family] = {
         },
         {"text_config.num_key_value_heads": (2, 1, 6)},
         vision=listened(40, 5),
+        since="5.24",
     ),
     "dots3_note": Family(
         "dots3_note",

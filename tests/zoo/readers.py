@@ -214,6 +214,7 @@ FAMILIES: dict[str, Family] = {
         {"text_config.hidden_size": (96, 48, 192)},
         1e-12,
         vision=flat,
+        since="5.24",
     ),
     "idefics2": Family(
         "idefics2",
