@@ -29,8 +29,7 @@ from transformers import (
     BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
-    CTRLConfig,
-    CTRLLMHeadModel,
+    LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
 )
@@ -282,9 +281,18 @@ def bert(_):
         return BertForMaskedLM(BertConfig(intermediate_size=16, vocab_size=16, **sizes))
 
 
-def ctrl(_):
+class UnheardConfig(LlamaConfig):
+    model_type = "unheard"
+
+
+class UnheardForCausalLM(LlamaForCausalLM):
+    config_class = UnheardConfig
+
+
+def unheard(_):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
     with torch.random.fork_rng(devices=[]):
-        return CTRLLMHeadModel(CTRLConfig(n_embd=16, n_layer=1, n_head=2, vocab_size=16))
+        return UnheardForCausalLM(UnheardConfig(num_hidden_layers=1, vocab_size=16, **sizes))
 
 
 def bart(_):
@@ -633,9 +641,9 @@ MODELS = {
     ),
     "unknown architecture": Case(
         fastrot.UnknownArchitectureError,
-        ("'ctrl'", "mappings=", "norm_mappings=", "suggest_mapping"),
+        ("'unheard'", "mappings=", "norm_mappings=", "suggest_mapping"),
         {},
-        ctrl,
+        unheard,
     ),
     "encoder": Case(ValueError, ("BertForMaskedLM", "is an encoder"), {}, bert),
     "nearly known architecture": Case(

@@ -201,7 +201,6 @@ FAMILIES: dict[str, Family] = {
             "max_position_embeddings": 256,
         },
         {"hidden_size": (96, 48), "intermediate_size": (112, None), **TIED},
-        EXACT,
     ),
     "gptj": Family(
         "gptj",
@@ -243,7 +242,6 @@ FAMILIES: dict[str, Family] = {
             "slow_but_exact": (False, True),
             **TIED,
         },
-        EXACT,
     ),
     "bloom_sliced": Family(
         "bloom",
@@ -257,7 +255,6 @@ FAMILIES: dict[str, Family] = {
             "slow_but_exact": True,
         },
         {"hidden_size": (96, 48), "pretraining_tp": (2, 1), **TIED},
-        EXACT,
         unread=("self_attention.dense.bias", "mlp.dense_4h_to_h.bias"),
     ),
     "falcon_two_norms": Family(
@@ -293,14 +290,12 @@ FAMILIES: dict[str, Family] = {
             "attn_config": {"clip_qkv": 0.5},
         },
         {"d_model": (96, 64), **TIED},
-        EXACT,
     ),
     "mpt": Family(
         "mpt",
         "MptForCausalLM",
         {**UNTIED, "d_model": 96, "n_heads": 8, "n_layers": 2, "max_seq_len": 256},
         {"d_model": (96, 64), "n_heads": (8, 4), "attn_config.clip_qkv": (None, 0.5), **TIED},
-        EXACT,
     ),
     "cohere_compass_text": Family(
         "cohere_compass_text",

@@ -85,7 +85,6 @@ FAMILIES: dict[str, Family] = {
             "mlp_bias": (True, False),
             "tie_word_embeddings": (True, False),
         },
-        1e-12,
     ),
     "dbrx": Family("dbrx", "DbrxForCausalLM", DBRX, {"n_heads": (6, 12)}),
     "jetmoe": Family(
