@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers import random_ids, tiny, word_tokenizer
+from helpers import random_ids, relative_error, tiny, word_tokenizer
 from test_exact import MODEL_TYPES, ROTATIONS
 from transformers import (
     AttentionInterface,
@@ -16,6 +16,7 @@ from transformers import (
     StaticCache,
     pipeline,
 )
+from zoo import FAMILIES, build
 
 import fastrot
 from fastrot.integrations.transformers import cache_argument
@@ -191,6 +192,35 @@ def test_two_models_are_strangers(pair):
     assert torch.equal(model(**inputs).logits, before)
     assert model.config._attn_implementation == "sdpa"
     assert not any("fastrot" in name for name, _ in model.named_modules())
+
+
+@pytest.mark.parametrize(
+    ("family", "recipe"),
+    [
+        ("llama", fastrot.Recipe("R3")),
+        ("llama", fastrot.Recipe("R1", keep_head=True)),
+        ("gemma2", fastrot.Recipe("R1")),
+    ],
+    ids=["R3", "keep_head", "norms behind"],
+)
+@torch.no_grad()
+def test_what_was_compiled_for_the_unrotated_model_is_not_taken(family, recipe):
+    """torch.compile does not ask whether a module has hooks."""
+    model = build(FAMILIES[family], torch.float32)
+    rotated = copy.deepcopy(model)
+    fastrot.apply(rotated, recipe)
+    ids = torch.randint(3, 60, (1, 8), generator=torch.Generator().manual_seed(0))
+
+    def steps(model, run):
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        given = {**cache_argument(model, cache), "use_cache": True}
+        return torch.cat([run(token, **given).logits for token in ids.split(1, dim=1)], 1)
+
+    expected = steps(model, model)
+    torch._dynamo.reset()
+    for case in (model, rotated):
+        found = steps(case, torch.compile(case, backend="eager", dynamic=False))
+        assert relative_error(found, expected) < 1e-5
 
 
 def test_a_quantized_cache_holds_rotated_keys():

@@ -1,5 +1,6 @@
 """Puts online rotations on a model and takes them off."""
 
+import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -120,8 +121,25 @@ def _place(rotation: OnlineRotation) -> tuple[Place, ...]:
     return () if rotation.child is None else ((rotation.child, rotation.location),)
 
 
+def plain_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a module's class."""
+    return type(module).forward(module, *args, **kwargs)
+
+
+class PlainForward(functools.partial[Any]):
+    """:func:`plain_forward` in the place of a bound method; tools may bind its function anew.
+
+    torch.compile takes what it traced for another model of the class, without asking for hooks. It
+    does ask for a forward of the module's own.
+    """
+
+    __func__ = staticmethod(plain_forward)
+
+
 def _hook(module: nn.Module, rotation: OnlineRotation) -> None:
     location = rotation.location
+    if _hooks(rotation) and not any(name in module.__dict__ for name in FORWARDS):
+        module.forward = PlainForward(plain_forward, module)
     if rotation.child is not None:
         set_places(module, (*places_of(module), *_place(rotation)))
     elif location == "output":
@@ -135,6 +153,10 @@ def _hook(module: nn.Module, rotation: OnlineRotation) -> None:
         # accelerate stand around the forward that they keep.
         place = FORWARDS["_old_forward" in module.__dict__]
         setattr(module, place, ExpertsForward(experts_forward, module))
+
+
+def _hooks(rotation: OnlineRotation) -> bool:
+    return rotation.child is None and rotation.location in ("output", "input", "k_cache")
 
 
 def installed(model: nn.Module) -> Iterator[tuple[str, nn.Module, OnlineRotation]]:
@@ -216,6 +238,10 @@ def _unhook(module: nn.Module, rotation: OnlineRotation) -> None:
         set_places(module, tuple(p for p in places_of(module) if p not in _place(rotation)))
     elif rotation.location == "down_input":
         _own_forward(module)
+    elif isinstance(module.__dict__.get("forward"), PlainForward) and not any(
+        isinstance(other, OnlineRotation) and _hooks(other) for other in module.children()
+    ):
+        del module.forward
     # Handles do not survive deepcopy and pickle; the functions do.
     functions = {"input": _rotate_input, "output": _rotate_output, "k_cache": rotate_keys}
     function = functions.get(rotation.location) if rotation.child is None else None
