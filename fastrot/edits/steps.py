@@ -7,7 +7,7 @@ import torch
 
 from fastrot.mapping import NormKind
 from fastrot.rotations import Rotation
-from fastrot.rotations.stages import Stage, inverted
+from fastrot.rotations.stages import Stage
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,7 @@ class Rotate:
     @property
     def stages(self) -> tuple[Stage, ...]:
         """The factors of the rotation, or of its inverse."""
-        stages = self.rotation.stages()
-        return inverted(stages) if self.inverse else stages
+        return self.rotation.stages(inverse=self.inverse)
 
     def __str__(self) -> str:
         values = "" if self.part is None else f"[values of {self.part.groups}]"

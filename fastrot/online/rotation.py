@@ -10,7 +10,7 @@ from fastrot.edits import OnlineSite
 from fastrot.errors import RotationError
 from fastrot.online.parallel import check_width, is_distributed, width_of
 from fastrot.rotations import Rotation
-from fastrot.rotations.stages import inverted, multiply
+from fastrot.rotations.stages import multiply
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -83,8 +83,7 @@ class OnlineRotation(nn.Module):
                 f"{self.group} rotates {self.rotation.size} channels, and got {tuple(x.shape)}"
             )
         wide = x.to(torch.float64) if self.dtype == torch.float64 else x
-        stages = self.rotation.stages(self.value)
-        y = multiply(wide, inverted(stages) if self.inverse else stages)
+        y = multiply(wide, self.rotation.stages(self.value, self.inverse))
         if y.dtype != x.dtype:  # asked, since a decode step pays for a conversion that does nothing
             y = y.to(x.dtype)
         if x.dtype == torch.float16:

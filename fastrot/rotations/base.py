@@ -152,12 +152,15 @@ class Rotation:
         unit[0] = 1
         return hadamard_transform(unit, transpose=True).to(torch.int8)
 
-    def stages(self, operand: Tensor | None = None) -> tuple[Stage, ...]:
-        """``Q`` as a product, the first factor first; all blocks have order ``b``.
+    def stages(self, operand: Tensor | None = None, inverse: bool = False) -> tuple[Stage, ...]:
+        """``Q``, or ``Qᵀ``, as a product, the first factor first; all blocks have order ``b``.
 
         Args:
             operand: :attr:`operand` as it lies on some device; default, on the CPU.
+            inverse: of the transpose.
         """
+        if inverse:
+            return inverted(self.stages(operand))
         if operand is None and self.has_operand:
             operand = self.operand
         forth = Hadamard(self.block)
@@ -201,8 +204,7 @@ class Rotation:
         if operand is None and self.has_operand:
             assert self.operand is not None
             operand = self.operand.to(x.device)
-        stages = self.stages(operand)
-        return multiply(x, inverted(stages) if inverse else stages, dim, impl=impl)
+        return multiply(x, self.stages(operand, inverse), dim, impl=impl)
 
     def matrix(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """The dense matrix ``Q``, ``(size, size)``, on the CPU."""
