@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from fastrot.mapping.dense import GATE_UP, LLAMA
+from fastrot.mapping.dense import GATE_UP, LLAMA, QKV
 from fastrot.mapping.roles import Architecture, NormMapping, Untouched
 
 CROSS_QUERY = r"re:.*cross_attn\.q_proj$"
@@ -47,4 +47,25 @@ IDEFICS_INSIDE = replace(
     },
 )
 
-ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {"idefics": (IDEFICS, IDEFICS_INSIDE)}
+MLLAMA = replace(
+    LLAMA,
+    mapping=replace(
+        LLAMA.mapping,
+        readers=(CROSS_QUERY,),
+        writers=(r"re:.*cross_attn\.o_proj$",),
+        ignore=(
+            Untouched(
+                r"re:.*(cross_attn\.[kv]_proj|cross_attn\.[qk]_norm)\.weight$",
+                "reads the image, or acts on queries and keys",
+            ),
+            Untouched(r"re:.*\.cross_attn_(attn|mlp)_gate$", "scales what a layer adds as a whole"),
+        ),
+    ),
+    norms=(NormMapping(r"re:.*\.input_layernorm$", (*QKV, CROSS_QUERY)), *LLAMA.norms[1:]),
+    notes="some layers attend to the image, in a space of its own",
+)
+
+ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
+    "idefics": (IDEFICS, IDEFICS_INSIDE),
+    "mllama_text_model": MLLAMA,
+}

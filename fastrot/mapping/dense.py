@@ -232,26 +232,6 @@ CHAMELEON_POST = replace(
     notes="no norm before attention and MLP",
 )
 
-CROSS_QUERY = r"re:.*cross_attn\.q_proj$"
-
-MLLAMA = replace(
-    LLAMA,
-    mapping=replace(
-        LLAMA.mapping,
-        readers=(CROSS_QUERY,),
-        writers=(r"re:.*cross_attn\.o_proj$",),
-        ignore=(
-            Untouched(
-                r"re:.*(cross_attn\.[kv]_proj|cross_attn\.[qk]_norm)\.weight$",
-                "reads the image, or acts on queries and keys",
-            ),
-            Untouched(r"re:.*\.cross_attn_(attn|mlp)_gate$", "scales what a layer adds as a whole"),
-        ),
-    ),
-    norms=(NormMapping(r"re:.*\.input_layernorm$", (*QKV, CROSS_QUERY)), *LLAMA.norms[1:]),
-    notes="some layers attend to the image, in a space of its own",
-)
-
 ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     "llama": LLAMA,
     "mistral": LLAMA,
@@ -269,7 +249,6 @@ ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     "iquestcoder": LLAMA,
     "diffllama": replace(LLAMA, mapping=replace(LLAMA.mapping, ignore=(DIFFERENTIAL,))),
     "chameleon": (CHAMELEON, CHAMELEON_POST),
-    "mllama_text_model": MLLAMA,
     "granite": GRANITE,
     "granite_swa": replace(GRANITE, mapping=replace(LLAMA.mapping, ignore=(SINKS,))),
     "hyperclovax": (HYPERCLOVAX, replace(GRANITE, when={"use_post_norm": False})),
