@@ -224,15 +224,16 @@ class Store:
         Returns:
             Whether they have.
         """
-        last, since = self._state(), time.monotonic()
-        while self.missing(self.job.files) and not self.published():
-            time.sleep(PAUSE)
-            now = self._state()
-            if now != last:
+        last: dict[str, int] | None = None
+        since = time.monotonic()
+        while True:
+            if (now := self._state()) != last:
+                if not self.missing(self.job.files) or self.published():
+                    return True
                 last, since = now, time.monotonic()
             elif time.monotonic() - since > quiet:
                 return False
-        return True
+            time.sleep(PAUSE)
 
     def _state(self) -> dict[str, int]:
         state = {}
