@@ -134,6 +134,7 @@ TORCH = {
     *("_to_copy", "_unsafe_view", "_reshape_alias"),
     *("_disable_dynamo", "_exit"),
     *("_after_autograd_keyset", "_AutoDispatchBelowAutograd", "_overlaps", "_current_level"),
+    *("_dispatch_keys", "_dispatch_tls_local_include_set", "_is_torch_function_mode_enabled"),
 }
 """Private attributes of torch's and numba's, and public ones of named tuples and os."""
 

@@ -21,23 +21,32 @@ _factors = lru_cache(factors)  # a hit takes a third of the time that asking aga
 
 def check(x: Tensor, signs: Tensor | None, size: int, dim: int, impl: str) -> None:
     """Runs inside the operator, where no tracer follows it."""
-    if x.dtype not in DTYPES:
+    check_sizes(x.shape, x.dtype, size, dim)
+    if signs is not None:
+        check_place(signs, size, x.device)
+    check_impl(impl, x.device)
+
+
+def check_sizes(shape: torch.Size, dtype: torch.dtype, size: int, dim: int) -> None:
+    """Refuse a dtype, and blocks that have no Hadamard matrix or do not divide the dimension."""
+    if dtype not in DTYPES:
         raise TypeError(
-            f"hadamard_transform takes float64, float32, bfloat16 or float16, got {x.dtype}"
+            f"hadamard_transform takes float64, float32, bfloat16 or float16, got {dtype}"
         )
     if isinstance(size, int):  # a tracer's symbol is asked when it has a value
         _factors(size)
-    if x.shape[dim] % size:
-        raise RotationError(
-            f"block_size={size} does not divide dimension {dim} of {tuple(x.shape)}"
-        )
-    if signs is not None and signs.shape != (size,):
+    if shape[dim] % size:
+        raise RotationError(f"block_size={size} does not divide dimension {dim} of {tuple(shape)}")
+
+
+def check_place(signs: Tensor, size: int, device: torch.device) -> None:
+    """Refuse signs of another shape, or on another device."""
+    if signs.shape != (size,):
         raise RotationError(f"signs has shape {tuple(signs.shape)}, expected ({size},)")
-    if signs is not None and signs.device != x.device:
+    if signs.device != device:
         raise RotationError(
-            f"signs lies on {signs.device} and x on {x.device}; pass signs.to(x.device)"
+            f"signs lies on {signs.device} and x on {device}; pass signs.to(x.device)"
         )
-    check_impl(impl, x.device)
 
 
 def check_out(x: Tensor, out: Tensor) -> None:

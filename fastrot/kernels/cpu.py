@@ -1,5 +1,6 @@
 """The CPU implementation: tiles, threads and buffers around the numba kernels."""
 
+import math
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from fastrot.kernels import _cpu_kernels as kernels
 from fastrot.kernels import _cpu_vectors as vectors
 from fastrot.kernels._cpu_memory import HUGE_BYTES, ask_for_huge_pages, require_writable
 from fastrot.kernels._cpu_threads import on_threads
+from fastrot.kernels.arguments import check_place, check_signs, check_sizes
 
 ROW_BYTES = 1 << 14
 """Short rows are taken together up to this size: the panel stays in the first-level cache."""
@@ -70,34 +72,55 @@ def transform(x: Tensor, out: Tensor, signs: Tensor | None, scale: float, transp
     """
     if x.numel():
         require_writable(out)
-        outer, n, inner = x.shape
-        write(x, out, outer, n, inner, signs, scale, transpose)
+        write(x, out, x.shape[1], 1, signs, scale, transpose)
+
+
+def transformed(
+    x: Tensor, signs: Tensor | None, scale: float, size: int, dim: int, transpose: bool
+) -> Tensor:
+    """The whole operator for a contiguous tensor that is not empty.
+
+    A decode step finds the caches full of weights, so what a call costs there is how much Python it
+    touches: what depends on shapes alone is checked with the plan, once.
+    """
+    plan, _, _, kind, item, ld = _plan(x.shape, size, dim, transpose, x.dtype)
+    if signs is not None:
+        check_place(signs, size, x.device)
+        check_signs(signs)
+    out = torch.empty_like(x)
+    if signs is not None or plan.tasks > plan.step:
+        write(x, out, size, dim, signs, scale, transpose)
+        return out
+    memory, no = np.empty(plan.memory, np.uint8), plan.nothing[0]
+    source, target = (x.data_ptr(), kind, item, ld), (out.data_ptr(), kind, item, ld)
+    rest = plan.words, no, no, no, no, memory, plan.constants, float(scale)
+    kernels.sweep(0, plan.tasks, *source, *target, *rest)
+    return out
 
 
 def write(
     x: Tensor,
     out: Tensor,
-    outer: int,
-    n: int,
-    inner: int,
+    size: int,
+    dim: int,
     signs: Tensor | None,
     scale: float,
     transpose: bool,
 ) -> None:
-    """:func:`transform` of contiguous tensors of any shape, as ``(outer, n, inner)``.
+    """:func:`transform` of blocks of ``size`` along ``dim`` of contiguous tensors of any shape.
 
     ``out`` must be writable and not empty.
     """
-    plan, large, kind, item, ld = _plan(outer, n, inner, transpose, x.dtype)
+    plan, columns, large, kind, item, ld = _plan(x.shape, size, dim, transpose, x.dtype)
     if large:
         ask_for_huge_pages(x, out)
     before = after = plan.nothing
     if signs is not None:
         weights = as_array(signs, torch.float64 if x.dtype == torch.float64 else torch.float32)
-        if inner > 1:
+        if columns:
             diagonals = weights, after[1]
         else:
-            recurring = weights if plan.width == n else np.tile(weights, plan.width // n)
+            recurring = weights if plan.width == size else np.tile(weights, plan.width // size)
             diagonals = before[0], recurring
         before, after = (before, diagonals) if transpose else (diagonals, after)
     source, target = (x.data_ptr(), kind, item, ld), (out.data_ptr(), kind, item, ld)
@@ -112,17 +135,20 @@ def write(
 
 @lru_cache
 def _plan(
-    outer: int, n: int, inner: int, transpose: bool, dtype: torch.dtype
-) -> tuple[SweepPlan, bool, int, int, int]:
-    """A transform's plan, whether it is large; an element's kind and bytes, those of a row."""
+    shape: torch.Size, n: int, dim: int, transpose: bool, dtype: torch.dtype
+) -> tuple[SweepPlan, bool, bool, int, int, int]:
+    """Its plan; whether it is of columns, and large; bytes and kind of an element, of a row."""
+    check_sizes(shape, dtype, n, dim)
     kind, item = KINDS[dtype]
+    inner = math.prod(shape[dim + 1 :])
+    outer = shape.numel() // (n * inner)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     large = outer * n * inner * item >= HUGE_BYTES
     if inner == 1:
         plan = plan_sweep((1, outer * n), (1, False), (n, transpose), item, compute)
-        return plan, large, kind, item, outer * n * item
+        return plan, False, large, kind, item, outer * n * item
     plan = plan_sweep((outer * n, inner), (n, transpose), (1, False), item, compute)
-    return plan, large, kind, item, inner * item
+    return plan, True, large, kind, item, inner * item
 
 
 def as_array(vector: Tensor, dtype: torch.dtype) -> NDArray[Any]:

@@ -4,11 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastrot.errors import RotationError
 from fastrot.kernels.arguments import check, check_out
 from fastrot.kernels.run import run, run_into
+from fastrot.kernels.watched import is_plain, is_transformed
 
 
 def hadamard_transform(
@@ -68,8 +68,10 @@ def hadamard_transform(
     dim %= dims
     size = x.shape[dim] if block_size is None else block_size
     if out is None:
-        return _call(x, signs, scale, size, dim, transpose, impl)
-    if _is_transformed(x, signs) or _is_transformed(out, None):
+        plain = is_plain(x) and (signs is None or is_plain(signs))
+        call = run if plain else _call
+        return call(x, signs, scale, size, dim, transpose, impl)
+    if is_transformed(x, signs) or is_transformed(out, None):
         raise RotationError(UNRECORDED)
     _operator_into(x, signs, scale, size, dim, transpose, impl, out)
     return out
@@ -84,22 +86,9 @@ def _call(
     transpose: bool,
     impl: str,
 ) -> Tensor:
-    if _is_transformed(x, signs):
+    if is_transformed(x, signs):
         return _transformed(x, signs, scale, size, dim, transpose, impl)
     return _operator(x, signs, scale, size, dim, transpose, impl)
-
-
-def _is_transformed(x: Tensor, signs: Tensor | None) -> bool:
-    """Whether ``torch.func`` or forward-mode differentiation looks on.
-
-    What is registered with an operator serves neither, an ``autograd.Function`` both.
-    """
-    if torch._C._are_functorch_transforms_active():
-        return True
-    if forward_ad._current_level < 0:  # no tangents anywhere
-        return False
-    given = x, x if signs is None else signs
-    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in given)
 
 
 NAME = "fastrot::hadamard_transform"
@@ -223,6 +212,8 @@ torch.library.register_vmap(NAME, _Transform.vmap)
 
 _library = torch.library.Library("fastrot", "FRAGMENT")
 _keys = torch._C.DispatchKey
+
+
 # What reaches the kernels below for tensors on the CPU that no mode and no subclass looks at.
 _PLAIN = (
     torch._C.DispatchKeySet(_keys.CPU) | torch._C.DispatchKeySet(_keys.AutogradCPU)

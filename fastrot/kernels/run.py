@@ -23,6 +23,8 @@ def run(
     impl: str,
 ) -> Tensor:
     """The operator ``fastrot::hadamard_transform``."""
+    if impl == "auto" and x.is_cpu and x.is_contiguous() and x.numel():
+        return _cpu().transformed(x, signs, scale, size, dim, transpose)
     check(x, signs, size, dim, impl)
     out = torch.empty_like(x)
     _write(x, signs, scale, size, dim, transpose, impl, out)
@@ -114,11 +116,9 @@ def _write_contiguous(
     impl: str,
     out: Tensor,
 ) -> None:
-    inner = 1 if dim == x.dim() - 1 else math.prod(x.shape[dim + 1 :])
     if impl == "cpu" or (impl == "auto" and x.is_cpu):
-        outer = x.numel() // (size * inner)
-        _cpu().write(x, out, outer, size, inner, signs, scale, transpose)
+        _cpu().write(x, out, size, dim, signs, scale, transpose)
     else:
-        shape = -1, size, inner
+        shape = -1, size, math.prod(x.shape[dim + 1 :])
         transform = backend(impl, x.device)
         transform(x.view(shape), out.view(shape), signs, scale, transpose)

@@ -25,6 +25,8 @@ IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention", "paged|eager", "paged|sdpa
 """The attention implementations around which R3 can stand; the paged ones are for batches."""
 
 KEYS = "fastrot_keys"
+NO_CACHE = (Tensor, bool, int, str, tuple)
+"""What else an attention module gets; asked first, since it is most."""
 
 
 def check_attention(name: str, module: Any) -> None:
@@ -151,6 +153,8 @@ def _own(value: Any) -> Any:
 
 
 def _rotating(value: Any, keys: Keys) -> Any:
+    if value is None or isinstance(value, NO_CACHE):
+        return value
     from transformers.cache_utils import Cache, EncoderDecoderCache
     from transformers.generation.continuous_batching.cache import PagedAttentionCache
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastrot.edits import OnlineSite
 from fastrot.errors import RotationError
+from fastrot.kernels import hadamard_transform
 from fastrot.online.parallel import check_width, is_distributed, width_of
 from fastrot.rotations import Rotation
 from fastrot.rotations.stages import multiply
@@ -83,7 +84,17 @@ class OnlineRotation(nn.Module):
                 f"{self.group} rotates {self.rotation.size} channels, and got {tuple(x.shape)}"
             )
         wide = x.to(torch.float64) if self.dtype == torch.float64 else x
-        y = multiply(wide, self.rotation.stages(self.value, self.inverse))
+        if self.rotation.dense or self.rotation.fixes_ones:
+            y = multiply(wide, self.rotation.stages(self.value, self.inverse))
+        else:  # the same without a list of stages, for which a decode step pays
+            block = self.rotation.block
+            y = hadamard_transform(
+                wide,
+                block**-0.5,
+                block_size=block,
+                signs=self.value,
+                transpose=self.inverse,
+            )
         if y.dtype != x.dtype:  # asked, since a decode step pays for a conversion that does nothing
             y = y.to(x.dtype)
         if x.dtype == torch.float16:
