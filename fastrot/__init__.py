@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from fastrot.foreign import ForeignCodeError
     from fastrot.hadamard import HadamardSizeError, hadamard_matrix
     from fastrot.handle import Handle
+    from fastrot.learning.learned import Learned
+    from fastrot.learning.learner import learn
     from fastrot.mapping import (
         Architecture,
         Mapping,
@@ -50,6 +52,7 @@ __all__ = [
     "HadamardSizeError",
     "HalfRotatedError",
     "Handle",
+    "Learned",
     "Mapping",
     "NoMatchError",
     "NormMapping",
@@ -75,6 +78,7 @@ __all__ = [
     "check",
     "hadamard_matrix",
     "hadamard_transform",
+    "learn",
     "plan",
     "remove",
     "restore",
@@ -92,6 +96,7 @@ _HOMES = {
     "HadamardSizeError": "hadamard",
     "HalfRotatedError": "errors",
     "Handle": "handle",
+    "Learned": "learning.learned",
     "Mapping": "mapping",
     "NoMatchError": "patterns",
     "NormMapping": "mapping",
@@ -115,6 +120,7 @@ _HOMES = {
     "apply": "api",
     "check": "fit",
     "hadamard_matrix": "hadamard",
+    "learn": "learning.learner",
     "plan": "api",
     "remove": "removal",
     "restore": "restoration",

@@ -38,13 +38,14 @@ ROOMS = (
     ("handle", "verification"),
     ("api",),
     ("checkpoint", "suggest"),
-    ("__init__",),
     ("lab",),
+    ("learning",),
+    ("__init__",),
     ("demo",),
     ("cli",),
     ("__main__",),
 )
-WITH_TRANSFORMERS = ("integrations", "suggest", "lab", "demo", "cli")
+WITH_TRANSFORMERS = ("integrations", "suggest", "lab", "learning", "demo", "cli")
 """Rooms that may import transformers when they are imported themselves."""
 HEAVY = ("transformers", "accelerate", "numba", "triton", "safetensors", "torch._dynamo", "sympy")
 RANK = {name: rank for rank, names in enumerate(ROOMS) for name in names}
@@ -149,7 +150,7 @@ from importlib import import_module
 for name in {rooms}:
     import_module("fastrot." + name)
 for name in fastrot.__all__:
-    if name not in ("Suggestion", "suggest_mapping"):
+    if name not in ("Suggestion", "suggest_mapping", "learn"):
         getattr(fastrot, name)
 print(*[name for name in {HEAVY[:5]} if name in sys.modules])"""
     assert in_a_new_process(code) == []

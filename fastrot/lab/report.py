@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-import fastrot
+from fastrot.api import apply
 from fastrot.errors import RotationError
 from fastrot.lab.evaluate import Difference, Losses, compare, evaluate
 from fastrot.lab.outliers import Outliers, magnitudes, outliers
 from fastrot.lab.quantized import quantized
 from fastrot.lab.schemes import Scheme
 from fastrot.lab.sets import SCHEMES, SETS, in_order, rotations_of
+from fastrot.version import __version__
 
 LOOKED_AT = 4096
 """Tokens of which the statistics of outliers are made, at most."""
@@ -140,7 +141,7 @@ def measure(
         for name in ordered:
             case = load()
             if rotations := rotations_of(name):
-                fastrot.apply(case, rotations)
+                apply(case, rotations)
             bar.set_description(f"{name}, outliers")
             statistics[name] = outliers(case, looked_at, bar.update)
             surface = surface or Surface(*_most_uneven(statistics[name]), {})
@@ -162,7 +163,7 @@ def measure(
         windows=len(windows),
         seconds=time.perf_counter() - began,
         versions={
-            "fastrot": fastrot.__version__,
+            "fastrot": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
         },

@@ -1,0 +1,125 @@
+"""``Learned``: a recipe with the matrices that were learned, and how."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastrot.errors import RotationError
+from fastrot.lab.evaluate import Difference
+from fastrot.recipe import Recipe
+
+FORMAT = "1"
+
+
+@dataclass(frozen=True)
+class Learned(Recipe):
+    """A recipe that :func:`fastrot.plan` and :func:`fastrot.apply` take, of :func:`fastrot.learn`.
+
+    Its matrices are the learned ones; there are none if they were not better than those of the
+    recipe from which they were learned, so that a learned recipe is never worse than that.
+
+    Attributes:
+        scheme: for which it was learned.
+        steps: of descent.
+        text: SHA-256 of the token ids that it was learned from.
+        before: mean loss of the quantized model with the recipe, on the held-out text, in nats.
+        gain: loss with the learned matrices minus that, with its standard error.
+        defect: the largest entry of ``|QᵀQ - I|`` of all matrices that were learned.
+        history: the loss that was descended on, of R1, for every step.
+    """
+
+    scheme: str = field(default="", compare=False)
+    steps: int = field(default=0, compare=False)
+    text: str = field(default="", compare=False)
+    before: float = field(default=float("nan"), compare=False)
+    gain: Difference = field(default=Difference(0.0, 0.0), compare=False)
+    defect: float = field(default=0.0, compare=False)
+    history: tuple[float, ...] = field(default=(), compare=False)
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the learned matrices were better, and are in the recipe."""
+        return bool(self.matrices)
+
+    def __str__(self) -> str:
+        verdict = "taken" if self.accepted else "left: the recipe alone is as good"
+        return (
+            f"{self.scheme}: loss {self.before:.4f} with the recipe, {self.gain.mean:+.4f} ± "
+            f"{self.gain.error:.4f} with learned matrices; {verdict}"
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write it to a file in the format of safetensors, matrices in float64.
+
+        Raises:
+            RotationError: the recipe has mappings, which the file has no place for.
+            OSError: the file can't be written.
+        """
+        from safetensors.torch import save_file
+
+        if self.mappings is not None or self.norm_mappings is not None:
+            raise RotationError("a learned recipe with mappings of your own can't be saved")
+        tensors = {
+            f"{name}.{number}" if len(given) > 1 else name: matrix.matrix()
+            for name, given in (self.matrices or {}).items()
+            for number, matrix in enumerate(given)
+        }
+        described = {name: getattr(self, name) for name in (*_PLAIN, *_MEASURED)}
+        described |= {
+            "precision": None if self.precision is None else str(self.precision),
+            "gain": [self.gain.mean, self.gain.error],
+        }
+        metadata = {"format": FORMAT, "fastrot": json.dumps(described)}
+        # safetensors writes no file without tensors.
+        save_file(tensors or {"none": torch.zeros(0)}, str(path), metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Learned":
+        """The recipe that :meth:`save` wrote.
+
+        Raises:
+            RotationError: another kind of file, or a matrix that is not orthogonal to 1e-12.
+            OSError: the file can't be read.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise RotationError(f"{path} is no learned recipe: {error}") from None
+        if metadata.get("format") != FORMAT or "fastrot" not in metadata:
+            raise RotationError(f"{path} is no learned recipe of this version of fastrot")
+        try:
+            described: dict[str, Any] = json.loads(metadata["fastrot"])
+            described["gain"] = Difference(*described["gain"])
+            for name in ("rotations", "history"):
+                described[name] = tuple(described[name])
+            precision = described["precision"]
+            if precision is not None:
+                described["precision"] = precision.removeprefix("torch.")
+            return cls(**described, matrices=_matrices(tensors))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise RotationError(f"{path}: {error}") from None
+
+
+_PLAIN = ("rotations", "transform_type", "randomize", "block_size", "seed", "keep_head")
+_MEASURED = ("scheme", "steps", "text", "before", "defect", "history")
+
+
+def _matrices(tensors: dict[str, Any]) -> dict[str, Any] | None:
+    found: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        group, _, number = name.partition(".")
+        if number:
+            found.setdefault(group, {})[int(number)] = tensor
+        elif group != "none":
+            found[group] = tensor
+    return {
+        group: [each[number] for number in range(len(each))] if isinstance(each, dict) else each
+        for group, each in found.items()
+    } or None

@@ -1,0 +1,202 @@
+"""``fastrot.learn``."""
+
+import copy
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from fastrot.api import apply
+from fastrot.checks import check_flag, check_model
+from fastrot.edits import Plan
+from fastrot.errors import RotationError
+from fastrot.lab.evaluate import Losses, compare, evaluate
+from fastrot.lab.quantized import quantized
+from fastrot.lab.schemes import Scheme
+from fastrot.learning.capture import capture
+from fastrot.learning.learned import Learned
+from fastrot.learning.objective import total
+from fastrot.learning.orthogonal import defect, descend, polished
+from fastrot.learning.terms import SITES, bases, terms_of
+from fastrot.recipe import Recipe, takes_recipe
+from fastrot.rotations.stages import dense
+
+RATES = {"R1": 0.005, "R2": 0.01, "R3": 0.01}
+"""Radians that an entry turns in a step, at most."""
+SHORTER = 5
+"""R2 and R3 take so many times fewer steps: they are small, and there is one for each layer."""
+VECTORS = 512
+"""Of a site, in one step."""
+TAKEN = 20
+"""Terms of R1 in one step; there are several for each layer."""
+HELD_OUT = 4
+"""Of so many windows one decides whether what was learned from the others is taken."""
+
+
+@takes_recipe
+@torch.inference_mode(False)
+def learn(
+    model: Any,
+    batches: Tensor | Iterable[Any],
+    rotations: str | Sequence[str] | Recipe = ("R1", "R2", "R3", "R4"),
+    *,
+    scheme: str | Scheme = "w4a4kv4",
+    heldout: Tensor | Iterable[Any] | None = None,
+    steps: int = 300,
+    vectors: int = 1024,
+    progress: bool = False,
+    **options: Any,
+) -> Learned:
+    """Learn R1, R2 and R3 for a model and a scheme, beginning with those of a recipe.
+
+    What each rotation turns is captured once, with how much the loss minds noise there; then an
+    orthogonal matrix is fitted to it, without running the model. The learned matrices are taken if
+    the quantized model loses less with them than with the recipe, by more than the standard error,
+    on text that is held out for that.
+
+    Args:
+        model: as for :func:`fastrot.apply`, not rotated; it is left as it is. Memory for a copy of
+            it in float32 is needed.
+        batches: token ids to learn from: ``(n, length)``, or an iterable of such or of dicts with
+            ``input_ids``, all of one length; without padding.
+        rotations: the rotations, or a whole recipe; R4 stays as it is there, since a learned one
+            would be a dense matrix at run time.
+        scheme: what will be quantized, see :meth:`fastrot.lab.schemes.Scheme.parse`.
+        heldout: as ``batches``: text that decides, best of another kind. Default: every fourth
+            window of ``batches``, from which nothing is learned then.
+        steps: of descent for R1; R2 and R3 take a fifth of it.
+        vectors: kept of each site; memory is that many times the widths of all layers' inputs.
+        progress: show a bar.
+        options: see :class:`fastrot.Recipe`.
+
+    Raises:
+        RotationError: nothing in the recipe can be learned for this scheme, matrices are given
+            already, or the text is too short.
+    """
+    check_model(model)
+    check_flag("progress", progress)
+    recipe = Recipe.of(rotations, options)
+    scheme = Scheme.parse(scheme)
+    wanted = _learnable(recipe, scheme)
+    windows = _windows(batches, "batches")
+    if heldout is None:
+        inside = torch.arange(len(windows)) % HELD_OUT == HELD_OUT - 1
+        windows, judges = windows[~inside], windows[inside]
+    else:
+        judges = _windows(heldout, "heldout")
+    if len(windows) < 1 or len(judges) < 2:
+        raise RotationError(
+            f"{len(windows)} windows to learn from and {len(judges)} held out are too few: give "
+            f"{2 * HELD_OUT} or more in batches, or two or more in heldout"
+        )
+    wishes = {f.name: getattr(recipe, f.name) for f in fields(Recipe)}
+    rotated = copy.deepcopy(model).float().eval()
+    plan = apply(rotated, recipe).plan
+    with tqdm(disable=not progress) as bar:
+        found, history = _fitted(rotated, plan, wanted, scheme, windows, steps, vectors, bar)
+    before = _quantized_losses(rotated, scheme, judges)
+    del rotated
+    learned = copy.deepcopy(model).float().eval()
+    apply(learned, Recipe(**{**wishes, "matrices": found}))
+    after = _quantized_losses(learned, scheme, judges)
+    gain = compare(after, before)
+    better = gain.mean < -gain.error or (
+        math.isfinite(after.mean) and not math.isfinite(before.mean)
+    )
+    return Learned(
+        **{**wishes, "matrices": found if better else None},
+        scheme=str(scheme),
+        steps=steps,
+        text=hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+        before=before.mean,
+        gain=gain,
+        defect=max(defect(matrix) for each in found.values() for matrix in each),
+        history=tuple(history),
+    )
+
+
+def _fitted(
+    rotated: Any,
+    plan: Plan,
+    wanted: Sequence[str],
+    scheme: Scheme,
+    windows: Tensor,
+    steps: int,
+    vectors: int,
+    bar: Any,
+) -> tuple[dict[str, list[Tensor]], list[float]]:
+    """The learned matrices of a model that is rotated by a plan, and the history of R1."""
+    rotations = {name: each for name, each in bases(plan, rotated).items() if name in wanted}
+    counts = {name: steps if name == "R1" else -(-steps // SHORTER) for name in rotations}
+    bar.reset(len(windows) + sum(counts[name] * len(each) for name, each in rotations.items()))
+    bar.set_description("capture")
+    sites = {site for name in wanted for site in SITES[name]}
+    captured = capture(rotated, windows, sites, vectors, plan.seed, lambda _: bar.update())
+    terms = terms_of(rotated, plan, scheme, captured)
+    found: dict[str, list[Tensor]] = {}
+    history: list[float] = []
+    for name, each in rotations.items():
+        bar.set_description(name)
+        for layer, base in each.items():
+            mine = terms[name, layer]
+            generator = torch.Generator().manual_seed(plan.seed)
+            turn, losses = descend(
+                base.block,
+                total(mine, VECTORS, min(len(mine), TAKEN), generator),
+                counts[name],
+                RATES[name],
+                fixes_ones=base.fixes_ones,
+                done=bar.update,
+            )
+            found.setdefault(name, []).append(polished(dense(base.stages()) @ turn))
+            history = losses if layer is None else history
+    return found, history
+
+
+def _quantized_losses(model: Any, scheme: Scheme, windows: Tensor) -> Losses:
+    with quantized(model, scheme):
+        return evaluate(model, windows)
+
+
+def _learnable(recipe: Recipe, scheme: Scheme) -> tuple[str, ...]:
+    if recipe.matrices:
+        raise RotationError("the recipe has matrices already; leave matrices out to learn them")
+    if recipe.transform_config is not None:
+        raise RotationError("rotations of a transform_config are not learned; name R1, R2 or R3")
+    wanted = []
+    for name in recipe.rotations:
+        kinds = {
+            scheme.kv if s in ("keys", "values") else scheme.activations
+            for s in SITES.get(name, ())
+        }
+        if name != "R3" and name in SITES:
+            kinds.add(scheme.weights)
+        if kinds - {None}:
+            wanted.append(name)
+    if not wanted:
+        raise RotationError(
+            f"of {', '.join(recipe.rotations)} none can be learned for {scheme}; R1 and R2 can for "
+            "weights and activations, R2 and R3 for keys and values"
+        )
+    return tuple(wanted)
+
+
+def _windows(batches: Any, what: str) -> Tensor:
+    """Token ids, ``(n, length)`` int64."""
+    parts = [batches] if isinstance(batches, Tensor) else list(batches)
+    parts = [part["input_ids"] if isinstance(part, Mapping) else part for part in parts]
+    for part in parts:
+        if not isinstance(part, Tensor) or part.is_floating_point() or part.dim() not in (1, 2):
+            shown = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
+            raise TypeError(f"{what} must hold token ids, (length,) or (n, length), got {shown}")
+    parts = [part.reshape(-1, part.shape[-1]) for part in parts]
+    if len({part.shape[1] for part in parts}) > 1:
+        raise RotationError(f"{what} has windows of several lengths; cut them to one")
+    if not parts or parts[0].shape[1] < 3:
+        raise RotationError(f"{what} is empty, or its windows are shorter than three tokens")
+    return torch.cat(parts).long().cpu()

@@ -1,0 +1,99 @@
+"""Descent on orthogonal matrices, which stay orthogonal to the last digit.
+
+Adam (Kingma & Ba, arXiv 1412.6980) on the skew-symmetric part of the gradient, moments in the
+tangent space at the identity; steps by the Cayley transform, solved exactly in float64 (Li et al.,
+"Efficient Riemannian Optimization on the Stiefel Manifold via the Cayley Transform", arXiv
+2002.01113, solve by iteration, which drifts).
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+BETAS = 0.9, 0.99
+WARM_UP = 10
+"""Steps until the learning rate is reached; it falls as half a cosine after that."""
+
+
+def cayley(skew: Tensor) -> Tensor:
+    """``(I - A/2)⁻¹ (I + A/2)``, orthogonal for a skew-symmetric ``A``, ``(…, n, n)``."""
+    half = skew / 2
+    one = torch.eye(skew.shape[-1], dtype=skew.dtype, device=skew.device)
+    return torch.linalg.solve(one - half, one + half)
+
+
+def polished(q: Tensor) -> Tensor:
+    """The nearest orthogonal matrix, by three steps of Newton and Schulz; ``q`` is nearly one."""
+    one = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+    for _ in range(3):
+        q = q @ (1.5 * one - 0.5 * q.mT @ q)
+    return q
+
+
+def defect(q: Tensor) -> float:
+    """The largest entry of ``|QᵀQ - I|``."""
+    one = torch.eye(q.shape[-1], dtype=q.dtype, device=q.device)
+    return float((q.mT @ q - one).abs().max())
+
+
+def descend(
+    size: int,
+    loss: Callable[[Tensor], Tensor],
+    steps: int,
+    rate: float,
+    *,
+    fixes_ones: bool = False,
+    device: torch.device | None = None,
+    done: Callable[[], object] | None = None,
+) -> tuple[Tensor, list[float]]:
+    """An orthogonal matrix that makes a loss small, from the identity on.
+
+    Args:
+        size: its order.
+        loss: of the matrix in float32; may draw other samples in every step.
+        steps: how many.
+        rate: the most that an entry of the skew-symmetric step moves, in radians.
+        fixes_ones: keep the all-ones vector where it is.
+        device: where to compute.
+        done: called after each step.
+
+    Returns:
+        The matrix, ``(size, size)`` float64, and the loss of every step.
+    """
+    q = torch.eye(size, dtype=torch.float64, device=device)
+    first = torch.zeros(size, size, dtype=torch.float64, device=device)
+    second = torch.zeros_like(first)
+    history = []
+    for step in range(steps):
+        leaf = q.float().requires_grad_()
+        with torch.enable_grad():
+            value = loss(leaf)
+            (gradient,) = torch.autograd.grad(value, leaf)
+        history.append(value.item())
+        turn = q.mT @ gradient.double()
+        turn = (turn - turn.mT) / 2
+        first = BETAS[0] * first + (1 - BETAS[0]) * turn
+        second = BETAS[1] * second + (1 - BETAS[1]) * turn.square()
+        mean, spread = (
+            moment / (1 - beta ** (step + 1))
+            for moment, beta in zip((first, second), BETAS, strict=True)
+        )
+        move = -_scheduled(rate, step, steps) * mean / (spread.sqrt() + 1e-12)
+        q = q @ cayley(_without_ones(move) if fixes_ones else move)
+        if done is not None:
+            done()
+    return polished(q), history
+
+
+def _scheduled(rate: float, step: int, steps: int) -> float:
+    if step < WARM_UP:
+        return rate * (step + 1) / (WARM_UP + 1)
+    return rate * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def _without_ones(skew: Tensor) -> Tensor:
+    """The same on the complement of the ones vector, of which it makes nothing."""
+    centred = skew - skew.mean(-1, keepdim=True)
+    return centred - centred.mean(-2, keepdim=True)

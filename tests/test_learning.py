@@ -1,0 +1,305 @@
+"""Learned rotations: orthogonal to the last digit, exact as any other, never worse by the gate."""
+
+import copy
+import math
+
+import pytest
+import torch
+from helpers import difference, fingerprint, logits, random_ids, relative_error, tiny
+from safetensors.torch import save_file
+from torch.nn.functional import cross_entropy
+from transformers import LlamaForCausalLM
+from zoo import FAMILIES, build, inputs
+
+import fastrot
+from fastrot import Learned, Recipe, Rotation, RotationError
+from fastrot.demo.corpus import heldout_files, read_bytes
+from fastrot.demo.evaluate import MODEL, OUTLIER_SCALE
+from fastrot.demo.outliers import with_outliers
+from fastrot.lab.corpus import cut
+from fastrot.lab.evaluate import Difference
+from fastrot.lab.outliers import observed
+from fastrot.lab.schemes import Numbers, Scheme
+from fastrot.learning import learner
+from fastrot.learning.capture import capture
+from fastrot.learning.objective import Vectors, Weight, spread, total
+from fastrot.learning.orthogonal import cayley, defect, descend, polished
+from fastrot.learning.terms import bases, terms_of
+
+FAST = {"steps": 20, "vectors": 64}
+INT4 = Numbers()
+
+
+def uneven(name="llama", **options):
+    """A model whose stream has outliers, which a rotation can spread better or worse."""
+    model = tiny(name, dtype=torch.float32, **options)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[:, 5] *= 20
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return uneven()
+
+
+@pytest.fixture(scope="module")
+def text():
+    return random_ids(uneven(), 16, 24, seed=3)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """The embedded model, and Python code in bytes."""
+    model = with_outliers(LlamaForCausalLM.from_pretrained(MODEL), scale=OUTLIER_SCALE).eval()
+    stream = torch.tensor(read_bytes(heldout_files())).long()
+    return model, cut(stream, 96, 32 * 96)
+
+
+@pytest.fixture(scope="module")
+def learned(trained):
+    return fastrot.learn(*trained, scheme="w4a4kv4", steps=60, vectors=512)
+
+
+def test_descent_finds_a_rotation_and_stays_on_the_group():
+    """The one that turns some vectors into others is known; Adam gets there to its last rate."""
+    generator = torch.Generator().manual_seed(0)
+    skew = torch.randn(12, 12, dtype=torch.float64, generator=generator) * 0.05
+    target = cayley(skew - skew.mT)
+    x = torch.randn(64, 12, generator=generator)
+    y = x @ target.float()
+    q, history = descend(12, lambda q: (x @ q - y).square().mean(), 200, 0.03)
+    assert q.dtype == torch.float64
+    assert defect(q) <= 1e-14
+    assert (q - target).abs().max() <= 1e-3
+    assert history[-1] < 1e-5 < 1e-2 < history[0]
+
+
+def test_ones_stay_where_they_are():
+    x = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
+
+    def loss(q):
+        return (x @ q).abs().pow(8).sum(-1).mean()
+
+    free, _ = descend(12, loss, 30, 0.03)
+    fixed, _ = descend(12, loss, 30, 0.03, fixes_ones=True)
+    ones = torch.ones(12, dtype=torch.float64)
+    assert (ones @ fixed - ones).abs().max() <= 1e-14
+    assert (ones @ free - ones).abs().max() > 1e-3
+    assert (fixed - torch.eye(12)).abs().max() > 1e-2
+
+
+def test_polish():
+    q = cayley(torch.triu(torch.ones(8, 8, dtype=torch.float64), 1) * 0.1)
+    q = polished(torch.linalg.qr(q).Q + 1e-4)
+    assert defect(q) <= 1e-14
+
+
+def test_noise_costs_what_the_gradient_says(model, text):
+    """Against autograd on zeros that are added at one site."""
+    rotated = copy.deepcopy(model)
+    fastrot.apply(rotated)
+    window = text[:1]
+    kept = window.shape[1]
+    found = capture(rotated, window, {"mlp", "values"}, kept, seed=4)
+    generator = torch.Generator().manual_seed(4)
+    order = torch.randperm(kept, generator=generator)
+    added = torch.zeros(1, kept, 96, requires_grad=True)
+    hook = rotated.model.layers[1].mlp.register_forward_pre_hook(lambda _, args: (args[0] + added,))
+    out = rotated(input_ids=window).logits[0]
+    hook.remove()
+    drawn = torch.multinomial(out.detach().softmax(-1), 1, generator=generator)[:, 0]
+    (gradient,) = torch.autograd.grad(cross_entropy(out, drawn, reduction="sum"), added)
+    energies = gradient.square().sum(-1).flatten()
+    robust = energies.clamp(max=float(energies.sort().values[int(0.99 * kept) - 1])).mean()
+    assert found.energies["mlp", 1] == pytest.approx(float(robust), rel=1e-4)
+    seen = {}
+    with torch.no_grad(), observed(rotated, lambda site, layer, x: seen.update({(site, layer): x})):
+        rotated(input_ids=window)
+    torch.testing.assert_close(found.vectors["mlp", 1], seen["mlp", 1][0, order])
+    values = seen["values", 0][0].transpose(0, 1)[order]
+    torch.testing.assert_close(found.vectors["values", 0], values)
+    assert set(found.vectors) == {(site, layer) for site in ("mlp", "values") for layer in (0, 1)}
+    assert not any(p.grad is not None or not p.requires_grad for p in rotated.parameters())
+
+
+def test_spread_is_the_variance_of_rounding():
+    """Of flat vectors, whose 8-norm is known; groups see their own range."""
+    x = torch.ones(3, 64)
+    assert float(spread(x, INT4)) == pytest.approx(64**0.25 / (12 * 7**2))
+    grouped = Numbers(per="group", group=16)
+    x[:, :16] *= 5
+    mean = (25 + 3) / 4
+    assert float(spread(x, grouped)) == pytest.approx(mean * 16**0.25 / (12 * 7**2))
+    asymmetric = Numbers(symmetric=False)
+    assert float(spread(x, asymmetric) / spread(x, INT4)) == pytest.approx((7 / 7.5) ** 2)
+
+
+@pytest.mark.parametrize("outputs", [False, True])
+def test_a_weight_s_term_is_of_the_turned_weight(outputs):
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(24, 36, generator=generator)
+    q = torch.linalg.qr(torch.randn(12, 12, generator=generator)).Q
+    whole = torch.block_diag(*[q] * (2 if outputs else 3))
+    expected = 3.0 * spread(whole.T @ w if outputs else w @ whole, INT4)
+    got = Weight(w, 3.0, INT4, outputs).cost(q, generator, 0)
+    torch.testing.assert_close(got, expected)
+
+
+def test_a_part_of_the_terms_estimates_all():
+    generator = torch.Generator().manual_seed(0)
+    terms = [Vectors(torch.full((4, 8), float(i)), 1.0, INT4) for i in range(10)]
+    one = torch.eye(8)
+    exact = total(terms, 4, 10, generator)(one)
+    some = total(terms, 4, 3, generator)
+    mean = sum(float(some(one)) for _ in range(2000)) / 2000
+    assert mean == pytest.approx(float(exact), rel=0.05)
+
+
+def test_learned_is_a_recipe_that_is_exact(trained, learned):
+    model, text = trained
+    assert learned.accepted, learned
+    assert learned.gain.mean < 0
+    assert learned.defect <= 1e-12
+    layers = model.config.num_hidden_layers
+    assert [len(learned.matrices[name]) for name in ("R1", "R2", "R3")] == [1, layers, layers]
+    assert "R4" not in learned.matrices
+    double, ids = copy.deepcopy(model).double(), text[:2]
+    before = logits(double, ids)
+    fastrot.apply(double, learned)
+    assert relative_error(logits(double, ids), before) <= 1e-6
+    assert isinstance(learned, Recipe)
+    assert learned.scheme == "w4a4kv4"
+
+
+def test_the_model_is_left_alone_and_runs_repeat(model, text):
+    before, state = fingerprint(model), torch.random.get_rng_state()
+    first = fastrot.learn(model, text, ("R1",), scheme="a4", seed=7, **FAST)
+    assert difference(before, fingerprint(model)) == []
+    assert torch.equal(state, torch.random.get_rng_state())
+    again = fastrot.learn(model, text, ("R1",), scheme="a4", seed=7, **FAST)
+    assert (first, first.history, first.gain) == (again, again.history, again.gain)
+    other = fastrot.learn(model, text, ("R1",), scheme="a4", seed=8, **FAST)
+    assert other.history != first.history
+
+
+def test_the_gate(trained, monkeypatch):
+    """Matrices that are made worse are not taken; the recipe is what it was."""
+    monkeypatch.setattr(learner, "RATES", {"R1": -0.05})
+    worse = fastrot.learn(*trained, ("R1", "R4"), scheme="a4", seed=1, **FAST)
+    assert not worse.accepted
+    assert worse.gain.mean >= 0
+    assert worse == Learned(("R1", "R4"), seed=1)
+    assert "left" in str(worse)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "gemma2", "bloom"])
+def test_other_families(name, monkeypatch):
+    """Behind LayerNorms the ones are fixed; Conv1D is transposed; some tokens are flattened."""
+    monkeypatch.setattr(learner, "compare", lambda *_: Difference(-1.0, 0.0))
+    family = FAMILIES[name]
+    model = build(family, torch.float64)
+    text = random_ids(model, 12, 16, seed=0)
+    wanted = ("R1", "R2") if name == "bloom" else ("R1", "R2", "R3", "R4")
+    learned = fastrot.learn(model, text, wanted, **FAST)
+    (first,) = learned.matrices["R1"]
+    assert (first.matrix() - Rotation("hadamard", first.size).matrix()).abs().max() > 1e-3
+    given = inputs(family, model)
+    with torch.no_grad():
+        before = model(**given).logits
+        fastrot.apply(model, learned)
+        assert relative_error(model(**given).logits, before) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen3"])
+def test_blocks(name, text):
+    model = uneven(name)
+    learned = fastrot.learn(
+        model, text, ("R1", "R2"), scheme="w4g16a4g16", block_size=48, seed=2, **FAST
+    )
+    for given in (learned.matrices or {}).values():
+        assert {matrix.size for matrix in given} <= {48, 16}
+    fastrot.apply(model, learned)
+
+
+def test_terms_are_those_that_a_scheme_rounds(model, text):
+    rotated = copy.deepcopy(model)
+    plan = fastrot.apply(rotated, ("R1", "R2", "R3", "R4")).plan
+    assert {name: list(each) for name, each in bases(plan, rotated).items()} == {
+        "R1": [None],
+        "R2": [0, 1],
+        "R3": [0, 1],
+    }
+    sites = {"attention", "mlp", "o", "values", "keys"}
+    captured = capture(rotated, text[:2], sites, 8, seed=0)
+    counts = {
+        name: {key: len(each) for key, each in terms_of(rotated, plan, scheme, captured).items()}
+        for name in ("w4", "a4", "kv4")
+        for scheme in (Scheme.parse(name),)
+    }
+    assert counts["w4"] == {("R1", None): 14, ("R2", 0): 2, ("R2", 1): 2}
+    assert counts["a4"] == {("R1", None): 4, ("R2", 0): 1, ("R2", 1): 1}
+    assert counts["kv4"] == {
+        **{("R2", layer): 1 for layer in (0, 1)},
+        **{("R3", layer): 1 for layer in (0, 1)},
+    }
+
+
+def test_save_and_load(learned, tmp_path):
+    path = tmp_path / "learned.safetensors"
+    learned.save(path)
+    again = Learned.load(path)
+    assert again == learned
+    assert vars(again).keys() == vars(learned).keys()
+    assert (again.history, again.gain, again.text) == (learned.history, learned.gain, learned.text)
+    empty = Learned(("R1",), precision="float64", scheme="a4")
+    empty.save(path)
+    assert Learned.load(path) == empty
+    assert math.isnan(Learned.load(path).before)
+
+
+def test_files_that_are_none(learned, tmp_path):
+    path = tmp_path / "learned.safetensors"
+    learned.save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(RotationError, match="no learned recipe"):
+        Learned.load(path)
+    save_file({"R1": torch.eye(4)}, path)
+    with pytest.raises(RotationError, match="no learned recipe"):
+        Learned.load(path)
+    changed = learned.matrices["R1"][0].matrix()
+    changed[0, 0] += 1e-9
+    broken = copy.copy(learned)
+    object.__setattr__(broken, "matrices", {"R1": (Fake(changed),)})
+    broken.save(path)
+    with pytest.raises(RotationError, match=r"R1.*orthogonal"):
+        Learned.load(path)
+
+
+class Fake:
+    def __init__(self, matrix):
+        self.matrix = lambda: matrix
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"rotations": ("R4",)}, "none can be learned"),
+        ({"rotations": ("R3",), "scheme": "w4a4"}, "none can be learned"),
+        ({"rotations": ("R1",), "scheme": "kv4"}, "none can be learned"),
+        ({"rotations": ("R1",), "matrices": {"R1": torch.eye(96)}}, "matrices already"),
+        ({"scheme": "w5x"}, "w5x"),
+        ({"batches": torch.zeros(3, 8, dtype=torch.long)}, "too few"),
+        ({"batches": [torch.zeros(2, 8, dtype=torch.long), torch.zeros(9).long()]}, "lengths"),
+        ({"batches": []}, "empty"),
+        ({"rotations": ("R1",), "block_size": 7}, "7"),
+    ],
+)
+def test_refusals(model, text, arguments, message):
+    before = fingerprint(model)
+    with pytest.raises(RotationError, match=message):
+        fastrot.learn(model, **{"batches": text, **arguments}, **FAST)
+    assert difference(before, fingerprint(model)) == []
+    with pytest.raises(TypeError, match="token ids"):
+        fastrot.learn(model, [torch.zeros(2, 8)])
