@@ -2,6 +2,8 @@
 
 import copy
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -303,3 +305,10 @@ def test_refusals(model, text, arguments, message):
     assert difference(before, fingerprint(model)) == []
     with pytest.raises(TypeError, match="token ids"):
         fastrot.learn(model, [torch.zeros(2, 8)])
+
+
+def test_the_code_in_the_document_runs(capsys):
+    text = (Path(__file__).parent.parent / "docs" / "learning.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    exec(code, {})
+    assert capsys.readouterr().out.startswith("w4a4kv4: loss ")

@@ -71,7 +71,11 @@ class TensorVerification:
 
 
 def verify_checkpoint(
-    source: str | Path, target: str | Path, *, progress: bool = False
+    source: str | Path,
+    target: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    progress: bool = False,
 ) -> TensorVerification:
     """Rotate a checkpoint again, as the record of another one says, and compare every tensor.
 
@@ -81,18 +85,29 @@ def verify_checkpoint(
     Args:
         source: the original.
         target: the rotated one.
+        recipe: what it was rotated with, if that has matrices, of which a record knows no values.
         progress: show a bar.
 
     Raises:
-        RotationError: the target has no record, or one of more than the rotation of this source.
+        RotationError: the target has no record, or one of more than the rotation of this source, or
+            of another recipe.
         OSError: a file can't be read.
     """
     source, target = Path(source).resolve(), Path(target).resolve()
     entries, _ = read_headers(weight_files(target))
     config = configuration(source)
-    recipe = _recorded(source, target)
+    recorded = _recorded(source, target)
+    assert recorded.transform_config is not None
+    groups = recorded.transform_config.config_groups.values()
+    if recipe is None and any(scheme.matrices for scheme in groups):
+        raise RotationError(
+            f"{target} was rotated with matrices, of which its record has digests only; give their "
+            "recipe (recipe=, --learned FILE), or compare logits (--full)"
+        )
     kept = any(is_draft(name, config) for name in entries)
-    job = prepare(source, recipe, drafts="copy" if kept else "drop")
+    job = prepare(source, recipe or recorded, drafts="copy" if kept else "drop")
+    if job.plan.transform_config != recorded.transform_config:
+        raise RotationError(f"the record of {target} is not that of the recipe that was given")
     found = [*_compared(job, target, entries, progress)]
     verdicts = [verdict for _, verdict in found]
     problems = tuple(f"{name}: {verdict}" for name, verdict in found if verdict not in FINE)

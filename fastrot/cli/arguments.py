@@ -6,6 +6,7 @@ from typing import Any, NoReturn
 
 from fastrot.checkpoint.workers import parse_worker
 from fastrot.cli import commands
+from fastrot.cli.learn import learn
 from fastrot.cli.report import EMBEDDED, report
 from fastrot.cli.verify import EXACT, verify
 from fastrot.lab.sets import SCHEMES, SETS
@@ -112,6 +113,8 @@ def parser() -> argparse.ArgumentParser:
     demo.add_argument("--json", type=Path, metavar="FILE", help="write the measurements, too")
     demo.set_defaults(command=commands.demo)
 
+    _add_learn(actions, [_rotation_options(ROTATIONS), common])
+
     measured = actions.add_parser(
         "report",
         parents=[common],
@@ -158,16 +161,53 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _rotation_options() -> _Parser:
+def _add_learn(actions: Any, parents: list[_Parser]) -> None:
+    learning = actions.add_parser(
+        "learn",
+        parents=parents,
+        help="learn R1, R2 and R3 for a scheme; writes a recipe that rotate takes (--learned)",
+    )
+    learning.add_argument("model", type=Path, metavar="MODEL", help="the folder of a checkpoint")
+    learning.add_argument("out", type=Path, metavar="OUT", help="a file, such as R.safetensors")
+    learning.add_argument(
+        "--scheme", default="w4a4kv4", metavar="S", help="what will be quantized; default: w4a4kv4"
+    )
+    learning.add_argument(
+        "--text",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="to learn from; default: text that comes with Python",
+    )
+    learning.add_argument(
+        "--heldout",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="text that decides whether what was learned is taken, best of another kind; default: "
+        "a quarter of the other, from which nothing is learned then",
+    )
+    learning.add_argument(
+        "--tokens", type=_positive, default=8192, metavar="N", help="to learn from; default: 8192"
+    )
+    learning.add_argument(
+        "--steps", type=_positive, default=300, metavar="N", help="of descent; default: 300"
+    )
+    learning.set_defaults(command=learn)
+
+
+def _rotation_options(rotations: tuple[str, ...] = ("R1", "R2")) -> _Parser:
     options = _Parser(add_help=False)
     options.add_argument(
         "--rotations",
         nargs="+",
         type=str.upper,
         choices=ROTATIONS,
-        default=("R1", "R2"),
+        default=rotations,
         metavar="R",
-        help="some of R1, R2 (fused), R3, R4 (online); default: R1 R2",
+        help=f"some of R1, R2 (fused), R3, R4 (online); default: {' '.join(rotations)}",
     )
     options.add_argument("--transform-type", choices=KINDS, default="hadamard")
     options.add_argument(
@@ -185,6 +225,12 @@ def _rotation_options() -> _Parser:
         "--precision",
         choices=tuple(EXACT),
         help="of the arithmetic; default: float64 on weights, float32 on activations",
+    )
+    options.add_argument(
+        "--learned",
+        type=Path,
+        metavar="FILE",
+        help="a whole recipe, which fastrot learn wrote, in the place of the options above",
     )
     return options
 
@@ -211,6 +257,9 @@ def _add_verify_options(options: _Parser) -> None:
         "--precision", choices=tuple(EXACT), help="to compute in; default: float32"
     )
     options.add_argument("--seed", type=int, help="of the random prompts; default: 0")
+    options.add_argument(
+        "--learned", type=Path, metavar="FILE", help="the learned recipe of DST, if it has one"
+    )
 
 
 def _positive(text: str) -> int:

@@ -15,7 +15,7 @@ def plan(args: Namespace) -> int:
     """Print what a rotation would do, and what it needs if the weights are there."""
     from fastrot.checkpoint.rotate import needs_of
 
-    made = fastrot.plan(outline(args.source).config, _recipe(args))
+    made = fastrot.plan(outline(args.source).config, recipe_of(args))
     needs = needs_of(args.source, made) if weight_files(args.source) else None
     if not args.json:
         print(made)
@@ -40,7 +40,7 @@ def rotate(args: Namespace) -> int:
     done = fastrot.rotate_checkpoint(
         args.source,
         args.target,
-        _recipe(args),
+        recipe_of(args),
         dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
         memory=args.memory,
         drafts=args.mtp,
@@ -108,7 +108,14 @@ def demo(args: Namespace) -> int:
     return 0
 
 
-def _recipe(args: Namespace) -> fastrot.Recipe:
-    """The options of the command line that are those of a recipe."""
+def recipe_of(args: Namespace) -> fastrot.Recipe:
+    """The options of the command line that are those of a recipe, or the recipe in a file."""
     names = {field.name for field in fields(fastrot.Recipe)}
-    return fastrot.Recipe(**{name: value for name, value in vars(args).items() if name in names})
+    wanted = fastrot.Recipe(**{name: value for name, value in vars(args).items() if name in names})
+    if args.learned is None:
+        return wanted
+    if wanted != fastrot.Recipe():
+        raise RotationError(
+            f"{args.learned} is a whole recipe; leave --rotations and what describes them out"
+        )
+    return fastrot.Learned.load(args.learned)

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from fastrot.cli.output import announce
-from fastrot.lab.corpus import cut, found_text, read_texts, tokenize
+from fastrot.cli.texts import CONTEXT, spread, windows_of
 from fastrot.lab.sets import in_order
 
-CONTEXT = 512
 EMBEDDED = "demo"
 """Names the model in this package, with the outlier channels that it is given in the demo."""
 
@@ -63,9 +62,10 @@ def _embedded(args: Namespace) -> tuple[Callable[[], Any], Tensor]:
     from fastrot.demo.corpus import heldout_files, read_bytes
     from fastrot.demo.evaluate import MODEL, OUTLIER_SCALE
     from fastrot.demo.outliers import with_outliers
+    from fastrot.lab.report import FEWEST
 
     stream = torch.tensor(read_bytes(args.text or heldout_files())).long()
-    windows = _windows(stream, args.tokens, CONTEXT)
+    windows = spread(stream, args.tokens, CONTEXT, FEWEST)
 
     def load() -> Any:
         model = LlamaForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
@@ -75,20 +75,9 @@ def _embedded(args: Namespace) -> tuple[Callable[[], Any], Tensor]:
 
 
 def _checkpoint(args: Namespace) -> tuple[Callable[[], Any], Tensor]:
-    from fastrot.checkpoint.source import configuration
-    from fastrot.cli.checkpoint import load, load_tokenizer
-
-    folder = Path(args.model)
-    config = configuration(folder).get_text_config()
-    longest = getattr(config, "max_position_embeddings", None) or CONTEXT
-    text = read_texts(args.text) if args.text else found_text()
-    stream = tokenize(text, load_tokenizer(folder))
-    return lambda: load(folder, "float32"), _windows(stream, args.tokens, longest)
-
-
-def _windows(stream: Tensor, tokens: int, longest: int) -> Tensor:
-    """Windows of 512, or shorter, so that there are enough for a standard error."""
+    from fastrot.cli.checkpoint import load
     from fastrot.lab.report import FEWEST
 
-    context = max(1, min(CONTEXT, longest, tokens // FEWEST))
-    return cut(stream, context, tokens, least=FEWEST)
+    folder = Path(args.model)
+    windows = windows_of(folder, args.text, args.tokens, FEWEST)
+    return lambda: load(folder, "float32"), windows

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastrot.checkpoint.verify import verify_checkpoint
 from fastrot.cli.checkpoint import load, load_tokenizer
 from fastrot.errors import RotationError
+from fastrot.learning.learned import Learned
 from fastrot.transform_config import PRECISIONS
 from fastrot.verification import (
     allowed,
@@ -33,7 +34,8 @@ def verify(args: Namespace) -> int:
     logits_wanted = (args.prompts, args.prompts_file, args.tolerance, args.precision, args.seed)
     if args.full or any(given not in ([], None) for given in logits_wanted):
         return _by_logits(args)
-    result = verify_checkpoint(args.source, args.target, progress=sys.stderr.isatty())
+    recipe = None if args.learned is None else Learned.load(args.learned)
+    result = verify_checkpoint(args.source, args.target, recipe, progress=sys.stderr.isatty())
     print(result)
     return 0 if result else 1
 

@@ -1,0 +1,38 @@
+"""The command ``learn``."""
+
+import sys
+from argparse import Namespace
+
+from fastrot.cli.checkpoint import load
+from fastrot.cli.commands import recipe_of
+from fastrot.cli.output import announce
+from fastrot.cli.texts import windows_of
+
+FEWEST = 16
+"""Windows to learn from, those included that decide."""
+
+
+def learn(args: Namespace) -> int:
+    """Learn matrices for a checkpoint and a scheme, and write the recipe that has them."""
+    from fastrot.lab.schemes import Scheme
+    from fastrot.learning.learner import learn as fitted
+
+    if args.out.is_dir() or not args.out.parent.is_dir():
+        raise FileNotFoundError(f"{args.out} is a folder, or in none; give a file to write")
+    recipe, scheme = recipe_of(args), Scheme.parse(args.scheme)
+    windows = windows_of(args.model, args.text, args.tokens, FEWEST)
+    heldout = None
+    if args.heldout:
+        heldout = windows_of(args.model, args.heldout, args.tokens // 4, FEWEST // 4)
+    learned = fitted(
+        load(args.model, "float32"),
+        windows,
+        recipe,
+        scheme=scheme,
+        heldout=heldout,
+        steps=args.steps,
+        progress=sys.stderr.isatty(),
+    )
+    learned.save(args.out)
+    announce(f"{learned}\nwritten to {args.out}; fastrot rotate SRC DST --learned {args.out}")
+    return 0

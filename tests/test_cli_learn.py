@@ -1,0 +1,110 @@
+"""``fastrot learn``, and what takes the file that it writes."""
+
+import pytest
+import torch
+from helpers import logits, random_ids, relative_error, tiny, word_tokenizer
+from transformers import AutoModelForCausalLM
+
+import fastrot
+from fastrot.cli import main
+from fastrot.learning.learned import Learned
+
+OPTIONS = ("--steps", "10", "--tokens", "256")
+
+
+def run(capsys, *arguments):
+    capsys.readouterr()
+    status = main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "source"
+    tiny("llama").save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("texts") / "text.txt"
+    file.write_text("the cat sat on the mat and a dog ran off " * 200)
+    return file
+
+
+@pytest.fixture(scope="module")
+def written(source, tmp_path_factory):
+    """A recipe with matrices, whether they are better or not."""
+    windows = random_ids(tiny("llama"), 8, 16, seed=0)
+    model = AutoModelForCausalLM.from_pretrained(source)
+    learned = fastrot.learn(model, windows, ("R1", "R2"), steps=5, vectors=16)
+    q = torch.linalg.qr(torch.randn(96, 96, dtype=torch.float64)).Q
+    path = tmp_path_factory.mktemp("recipes") / "R.safetensors"
+    Learned(("R1", "R2"), matrices={"R1": q}, scheme=learned.scheme).save(path)
+    return path
+
+
+def test_learn_writes_a_recipe(source, text, tmp_path, capsys):
+    out = tmp_path / "R.safetensors"
+    options = ("--scheme", "w4a4", "--seed", 3, "--text", text, "--heldout", text, *OPTIONS)
+    status, printed, err = run(capsys, "learn", source, out, *options)
+    assert (status, err) == (0, "")
+    learned = Learned.load(out)
+    assert learned.rotations == ("R1", "R2", "R3", "R4")
+    assert (learned.scheme, learned.seed, learned.steps) == ("w4a4", 3, 10)
+    assert printed.splitlines()[0] == str(learned)
+    assert f"--learned {out}" in printed
+
+
+def test_rotate_plan_and_verify_take_it(source, written, tmp_path, capsys):
+    target = tmp_path / "target"
+    status, _, err = run(capsys, "rotate", source, target, "--learned", written)
+    assert (status, err) == (0, "")
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    ids = random_ids(model, 2, 8, seed=1)
+    rotated = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    assert relative_error(logits(rotated, ids), logits(model, ids)) <= 1e-5
+    recipe = Learned.load(written)
+    plan = fastrot.apply(model, recipe).plan
+    assert all(map(torch.equal, model.state_dict().values(), rotated.state_dict().values()))
+    status, out, _ = run(capsys, "plan", source, "--learned", written)
+    assert status == 0
+    assert out.startswith(str(plan).splitlines()[0])
+    status, out, _ = run(capsys, "verify", source, target, "--learned", written)
+    assert status == 0, out
+    status, _, err = run(capsys, "verify", source, target)
+    assert status == 2
+    assert "--learned FILE" in err
+    other = tmp_path / "other.safetensors"
+    Learned(("R1", "R2")).save(other)
+    status, _, err = run(capsys, "verify", source, target, "--learned", other)
+    assert status == 2
+    assert "not that of the recipe" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("rotate", "{source}", "{new}", "--learned", "{file}", "--seed", "3"), "whole recipe"),
+        (("rotate", "{source}", "{new}", "--learned", "{text}"), "no learned recipe"),
+        (("rotate", "{source}", "{new}", "--learned", "{new}"), "No such file"),
+        (("learn", "{source}", "{source}"), "is a folder"),
+        (("learn", "{source}", "{new}/R.safetensors"), "in none"),
+        (("learn", "{source}", "{new}", "--scheme", "w99"), "w99"),
+        (("learn", "{source}", "{new}", "--rotations", "R4"), "none can be learned"),
+        (
+            ("learn", "{source}", "{new}", "--text", "{text}", "--tokens", "99999999"),
+            "give more text",
+        ),
+    ],
+)
+def test_refusals(arguments, message, source, written, text, tmp_path, capsys):
+    names = {"source": source, "new": tmp_path / "new", "file": written, "text": text}
+    options = OPTIONS if arguments[0] == "learn" and "--tokens" not in arguments else ()
+    status, _, err = run(capsys, *(a.format(**names) for a in arguments), *options)
+    assert status == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "new").exists()
