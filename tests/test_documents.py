@@ -124,6 +124,6 @@ def test_the_code_in_the_readme_runs(tmp_path, monkeypatch):
 
 def test_the_command_line_in_the_readme_parses():
     lines = re.findall(r"^fastrot (\w+ MODEL_DIR.*)$", read("README.md"), re.MULTILINE)
-    assert len(lines) == 3
+    assert len(lines) == 4
     for line in lines:
         parser().parse_args(line.partition("#")[0].split())
