@@ -13,6 +13,7 @@ from fastrot.version import __version__
 
 if TYPE_CHECKING:
     from fastrot.api import apply, plan
+    from fastrot.checkpoint.export import export
     from fastrot.checkpoint.header import CheckpointError
     from fastrot.checkpoint.rotate import RotatedCheckpoint, rotate_checkpoint
     from fastrot.checks import AlreadyRotatedError
@@ -76,6 +77,7 @@ __all__ = [
     "__version__",
     "apply",
     "check",
+    "export",
     "hadamard_matrix",
     "hadamard_transform",
     "learn",
@@ -119,6 +121,7 @@ _HOMES = {
     "Verification": "verification",
     "apply": "api",
     "check": "fit",
+    "export": "checkpoint.export",
     "hadamard_matrix": "hadamard",
     "learn": "learning.learner",
     "plan": "api",

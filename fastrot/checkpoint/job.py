@@ -14,6 +14,7 @@ from fastrot.checkpoint.header import (
     CheckpointError,
     Entry,
     Layout,
+    Metadata,
     read_entry,
     read_headers,
     same_bytes,
@@ -63,17 +64,8 @@ def prepare(
     from fastrot.integrations.transformers import old_names
 
     model = outline(source)
-    files = weight_files(source)
-    if not files or any(file.suffix != ".safetensors" for file in files):
-        raise FileNotFoundError(f"{source} has no weights in safetensors (model.safetensors)")
-    entries, metadata = read_headers(files)
+    entries, metadata = tensors_of(source)
     scales = _scales(source, model, entries)
-    lost = sorted(indexed(source) - entries.keys())
-    if lost:
-        raise CheckpointError(
-            f"{source}/model.safetensors.index.json names {lost[0]} ({len(lost)} such tensors), "
-            "which no file holds: copy or download the files again, or take it out of the index"
-        )
     entries = {
         n: e for n, e in entries.items() if n.removesuffix(SUFFIX) not in scales or n in scales
     }
@@ -100,6 +92,26 @@ def prepare(
     config, constants = _recorded(source, model, plan, made, wanted)
     outputs = files_of(tasks, constants, entries, metadata, shard)
     return sealed_job(source, plan, outputs, norms, config)
+
+
+def tensors_of(source: Path) -> tuple[dict[str, Entry], dict[Path, Metadata]]:
+    """All tensors of a checkpoint in safetensors, and the metadata of its files.
+
+    Raises:
+        CheckpointError: a file is damaged, or a tensor that the index names is missing.
+        OSError: a file is missing or can't be read.
+    """
+    files = weight_files(source)
+    if not files or any(file.suffix != ".safetensors" for file in files):
+        raise FileNotFoundError(f"{source} has no weights in safetensors (model.safetensors)")
+    entries, metadata = read_headers(files)
+    lost = sorted(indexed(source) - entries.keys())
+    if lost:
+        raise CheckpointError(
+            f"{source}/model.safetensors.index.json names {lost[0]} ({len(lost)} such tensors), "
+            "which no file holds: copy or download the files again, or take it out of the index"
+        )
+    return entries, metadata
 
 
 def _scales(

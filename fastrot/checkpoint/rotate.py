@@ -159,14 +159,48 @@ def rotate_checkpoint(
             "several workers can't each start afresh: remove the unfinished folder, or run one "
             "worker with --fresh first"
         )
-    taken = None
+    taken = occupied(source, target)
+    job = prepare(source, recipe or Recipe(), dtype=dtype, drafts=drafts, shard=shard)
+    return write(job, target, taken, worker=mine, memory=memory, fresh=fresh, progress=progress)
+
+
+def occupied(source: Path, target: Path) -> FileExistsError | None:
+    """Check a target before any work, see :func:`check_target`.
+
+    Returns:
+        Why it can't be written to, if a checkpoint is there, which may be the result.
+    """
     try:
         check_target(source, target)
     except FileExistsError as error:
         if not (target / "config.json").is_file():
             raise
-        taken = error
-    job = prepare(source, recipe or Recipe(), dtype=dtype, drafts=drafts, shard=shard)
+        return error
+    return None
+
+
+def write(
+    job: Job,
+    target: Path,
+    taken: FileExistsError | None = None,
+    *,
+    worker: Worker,
+    memory: int | None = None,
+    fresh: bool = False,
+    progress: bool = False,
+) -> RotatedCheckpoint:
+    """Do a job, or this worker's share of it, as :func:`rotate_checkpoint` describes.
+
+    Args:
+        job: what is written.
+        target: a new or an empty folder, resolved.
+        taken: what :func:`occupied` said of it, which is raised unless the result is there.
+        worker: which of several processes this is.
+        memory: bytes for weights that are worked on, and scratch memory.
+        fresh: throw away what an earlier call for this target left unfinished.
+        progress: show a bar of the whole job, on the first worker.
+    """
+    mine = worker
     store = Store(job, target)
     if store.published():
         store.tidy()
@@ -233,7 +267,7 @@ class _Bar:
         self._bar = None
         if shown:
             self._bar = tqdm(
-                total=job.nbytes, desc="rotating", unit="B", unit_scale=True, unit_divisor=1024
+                total=job.nbytes, desc="writing", unit="B", unit_scale=True, unit_divisor=1024
             )
             self._recount()
 

@@ -81,6 +81,19 @@ def parser() -> argparse.ArgumentParser:
     )
     rotate.set_defaults(command=commands.rotate)
 
+    export = actions.add_parser(
+        "export",
+        parents=[common],
+        help="write a copy of a checkpoint with R4 that vLLM serves without fastrot",
+    )
+    export.add_argument("source", type=Path, metavar="SRC", help="what fastrot rotate wrote")
+    export.add_argument("target", type=Path, metavar="DST", help="a new or an empty folder")
+    export.add_argument("--to", choices=("vllm",), default="vllm", help="default: vllm")
+    export.add_argument(
+        "--fresh", action="store_true", help="throw away what an earlier run left unfinished"
+    )
+    export.set_defaults(command=commands.export)
+
     verification = actions.add_parser(
         "verify",
         parents=[common],

@@ -1,4 +1,4 @@
-"""The commands ``plan``, ``rotate``, ``serve``, ``architectures`` and ``demo``."""
+"""The commands ``plan``, ``rotate``, ``export``, ``serve``, ``architectures`` and ``demo``."""
 
 import json
 import sys
@@ -53,6 +53,15 @@ def rotate(args: Namespace) -> int:
     if not done.complete:
         where = f"{args.target} lacks {done.missing} files of weights, which other workers write"
     announce(f"{str(done.plan).splitlines()[0]}\n{where}")
+    return 0
+
+
+def export(args: Namespace) -> int:
+    """Write a copy that a server computes right without fastrot."""
+    schemes = fastrot.export(
+        args.source, args.target, args.to, fresh=args.fresh, progress=sys.stderr.isatty()
+    )
+    announce("\n".join([*map(str, schemes), f"written to {args.target}"]))
     return 0
 
 

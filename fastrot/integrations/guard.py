@@ -24,15 +24,31 @@ VLLM = "vllm"
 
 
 def guard(model: "PreTrainedModel") -> None:
-    """Let a model that is being built refuse to run, if its record names online rotations."""
+    """Let a model that is being built refuse to run, if its record names online rotations.
+
+    Raises:
+        RecordError: it is being loaded from what :func:`fastrot.export` wrote of plain numbers,
+            where transformers finds no quantization, and would fail.
+    """
     if type(model).__name__ == DRAFTS or model.config._attn_implementation == VLLM:
         return
     try:
         needed = has_online(model.config)
     except RecordError:
         needed = True  # The first forward says what is wrong with it.
+    described = getattr(model.config, "quantization_config", None)
+    if needed and described is not None and _empty(described):
+        raise RecordError(
+            "this checkpoint was exported for a server that rotates by itself (fastrot.export), "
+            "and transformers can't load it; load the checkpoint that it was exported from"
+        )
     if needed:
         model.register_forward_pre_hook(refuse)
+
+
+def _empty(described: Any) -> bool:
+    """Whether transformers reads a description of compressed-tensors that quantizes nothing."""
+    return getattr(described, "quantization_config", described) is None
 
 
 def lift(model: "PreTrainedModel") -> None:

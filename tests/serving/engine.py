@@ -1,4 +1,4 @@
-"""Tiny checkpoints, and what vLLM makes of them."""
+"""What vLLM makes of a checkpoint. Nothing here imports fastrot."""
 
 import gc
 import random
@@ -8,14 +8,9 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from helpers import tiny
 from torch import nn
 from vllm import LLM, SamplingParams
 
-import fastrot
-
-# vLLM's attention on CPUs wants heads of a multiple of 32.
-SIZES = {"heads": 4, "kv_heads": 2, "head_dim": 32, "hidden": 128, "intermediate": 224}
 PROMPTS = [random.Random(n).choices(range(3, 256), k=n) for n in (1, 5, 17, 40)]
 
 
@@ -29,19 +24,6 @@ class Answers(NamedTuple):
     tokens: list[list[int]]
     logprobs: torch.Tensor
     scores: torch.Tensor
-
-
-def model(family, **kwargs):
-    return tiny(family, vocab=256, **SIZES, **kwargs)
-
-
-def checkpoint(folder, family, recipe=None, **kwargs):
-    """A checkpoint of a tiny model, rotated by a recipe if there is one."""
-    made = model(family, **kwargs)
-    if recipe is not None:
-        fastrot.apply(made, fastrot.Recipe(**recipe))
-    made.save_pretrained(folder)
-    return folder
 
 
 @contextmanager

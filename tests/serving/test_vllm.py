@@ -4,17 +4,8 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from engine import (
-    answers,
-    assert_same,
-    checkpoint,
-    distance,
-    engine,
-    model,
-    rotations,
-    served,
-    without,
-)
+from checkpoints import checkpoint, model
+from engine import answers, assert_same, distance, engine, rotations, served, without
 from quantized import quantize
 from torch import nn
 from vllm import LLM

@@ -5,7 +5,6 @@ method it would have anyway, with the rotation of the record in front: that of t
 the checkpoint was quantized after it was rotated, if it was.
 """
 
-import re
 from typing import Any
 
 import torch
@@ -19,16 +18,14 @@ from vllm.model_executor.models.utils import WeightsMapper
 from fastrot.edits import OnlineSite
 from fastrot.errors import RecordError, RotationError
 from fastrot.integrations.vllm.layers import rotate_attention, rotate_input
-from fastrot.integrations.vllm.operands import with_matrices
-from fastrot.integrations.vllm.recorded import DELEGATED, recorded_sites
+from fastrot.integrations.vllm.operands import OPERAND, with_matrices
+from fastrot.integrations.vllm.recorded import DELEGATED, exported, recorded_sites
 from fastrot.record import QUANT_METHOD, has_online
 from fastrot.resolve.places import layer_of
 from fastrot.transform_config import ATTENTION_LOCATIONS
 
 Place = tuple[str, str]
 """vLLM's name of a module, and a location in it."""
-
-OPERAND = re.compile(r"\.fastrot_\w+\.operand$")
 
 
 class FastrotConfig(QuantizationConfig):
@@ -74,9 +71,13 @@ class FastrotConfig(QuantizationConfig):
     def override_quantization_method(
         cls, hf_quant_cfg: dict[str, Any], user_quant: str | None, hf_config: Any = None
     ) -> str | None:
-        """Take over what another tool quantized after fastrot rotated it."""
+        """Take over what another tool quantized after fastrot rotated it.
+
+        But not what vLLM itself rotates.
+        """
         known = hf_quant_cfg.get("quant_method") in (QUANT_METHOD, *DELEGATED)
-        return QUANT_METHOD if known and has_online(hf_config) else None
+        ours = known and has_online(hf_config) and not exported(hf_config, hf_quant_cfg)
+        return QUANT_METHOD if ours else None
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "FastrotConfig":

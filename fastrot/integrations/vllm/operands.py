@@ -4,6 +4,7 @@ vLLM's loaders know parameters only, so they get to see no operand.
 """
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,8 @@ from fastrot.rotations import MATRIX, Rotation
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+OPERAND = re.compile(r"\.fastrot_\w+\.operand$")
+"""Names of the tensors that hold the matrices of online rotations."""
 
 
 def with_matrices(sites: Iterable[OnlineSite], checkpoint: str) -> list[OnlineSite]:

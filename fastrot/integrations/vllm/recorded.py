@@ -1,15 +1,19 @@
 """What a checkpoint's record asks of a server, by transformers' names. Nothing here needs vLLM."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastrot.edits import OnlineSite
 from fastrot.integrations.marks import unmark
 from fastrot.integrations.outlines import model_of
 from fastrot.online.parallel import check_width
-from fastrot.record import online_sites
+from fastrot.record import applications, online_sites
+from fastrot.resolve.places import places
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DELEGATED = ("compressed-tensors",)
 """Quantization methods of other tools before which a rotation can stand."""
@@ -20,9 +24,29 @@ SPLIT_LOCATIONS = ("input", "down_input")
 
 def recorded_sites(config: Any) -> list[OnlineSite]:
     """The online rotations that the record in a model's configuration asks for."""
+    return online_sites(recorded_model(config))
+
+
+def recorded_model(config: Any) -> "PreTrainedModel":
+    """The model of a configuration without its marks, its names and shapes alone."""
     plain = copy.deepcopy(config)
     unmark(plain)
-    return online_sites(model_of(plain))
+    return model_of(plain)
+
+
+def exported(config: Any, settings: Mapping[str, Any]) -> bool:
+    """Whether vLLM itself does all recorded online rotations, as :func:`fastrot.export` writes.
+
+    Args:
+        config: of the model.
+        settings: its ``quantization_config``.
+    """
+    groups = (settings.get("transform_config") or {}).get("config_groups", {})
+    carried = {name.partition("_")[0] for name in groups}
+    recorded = {
+        group for _, item in applications(config) for group, _, _ in places(item, online=True)
+    }
+    return recorded <= carried
 
 
 def check_ranks(sites: Iterable[OnlineSite], ranks: int) -> None:

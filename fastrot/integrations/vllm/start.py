@@ -4,7 +4,7 @@ import functools
 from typing import Any
 
 from fastrot.errors import RotationError
-from fastrot.integrations.vllm.recorded import DELEGATED, check_ranks, recorded_sites
+from fastrot.integrations.vllm.recorded import DELEGATED, check_ranks, exported, recorded_sites
 from fastrot.record import QUANT_METHOD, has_online
 
 
@@ -20,6 +20,10 @@ def check_start(model: Any, parallel: Any) -> None:
             a block in two.
     """
     if not has_online(model.hf_config):
+        return
+    if model.quantization in DELEGATED and exported(
+        model.hf_config, model.hf_config.quantization_config
+    ):
         return
     if model.quantization != QUANT_METHOD:
         raise RotationError(
