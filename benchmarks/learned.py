@@ -28,9 +28,11 @@ from fastrot.demo.corpus import heldout_files
 from fastrot.lab.corpus import cut, found_text, read_texts, tokenize
 from fastrot.lab.evaluate import Losses, compare, evaluate
 from fastrot.lab.quantized import quantized
+from fastrot.lab.schemes import Scheme
 
 ROTATIONS = ("R1", "R2", "R3", "R4")
-SCHEMES = ("a4kv4", "w4a4kv4", "w4mse-a4-kv4", "mxfp4", "nvfp4")
+SCHEMES = ("a4kv4", "w4gptq-a4-kv4", "w4a4kv4", "w4mse-a4-kv4", "mxfp4", "nvfp4")
+DOMAINS = ("in domain", "other domain")
 CONTEXT = 512
 LICENCES = Path("/usr/share/common-licenses")
 
@@ -56,8 +58,8 @@ def losses_of(
     model = copy.deepcopy(base)
     if recipe is not None:
         fastrot.apply(model, recipe)
-    with quantized(model, scheme or "w16"):
-        return {name: evaluate(model, w) for name, w in windows.items()}
+    with quantized(model, scheme or Scheme(), windows["learn"]):
+        return {name: evaluate(model, windows[name]) for name in DOMAINS}
 
 
 def measure(args: argparse.Namespace, found: dict[str, Any]) -> None:
@@ -66,15 +68,14 @@ def measure(args: argparse.Namespace, found: dict[str, Any]) -> None:
         folder = write(args.model or Path(place) / "smollm2")
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         windows = texts(AutoTokenizer.from_pretrained(folder), args.other, args.tokens)
-    domains = {name: windows[name] for name in ("in domain", "other domain")}
     found["tokens"] = {name: w[:, 1:].numel() for name, w in windows.items()}
     cells: dict[str, Any] = found.setdefault("cells", {})
     wanted = [(s, n) for s in args.schemes for n in range(args.seeds) if f"{s} {n}" not in cells]
-    exact = losses_of(base, None, None, domains) if wanted else {}
+    exact = losses_of(base, None, None, windows) if wanted else {}
     hadamard: dict[str, dict[str, Losses]] = {}
     for scheme, seed in wanted:
         if scheme not in hadamard:
-            hadamard[scheme] = losses_of(base, fastrot.Recipe(ROTATIONS), scheme, domains)
+            hadamard[scheme] = losses_of(base, fastrot.Recipe(ROTATIONS), scheme, windows)
         began = time.perf_counter()
         learned = fastrot.learn(
             base,
@@ -86,14 +87,14 @@ def measure(args: argparse.Namespace, found: dict[str, Any]) -> None:
             seed=seed,
         )
         seconds = time.perf_counter() - began
-        after = losses_of(base, learned, scheme, domains)
+        after = losses_of(base, learned, scheme, windows)
         cell: dict[str, Any] = {
             "seconds": seconds,
             "gate": [learned.gain.mean, learned.gain.error],
             "accepted": learned.accepted,
             "defect": learned.defect,
         }
-        for name in domains:
+        for name in DOMAINS:
             gain = compare(after[name], hadamard[scheme][name])
             left = hadamard[scheme][name].mean - exact[name].mean
             cell[name] = {

@@ -29,8 +29,17 @@ from fastrot import RotationError
 from fastrot.integrations.transformers import cache_argument
 from fastrot.lab.cache import WatchedCache, watched
 from fastrot.lab.quantized import kv_rounding, linears_of, quantized
-from fastrot.lab.quantizers import fake_quantize, round_asymmetric, round_symmetric
+from fastrot.lab.quantizers import asymmetric_grid, fake_quantize, symmetric_grid
 from fastrot.lab.schemes import Numbers, Scheme
+
+
+def round_symmetric(x, bits, clip=1.0):
+    return symmetric_grid(x, bits, clip).nearest(x)
+
+
+def round_asymmetric(x, bits, clip=1.0):
+    return asymmetric_grid(x, bits, clip).nearest(x)
+
 
 ROTATIONS = ("R1", "R2", "R3", "R4")
 KV4 = kv_rounding(Numbers(symmetric=False))

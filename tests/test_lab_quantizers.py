@@ -8,8 +8,17 @@ from helpers import levels, relative_error
 
 from fastrot import RotationError
 from fastrot.kernels.formats import LEVELS, Quantization
-from fastrot.lab.quantizers import CLIPS, fake_quantize, round_asymmetric, round_symmetric
+from fastrot.lab.quantizers import CLIPS, asymmetric_grid, fake_quantize, symmetric_grid
 from fastrot.lab.schemes import Numbers
+
+
+def round_symmetric(x, bits, clip=1.0):
+    return symmetric_grid(x, bits, clip).nearest(x)
+
+
+def round_asymmetric(x, bits, clip=1.0):
+    return asymmetric_grid(x, bits, clip).nearest(x)
+
 
 ROUNDINGS = {round_symmetric: lambda bits: 2**bits - 1, round_asymmetric: lambda bits: 2**bits}
 BITS = (2, 3, 4, 8)

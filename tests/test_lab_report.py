@@ -17,6 +17,7 @@ from fastrot.cli import main
 from fastrot.demo.outliers import with_outliers
 from fastrot.lab import plots
 from fastrot.lab.evaluate import Difference, Losses, compare, evaluate
+from fastrot.lab.gptq import calibrated
 from fastrot.lab.outliers import SITES, outliers
 from fastrot.lab.page import html, sentence, write
 from fastrot.lab.quantized import quantized
@@ -244,6 +245,26 @@ def test_on_the_command_line(tmp_path, capsys):
     assert (data["model"], data["text"]) == ("some model", "text")
     assert data["command"].startswith(f"fastrot report '{folder}' --scheme W8A8 --rotations")
     assert [cell["rotations"] for cell in data["cells"]] == ["none", "R1R2"] * 2
+
+
+@pytest.mark.usefixtures("without_plots")
+def test_gptq_is_calibrated_on_other_windows(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastrot.lab.quantized.calibrated", spy := Spy())
+    options = ["--scheme", "w3", "w3gptq", "--rotations", "none", "--tokens", "2048"]
+    assert main(["report", "demo", *options, "--out", str(tmp_path)]) == 0
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert (data["tokens"], data["windows"]) == (2048, 8)
+    losses = {cell["scheme"]: cell["loss"] for cell in data["cells"]}
+    assert losses["w3gptq"] < losses["w3"]
+    assert spy.windows.shape == (8, 257)
+
+
+class Spy:
+    windows = None
+
+    def __call__(self, model, linears, windows):
+        self.windows = windows
+        return calibrated(model, linears, windows)
 
 
 @pytest.mark.usefixtures("without_plots")

@@ -14,6 +14,8 @@ from fastrot.cli.output import announce
 from fastrot.cli.texts import CONTEXT, spread, windows_of
 from fastrot.lab.sets import in_order
 
+CALIBRATION = 32
+"""Windows that GPTQ sees, at most."""
 EMBEDDED = "demo"
 """Names the model in this package, with the outlier channels that it is given in the demo."""
 
@@ -22,24 +24,30 @@ def report(args: Namespace) -> int:
     """Measure a model with rotations and schemes, and write what follows as a page."""
     from fastrot.lab.page import sentence, write
     from fastrot.lab.plots import check_plots
-    from fastrot.lab.report import measure
+    from fastrot.lab.report import FEWEST, measure
     from fastrot.lab.schemes import Scheme
 
     check_plots()
     if args.out.exists() and not args.out.is_dir():
         raise FileExistsError(f"{args.out} is a file; give a folder")
     schemes = [str(Scheme.parse(name)) for name in args.scheme]
-    load, windows = _embedded(args) if args.model == EMBEDDED else _checkpoint(args)
+    asks = any((weights := Scheme.parse(s).weights) and weights.gptq for s in schemes)
+    # Of twice as many windows every other one is for GPTQ.
+    tokens = args.tokens * 2 if asks else args.tokens
+    make = _embedded if args.model == EMBEDDED else _checkpoint
+    load, windows = make(args, tokens, FEWEST * 2 if asks else FEWEST)
+    calibration = windows[1::2][:CALIBRATION] if asks else None
     texts = ", ".join(path.name for path in args.text)
     found = "held-out Python modules" if args.model == EMBEDDED else "Python's own reference"
     made = measure(
         load,
-        windows,
+        windows[::2] if asks else windows,
         schemes,
         in_order(args.rotations),
         model="the embedded model" if args.model == EMBEDDED else Path(args.model).resolve().name,
         text=texts or found,
         command=command(args),
+        calibration=calibration,
         progress=sys.stderr.isatty(),
     )
     page = write(made, args.out)
@@ -56,16 +64,15 @@ def command(args: Namespace) -> str:
     return shlex.join([*words, "--out", str(args.out)])
 
 
-def _embedded(args: Namespace) -> tuple[Callable[[], Any], Tensor]:
+def _embedded(args: Namespace, tokens: int, least: int) -> tuple[Callable[[], Any], Tensor]:
     from transformers import LlamaForCausalLM
 
     from fastrot.demo.corpus import heldout_files, read_bytes
     from fastrot.demo.evaluate import MODEL, OUTLIER_SCALE
     from fastrot.demo.outliers import with_outliers
-    from fastrot.lab.report import FEWEST
 
     stream = torch.tensor(read_bytes(args.text or heldout_files())).long()
-    windows = spread(stream, args.tokens, CONTEXT, FEWEST)
+    windows = spread(stream, tokens, CONTEXT, least)
 
     def load() -> Any:
         model = LlamaForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
@@ -74,10 +81,9 @@ def _embedded(args: Namespace) -> tuple[Callable[[], Any], Tensor]:
     return load, windows
 
 
-def _checkpoint(args: Namespace) -> tuple[Callable[[], Any], Tensor]:
+def _checkpoint(args: Namespace, tokens: int, least: int) -> tuple[Callable[[], Any], Tensor]:
     from fastrot.cli.checkpoint import load
-    from fastrot.lab.report import FEWEST
 
     folder = Path(args.model)
-    windows = windows_of(folder, args.text, args.tokens, FEWEST)
+    windows = windows_of(folder, args.text, tokens, least)
     return lambda: load(folder, "float32"), windows

@@ -6,7 +6,7 @@ rounding: R4 because a block rotates what it hands to its linear module, R3 beca
 the cache.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,23 +15,31 @@ from torch import Tensor, nn
 
 from fastrot.errors import RotationError
 from fastrot.lab.cache import Watch, watched
+from fastrot.lab.gptq import calibrated, gptq
 from fastrot.lab.quantizers import fake_quantize
 from fastrot.lab.schemes import Numbers, Scheme
 
 
 @contextmanager
-def quantized(model: Any, scheme: Scheme | str) -> Iterator[None]:
+def quantized(model: Any, scheme: Scheme | str, text: Tensor | None = None) -> Iterator[None]:
     """Quantize a causal language model of transformers, as long as the context lasts.
 
     Rotate first: a rotation that is applied inside would act on rounded numbers. The original
     weights are kept beside the rounded ones, and come back bit for bit.
 
+    Args:
+        model: as it is to be quantized.
+        scheme: what is rounded, and how.
+        text: token ids, ``(n, length)``, on which GPTQ is calibrated.
+
     Raises:
         RotationError: an unknown scheme, a group that does not fit, or a layer with weights that
-            are not in linear modules, such as stacked experts.
+            are not in linear modules, such as stacked experts; GPTQ without text.
     """
     scheme = Scheme.parse(scheme)
     linears = linears_of(model)
+    # While nothing else is quantized, since GPTQ runs the model.
+    rounded = [*_rounded(model, linears, scheme.weights, text)] if scheme.weights else []
     with ExitStack() as stack:
         if scheme.kv is not None:
             stack.enter_context(watched(model, kv_rounding(scheme.kv)))
@@ -39,12 +47,9 @@ def quantized(model: Any, scheme: Scheme | str) -> Iterator[None]:
             for name, module in linears.items():
                 hook = _input_rounding(name, scheme.activations)
                 stack.callback(module.register_forward_pre_hook(hook).remove)
-        if scheme.weights is not None:
-            for name, module in linears.items():
-                with _naming(f"{name}.weight"):
-                    rounded = rounded_weight(module, scheme.weights)
-                stack.callback(setattr, module.weight, "data", module.weight.data)
-                module.weight.data = rounded
+        for weight, data in rounded:
+            stack.callback(setattr, weight, "data", weight.data)
+            weight.data = data
         yield
 
 
@@ -87,12 +92,25 @@ def decoder_layers(model: Any) -> dict[str, nn.Module]:
 
 
 @torch.no_grad()
-def rounded_weight(module: Any, numbers: Numbers) -> Tensor:
-    """The weight of a linear module, rounded along its inputs."""
-    weight: Tensor = module.weight.data
-    if isinstance(module, nn.Linear):
-        return fake_quantize(weight, numbers)
-    return fake_quantize(weight.T, numbers).T.contiguous()
+def _rounded(
+    model: Any, linears: Mapping[str, Any], numbers: Numbers, text: Tensor | None
+) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """The weights of linear modules, and what they are rounded to along their inputs."""
+    moments: Iterable[tuple[str, Tensor | None]] = ((name, None) for name in linears)
+    if numbers.gptq:
+        if text is None:
+            raise RotationError("gptq needs text to calibrate on; give windows of token ids")
+        moments = calibrated(model, linears, text)
+    for name, moment in moments:
+        module = linears[name]
+        plain = isinstance(module, nn.Linear)
+        weight = module.weight.data if plain else module.weight.data.T
+        with _naming(f"{name}.weight"):
+            if moment is None:
+                rounded = fake_quantize(weight, numbers)
+            else:
+                rounded = gptq(weight, moment, numbers)
+        yield module.weight, rounded if plain else rounded.T.contiguous()
 
 
 def kv_rounding(numbers: Numbers) -> Watch:

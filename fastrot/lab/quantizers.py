@@ -5,6 +5,8 @@ Round to nearest, without calibration. Integers have ``2**bits - 1`` levels arou
 their codes mean is specified. nvfp4 takes the usual global scale, from the whole tensor.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -40,58 +42,79 @@ def fake_quantize(x: Tensor, numbers: Numbers) -> Tensor:
                 f"{work.shape[-1]} elements do not divide into groups of {numbers.group}"
             )
         work = work.unflatten(-1, (-1, numbers.group))
-    return _round_integer(work, numbers).reshape(x.shape).to(x.dtype)
+    return grid_of(work, numbers).nearest(work).reshape(x.shape).to(x.dtype)
 
 
-def _round_integer(x: Tensor, numbers: Numbers) -> Tensor:
-    rounding = round_symmetric if numbers.symmetric else round_asymmetric
+class Grid(NamedTuple):
+    """Evenly spaced levels ``low + step · i``, ``i`` from ``least`` to ``most``.
+
+    ``step`` and ``low`` have one element for every vector, and a last dimension of 1.
+    """
+
+    step: Tensor
+    low: Tensor
+    least: int
+    most: int
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """The level nearest to each element."""
+        return ((x - self.low) / self.step).round().clamp(self.least, self.most) * self.step + (
+            self.low
+        )
+
+
+def grid_of(x: Tensor, numbers: Numbers) -> Grid:
+    """The levels for every vector along the last dimension.
+
+    Args:
+        x: any shape, floating point; vectors or groups along the last dimension.
+        numbers: integers.
+    """
     assert numbers.bits is not None
-    best = rounding(x, numbers.bits)
+    make = symmetric_grid if numbers.symmetric else asymmetric_grid
+    best = make(x, numbers.bits)
     if numbers.clip == "max":
         return best
-    least = (best - x).square().sum(-1, keepdim=True)
+    least = (best.nearest(x) - x).square().sum(-1, keepdim=True)
     for clip in CLIPS:
-        tried = rounding(x, numbers.bits, clip)
-        error = (tried - x).square().sum(-1, keepdim=True)
-        best = torch.where(error < least, tried, best)
+        tried = make(x, numbers.bits, clip)
+        error = (tried.nearest(x) - x).square().sum(-1, keepdim=True)
+        better = error < least
+        step, low = (
+            torch.where(better, new, old) for new, old in zip(tried[:2], best[:2], strict=True)
+        )
+        best = best._replace(step=step, low=low)
         least = torch.minimum(error, least)
     return best
 
 
-def round_symmetric(x: Tensor, bits: int, clip: float = 1.0) -> Tensor:
-    """Round every vector along the last dimension to ``2**bits - 1`` levels around zero.
+def symmetric_grid(x: Tensor, bits: int, clip: float = 1.0) -> Grid:
+    """``2**bits - 1`` levels around zero.
 
     Args:
-        x: any shape, floating point.
+        x: any shape, floating point; vectors along the last dimension.
         bits: at least 2.
         clip: the outermost level, as a share of the largest magnitude.
-
-    Returns:
-        The nearest levels, shape and dtype of ``x``.
     """
     most = 2 ** (bits - 1) - 1
-    scale = x.abs().amax(-1, keepdim=True) * clip / most
-    scale = scale.clamp_min(torch.finfo(x.dtype).tiny)
-    return (x / scale).round().clamp(-most, most) * scale
+    step = x.abs().amax(-1, keepdim=True) * clip / most
+    step = step.clamp_min(torch.finfo(x.dtype).tiny)
+    return Grid(step, torch.zeros_like(step), -most, most)
 
 
-def round_asymmetric(x: Tensor, bits: int, clip: float = 1.0) -> Tensor:
-    """Round every vector along the last dimension to ``2**bits`` levels over its range.
+def asymmetric_grid(x: Tensor, bits: int, clip: float = 1.0) -> Grid:
+    """``2**bits`` levels over the range of a vector.
 
     Args:
-        x: any shape, floating point.
+        x: any shape, floating point; vectors along the last dimension.
         bits: at least 1.
         clip: the range of the levels, as a share of that from least to greatest, around its middle.
-
-    Returns:
-        The nearest levels, shape and dtype of ``x``.
     """
     low, high = x.aminmax(dim=-1, keepdim=True)
     spread = high - low
     low = low + spread * ((1 - clip) / 2)
-    scale = spread * clip / (2**bits - 1)
-    scale = scale.clamp_min(torch.finfo(x.dtype).tiny)
-    return ((x - low) / scale).round().clamp(0, 2**bits - 1) * scale + low
+    step = (spread * clip / (2**bits - 1)).clamp_min(torch.finfo(x.dtype).tiny)
+    return Grid(step, low, 0, 2**bits - 1)
 
 
 def _round_float(x: Tensor, numbers: Numbers) -> Tensor:

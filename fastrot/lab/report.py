@@ -105,6 +105,7 @@ def measure(
     model: str,
     text: str,
     command: str,
+    calibration: Tensor | None = None,
     progress: bool = False,
 ) -> Report:
     """Measure a model with every set of rotations and every scheme.
@@ -117,6 +118,7 @@ def measure(
         model: its name in the report.
         text: what the windows are cut from, in words.
         command: what makes this report.
+        calibration: windows on which GPTQ is calibrated, where a scheme asks for it.
         progress: show a bar.
 
     Raises:
@@ -151,7 +153,7 @@ def measure(
                 )
             for label, scheme in cases.items():
                 bar.set_description(f"{name}, {label or 'float32'}")
-                with quantized(case, scheme):
+                with quantized(case, scheme, calibration):
                     losses[label, name] = evaluate(case, windows, bar.update)
     assert surface is not None
     exact = losses[None, ordered[0]]

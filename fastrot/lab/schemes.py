@@ -10,7 +10,7 @@ from fastrot.kernels.formats import FORMATS
 FLOATS = ("fp8", "mxfp4", "nvfp4")
 BITS = range(2, 17)
 
-_PART = re.compile(rf"(kv|w|a)(\d+|{'|'.join(FLOATS)})(?:g(\d+)|(t))?(asym|sym)?(mse)?")
+_PART = re.compile(rf"(kv|w|a)(\d+|{'|'.join(FLOATS)})(?:g(\d+)|(t))?(asym|sym)?(mse)?(gptq)?")
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Numbers:
         symmetric: levels lie around zero; otherwise they span the range from least to greatest.
         clip: integers only: levels reach the greatest magnitude (``max``), or as far as makes the
             squared error least (``mse``).
+        gptq: weights in integers only: every error is made up for by what is rounded after it, see
+            :mod:`fastrot.lab.gptq`; needs text to calibrate on.
 
     Raises:
         RotationError: a value that does not exist, or that does not go with the format.
@@ -38,6 +40,7 @@ class Numbers:
     group: int | None = None
     symmetric: bool = True
     clip: Literal["max", "mse"] = "max"
+    gptq: bool = False
 
     def __post_init__(self) -> None:
         if self.format not in ("int", *FLOATS):
@@ -50,13 +53,16 @@ class Numbers:
             raise RotationError(f"group={self.group} with per={self.per!r}: give both or none")
         if self.group is not None and self.group < 2:
             raise RotationError(f"group={self.group} is not a size above 1")
+        if self.gptq and self.per == "tensor":
+            raise RotationError("gptq=True with per='tensor': it takes a scale a row, or a group")
         if self.format == "int":
             if self.bits not in BITS:
                 raise RotationError(f"bits={self.bits} is not from {BITS[0]} to {BITS[-1]}")
-        elif self.bits is not None or not self.symmetric or self.clip != "max":
+        elif self.bits is not None or not self.symmetric or self.clip != "max" or self.gptq:
             raise RotationError(
-                f"bits={self.bits}, symmetric={self.symmetric}, clip={self.clip!r}: {self.format} "
-                "is symmetric, its bits are fixed, and it is never clipped; leave these out"
+                f"bits={self.bits}, symmetric={self.symmetric}, clip={self.clip!r}, "
+                f"gptq={self.gptq}: {self.format} is symmetric, its bits are fixed, and it is "
+                "rounded to nearest without clipping; leave these out"
             )
         elif self.group != FORMATS[self.format].group and self.format != "fp8":
             raise RotationError(
@@ -76,7 +82,8 @@ class Numbers:
             parts.append({"vector": "", "tensor": "t", "group": f"g{self.group}"}[self.per])
         if self.bits is not None and self.symmetric != (kind != "kv"):
             parts.append("sym" if self.symmetric else "asym")
-        return "".join(parts) + ("mse" if self.clip == "mse" else "")
+        parts.append("mse" if self.clip == "mse" else "")
+        return "".join(parts) + ("gptq" if self.gptq else "")
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,10 @@ class Scheme:
     weights: Numbers | None = None
     activations: Numbers | None = None
     kv: Numbers | None = None
+
+    def __post_init__(self) -> None:
+        if any(numbers is not None and numbers.gptq for numbers in (self.activations, self.kv)):
+            raise RotationError("gptq is for weights, not for activations, keys or values")
 
     def __str__(self) -> str:
         kinds = {"w": self.weights, "a": self.activations, "kv": self.kv}
@@ -109,7 +120,7 @@ class Scheme:
             text: ``fp8``, ``mxfp4`` or ``nvfp4`` (weights and activations); or some of ``w``, ``a``
                 and ``kv``, each with its bits or format, then ``g`` and a group size or ``t`` for
                 one scale per tensor, ``sym`` or ``asym`` (keys and values are asymmetric by
-                default), ``mse`` for clipping: ``w4a4kv4``, ``w4g128mse-a8``.
+                default), ``mse`` for clipping, ``gptq`` (weights): ``w4a4kv4``, ``w4g128gptq-a8``.
 
         Raises:
             RotationError: no such scheme.
@@ -132,18 +143,22 @@ class Scheme:
             raise RotationError(
                 f"scheme {text!r} is unknown; there are {', '.join(FLOATS)}, and any of w, a and "
                 f"kv once, each with {BITS[0]} to {BITS[-1]} bits or one of these formats, then g "
-                "and a group size or t (per tensor), sym or asym, mse: w4a4kv4, w8a8, w4g128mse-a8"
+                "and a group size or t (per tensor), sym or asym, mse, gptq: w4a4kv4, w4g128mse-a8"
             )
-        return cls(found.get("w"), found.get("a"), found.get("kv"))
+        try:
+            return cls(found.get("w"), found.get("a"), found.get("kv"))
+        except RotationError as error:
+            raise RotationError(f"scheme {text!r}: {error}") from None
 
 
 def _numbers(text: str, match: re.Match[str]) -> Numbers:
-    kind, value, group, tensor, symmetry, mse = match.groups()
+    kind, value, group, tensor, symmetry, mse, gptq = match.groups()
     try:
         if value in FLOATS:
             usual = Numbers.of(value)
-            if symmetry or mse or ((group or tensor) and value != "fp8"):
-                raise RotationError(f"{value} takes no {symmetry or mse or tensor or 'g' + group}")
+            wrong = symmetry or mse or gptq
+            if wrong or ((group or tensor) and value != "fp8"):
+                raise RotationError(f"{value} takes no {wrong or tensor or 'g' + group}")
             if not (group or tensor):
                 return usual
         return Numbers(
@@ -153,6 +168,7 @@ def _numbers(text: str, match: re.Match[str]) -> Numbers:
             int(group) if group else None,
             symmetry == "sym" if symmetry else value in FLOATS or kind != "kv",
             "mse" if mse else "max",
+            gptq is not None,
         )
     except RotationError as error:
         raise RotationError(f"scheme {text!r}, {match[0]}: {error}") from None

@@ -99,11 +99,11 @@ def learn(
     plan = apply(rotated, recipe).plan
     with tqdm(disable=not progress) as bar:
         found, history = _fitted(rotated, plan, wanted, scheme, windows, steps, vectors, bar)
-    before = _quantized_losses(rotated, scheme, judges)
+    before = _quantized_losses(rotated, scheme, judges, windows)
     del rotated
     learned = copy.deepcopy(model).float().eval()
     apply(learned, Recipe(**{**wishes, "matrices": found}))
-    after = _quantized_losses(learned, scheme, judges)
+    after = _quantized_losses(learned, scheme, judges, windows)
     gain = compare(after, before)
     better = gain.mean < -gain.error or (
         math.isfinite(after.mean) and not math.isfinite(before.mean)
@@ -158,9 +158,9 @@ def _fitted(
     return found, history
 
 
-def _quantized_losses(model: Any, scheme: Scheme, windows: Tensor) -> Losses:
-    with quantized(model, scheme):
-        return evaluate(model, windows)
+def _quantized_losses(model: Any, scheme: Scheme, judges: Tensor, windows: Tensor) -> Losses:
+    with quantized(model, scheme, windows):
+        return evaluate(model, judges)
 
 
 def _learnable(recipe: Recipe, scheme: Scheme) -> tuple[str, ...]:
