@@ -1,4 +1,4 @@
-"""Decoders some of whose layers attend to an image, gated as a whole."""
+"""Decoders some of whose layers attend to an image or a protein, gated as a whole."""
 
 from dataclasses import replace
 
@@ -65,7 +65,32 @@ MLLAMA = replace(
     notes="some layers attend to the image, in a space of its own",
 )
 
+ALIGNER_IN = (r"re:.*\.adapter\.query$", r"re:.*\.adapter\.ff\.fc1$")
+
+EVOLLA = replace(
+    LLAMA,
+    mapping=replace(
+        LLAMA.mapping,
+        readers=ALIGNER_IN,
+        writers=(r"re:.*\.adapter\.(out_proj|ff\.fc2)$",),
+        ignore=(
+            Untouched(r"re:model\.protein_encoder\.", "reads the protein, which is attended to"),
+            Untouched(r"re:.*\.adapter\.(key|value)_protein\.", "reads the protein"),
+            Untouched(
+                r"re:.*\.adapter\.gate_(attention|ffw)$", "scales what a layer adds as a whole"
+            ),
+        ),
+    ),
+    norms=(
+        *LLAMA.norms,
+        NormMapping(r"re:.*\.adapter\.attention_norm$", ALIGNER_IN[:1]),
+        NormMapping(r"re:.*\.adapter\.ff\.norm$", ALIGNER_IN[1:], kind="layer"),
+    ),
+    notes="some layers attend to a protein, in a space of its own, through a LayerNorm",
+)
+
 ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     "idefics": (IDEFICS, IDEFICS_INSIDE),
     "mllama_text_model": MLLAMA,
+    "evolla": EVOLLA,
 }

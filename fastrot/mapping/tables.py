@@ -14,6 +14,7 @@ from fastrot.mapping import (
     hybrid,
     latent,
     layernorm,
+    mixed,
     sight,
     singular,
     unrotated,
@@ -33,10 +34,11 @@ ARCHITECTURES: dict[str, Architecture | tuple[Architecture, ...]] = {
     **unrotated.ROWS,
     **vision.ROWS,
     **sight.ROWS,
+    **mixed.ROWS,
 }
 """``model_type`` of a (text) configuration → its row, or several for different settings."""
 
-SHELLS: dict[str, Shell] = {**vision.SHELLS, **sight.SHELLS}
+SHELLS: dict[str, Shell] = {**vision.SHELLS, **sight.SHELLS, **mixed.SHELLS}
 """``model_type`` of a multimodal configuration → what surrounds its language model."""
 
 

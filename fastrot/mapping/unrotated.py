@@ -252,6 +252,7 @@ ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     "zamba": ZAMBA,
     "hy_v4_vl_text": HYPER,
     "inkling2_text": INKLING2,
+    "inkling2_loop_text": INKLING2,
     "glm5_next_text": GLM5_NEXT,
     "mistral_large4_text": MISTRAL_LARGE4,
     "muse_spark_text": MUSE_SPARK,

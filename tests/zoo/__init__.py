@@ -151,6 +151,7 @@ def _families() -> dict[str, Family]:
         hybrid,
         layernorm,
         mixed,
+        omni,
         readers,
         sight,
         singular,
@@ -171,6 +172,7 @@ def _families() -> dict[str, Family]:
         sight,
         readers,
         mixed,
+        omni,
         blind,
         crossed,
     ):

@@ -42,10 +42,37 @@ except ImportError:
 else:
     modeling_inkling2.F = Alike()
 
+try:
+    from transformers.models.inkling2_loop import modeling_inkling2_loop
+except ImportError:
+    pass  # an older transformers
+else:
+    modeling_inkling2_loop.F = Alike()
+
+    class Gate(modeling_inkling2_loop.Inkling2LoopMessageGate):
+        """With projections in the dtype of their weights, which may be float64 here."""
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            for projection in (self.forget_gate_proj, self.message_gate_proj):
+                projection.register_forward_pre_hook(lambda m, x: x[0].to(m.weight.dtype))
+
+    modeling_inkling2_loop.Inkling2LoopMessageGate = Gate
+
 INKLING2: dict[str, Any] = {
     **without(without(INKLING, "n_shared_experts"), "mlp_layer_types"),
     "unpadded_vocab_size": 64,
     "n_layers_per_attn_res_block": 1,
+}
+
+INKLING2_LOOP: dict[str, Any] = {
+    **INKLING2,
+    "num_hidden_layers": 4,
+    "layer_types": ["hybrid_sliding", "hybrid"] * 2,
+    "loop_layer_index_start": 1,
+    "loop_layer_index_end": 3,
+    "loop_num_passes": 2,
+    "loop_gate_rank": 8,
 }
 
 INKLING_TOWER: dict[str, Any] = {
@@ -102,6 +129,12 @@ FAMILIES: dict[str, Family] = {
         "inkling2",
         "Inkling2ForConditionalGeneration",
         {"text_config": INKLING2, "vision_config": INKLING_TOWER},
+        exact=1e-5,
+    ),
+    "inkling2_loop": Family(
+        "inkling2_loop",
+        "Inkling2LoopForConditionalGeneration",
+        {"text_config": INKLING2_LOOP, "vision_config": INKLING_TOWER},
         exact=1e-5,
     ),
     "glm5_next": Family(
