@@ -42,10 +42,10 @@ def export(
     """Write a copy of a rotated checkpoint with R4 online that a server alone computes right.
 
     vLLM on CUDA, without tensor parallelism, multiplies the inputs of the down projections itself,
-    as the ``transform_config`` asks that the copy has in config.json. Weights
-    are copied bit for bit, without loading the model; the source is only read, and the target
-    appears when it is whole, or never. The record of the rotations stays: where fastrot loads the
-    copy it does not run without R4, which :func:`fastrot.restore` puts on.
+    as the ``transform_config`` asks that the copy has in config.json. Weights are copied bit for
+    bit, without loading the model; the source is only read, and the target appears when it is
+    whole, or never. The record of the rotations stays, so that transformers with fastrot refuses
+    the copy, instead of leaving R4 out.
 
     Args:
         source: a checkpoint with R4 online; all else that is rotated, such as R1 and R2, is fused.
