@@ -615,7 +615,7 @@ def test_demo_prints_a_table_and_writes_json(tmp_path, capsys):
     assert (status, err) == (0, "")
     data = json.loads((tmp_path / "demo.json").read_text())
     assert data["evaluated_bytes"] == 512
-    assert len(data["rows"]) == 8
+    assert len(data["rows"]) == 10
     for row in data["rows"]:
         assert f"{row['perplexity']:.3f}" in out
 

@@ -19,6 +19,8 @@ from fastrot.demo.evaluate import (
 from fastrot.demo.outliers import with_outliers
 from fastrot.lab.cache import WatchedCache
 
+EACH = len(CASES) + 1
+
 
 @pytest.mark.parametrize("shape", [{}, {"kv_heads": 6}, {"heads": 4, "kv_heads": 1}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -91,13 +93,16 @@ def test_logit_errors():
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     tiny("llama", vocab=256).save_pretrained(folder)
-    return run(folder, nbytes=2 * CONTEXT, transform_type="random-hadamard")
+    return run(folder, nbytes=2 * CONTEXT, transform_type="random-hadamard", steps=5)
 
 
 def test_the_report_holds_every_case(report):
-    assert [(row.model, row.rotations, row.bits) for row in report.rows] == [
-        (name, *case) for name in ("as trained", "with outliers") for case in CASES
+    assert [(row.model, row.rotations, row.bits, row.learned) for row in report.rows] == [
+        (name, *case)
+        for name in ("as trained", "with outliers")
+        for case in (*((*case, False) for case in CASES), (*CASES[-1], True))
     ]
+    assert set(report.recommended) == {"as trained", "with outliers"}
     assert report.evaluated_bytes == 2 * CONTEXT
     assert json.loads(json.dumps(report.to_dict()))["transform_type"] == "random-hadamard"
     for row in report.rows:
@@ -108,7 +113,7 @@ def test_the_report_holds_every_case(report):
 
 
 def test_the_copy_with_outliers_is_the_same_model_until_it_is_quantized(report):
-    plain, copied = report.rows[: len(CASES)], report.rows[len(CASES) :]
+    plain, copied = report.rows[:EACH], report.rows[EACH:]
     assert plain[0].perplexity == copied[0].perplexity
     assert plain[1].perplexity != copied[1].perplexity
 
@@ -118,17 +123,24 @@ def test_the_table_shows_every_measurement(report):
     lines = text.splitlines()
     assert max(map(len, lines)) <= 100
     for row in report.rows:
-        name = " ".join(row.rotations) or "none"
+        name = "R1-R4 learned" if row.learned else " ".join(row.rotations) or "none"
         assert any(
             line.startswith(row.model) and f" {name} " in line and f"{row.perplexity:.3f}" in line
             for line in lines
         )
-    for word in ("1,024 bytes", report.python, report.torch, "random-hadamard", "changes no bit"):
+    for word in (
+        "recommended for W4A4KV4, as trained: ",
+        "1,024 bytes",
+        report.python,
+        report.torch,
+        "random-hadamard",
+        "changes no bit",
+    ):
         assert word in text
 
 
 def test_rotations_help_the_embedded_model():
     """The least that the demo claims: with outliers, quantized, rotated is better than not."""
-    rows = run(nbytes=4 * CONTEXT).rows
-    exact, none, fused, online = (row.perplexity for row in rows[len(CASES) :])
-    assert exact < online < fused < none
+    rows = run(nbytes=4 * CONTEXT, steps=60).rows
+    exact, none, fused, online, learned = (row.perplexity for row in rows[EACH:])
+    assert exact < learned < online < fused < none
