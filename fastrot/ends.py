@@ -34,8 +34,14 @@ def between_ends(
 
     Raises:
         RotationError: the layers are no single list, or are left out at random, or no single norm
-            stands behind them; a pattern names something on both sides.
+            stands behind them; a pattern names something on both sides, or what it names writes
+            on both.
     """
+    if both := find_holders(index, mapping.throughout):
+        raise RotationError(
+            f"keep_head rotates from the first layer on, but {', '.join(both)} of "
+            f"{index.class_name} may write before it and between others; {WAY_OUT}"
+        )
     layers = _layers(index, mapping)
     last = _last_norm(index, mapping, norms, layers)
     inside = (

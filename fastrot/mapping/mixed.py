@@ -119,7 +119,7 @@ GRANITE_PROJECTORS = (r"re:model\.(layerwise|spatial)_projectors\.\d+\.out_linea
 GRANITE_VISION = Shell(
     "model.language_model",
     writers=(*GRANITE_PROJECTORS, r"re:model\.image_newline$"),
-    between=(*GRANITE_PROJECTORS, r"re:model\.image_newline$"),
+    throughout=(*GRANITE_PROJECTORS, r"re:model\.image_newline$"),
     ignore=(
         TOWER,
         Untouched(

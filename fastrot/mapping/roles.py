@@ -84,6 +84,8 @@ class Mapping:
         post_norm_in: the writers among the above that write into such a norm instead of the stream.
         transposed: the bare matrices among the above that are (in, out).
         between: those of the above that meet the stream between two layers, and lie in none.
+        throughout: those of the above that lie in no layer and write before the first of them and
+            between others, so that ``keep_head`` is refused.
     """
 
     embedding: Patterns = ()
@@ -105,6 +107,7 @@ class Mapping:
     post_norm_in: Patterns = ()
     transposed: Patterns = ()
     between: Patterns = ()
+    throughout: Patterns = ()
 
     def __post_init__(self) -> None:
         for role in fields(self):
@@ -191,6 +194,7 @@ class Shell:
         writers: what writes image features into the residual stream: the last linear of projectors.
         transposed: the bare matrices among them that are (in, out).
         between: those of them that write between two layers of the language model.
+        throughout: those of them that write before its first layer and between others.
         ignore: parameters of the towers; a parameter that a writer owns need not be left out.
         post_norm: norms at the end of projectors, whose output goes into the stream.
         head: full name of the language model's head.
@@ -201,6 +205,7 @@ class Shell:
     writers: Patterns = ()
     transposed: Patterns = ()
     between: Patterns = ()
+    throughout: Patterns = ()
     ignore: tuple[Untouched, ...] = ()
     post_norm: Patterns = ()
     head: str = "lm_head"

@@ -125,6 +125,7 @@ def _inside(row: Architecture, shell: Shell) -> Architecture:
         writers=(*mapping.writers, *shell.writers),
         transposed=(*mapping.transposed, *shell.transposed),
         between=(*mapping.between, *shell.between),
+        throughout=(*mapping.throughout, *shell.throughout),
         post_norm=(*mapping.post_norm, *shell.post_norm),
     )
     notes = "; ".join(note for note in (row.notes, shell.notes) if note)
