@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from helpers import logits, random_ids, relative_error, tiny
+from helpers import logits, random_ids, relative_error, save_rotated, tiny
 from safetensors.torch import load_file, save_file
 from test_exact import MODEL_TYPES, ROTATIONS
 from transformers import AttentionInterface, AutoModel, AutoModelForCausalLM
@@ -317,3 +317,13 @@ def test_edited_weights_are_refused(edit, message, kind, tmp_path):
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(fastrot.RecordError, match=message):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_checkpoint_that_lost_its_record_is_not_loaded(tmp_path):
+    """A tool may write the configuration of the original beside rotated weights."""
+    save_rotated(tmp_path)
+    tiny("llama").config.save_pretrained(tmp_path)
+    with pytest.raises(fastrot.RecordError, match=r"fastrot_down_proj_input.*no record of them"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    with pytest.raises(fastrot.RecordError, match="no record of them"):
+        AutoModel.from_pretrained(tmp_path)

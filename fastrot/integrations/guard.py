@@ -4,6 +4,7 @@
 loaded without the mark of the checkpoint, would compute nonsense from rotated weights.
 """
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from fastrot.edits import OnlineSite
@@ -78,6 +79,25 @@ def check_complete(model: "PreTrainedModel") -> None:
             f"online rotations that its configuration records are not on it, {first.group} on the "
             f"{first.location} of {first.module} first; call fastrot.restore(model), or load it "
             "with from_pretrained"
+        )
+
+
+def check_recorded(model: "PreTrainedModel", unexpected: Iterable[str]) -> None:
+    """Refuse a checkpoint with online rotations that has no record of them.
+
+    Args:
+        model: it is being loaded; with a record, its first forward asks for the rotations.
+        unexpected: names of tensors in the checkpoint that it has no place for.
+
+    Raises:
+        RecordError: names a rotation, and the way out.
+    """
+    lost = sorted(name for name in unexpected if ".fastrot_" in name)
+    if lost and getattr(model.config, "fastrot", None) is None:
+        raise RecordError(
+            f"the checkpoint has online rotations, {lost[0]} ({len(lost)}), and config.json has no "
+            "record of them ('fastrot'): a tool wrote it anew, or from the original model; add "
+            "the entry 'fastrot' of the config.json that was written after rotating"
         )
 
 

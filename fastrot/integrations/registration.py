@@ -46,6 +46,17 @@ def _models(module: Any) -> None:
         return result
 
     module.PreTrainedModel.load_adapter = noting
+    settle = module.PreTrainedModel._adjust_missing_and_unexpected_keys
+
+    @functools.wraps(settle)
+    def settling(self: Any, info: Any) -> None:
+        settle(self, info)
+        if any(".fastrot_" in name for name in info.unexpected_keys):
+            from fastrot.integrations.guard import check_recorded
+
+            check_recorded(self, info.unexpected_keys)
+
+    module.PreTrainedModel._adjust_missing_and_unexpected_keys = settling
 
 
 def _note(model: Any, adapter: str) -> None:
