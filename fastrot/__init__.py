@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fastrot.handle import Handle
     from fastrot.learning.learned import Learned
     from fastrot.learning.learner import learn
+    from fastrot.learning.spinquant_file import read_spinquant
     from fastrot.mapping import (
         Architecture,
         Mapping,
@@ -82,6 +83,7 @@ __all__ = [
     "hadamard_transform",
     "learn",
     "plan",
+    "read_spinquant",
     "remove",
     "restore",
     "rotate_checkpoint",
@@ -125,6 +127,7 @@ _HOMES = {
     "hadamard_matrix": "hadamard",
     "learn": "learning.learner",
     "plan": "api",
+    "read_spinquant": "learning.spinquant_file",
     "remove": "removal",
     "restore": "restoration",
     "rotate_checkpoint": "checkpoint.rotate",

@@ -240,6 +240,12 @@ def _rotation_options(rotations: tuple[str, ...] = ("R1", "R2")) -> _Parser:
         help="of the arithmetic; default: float64 on weights, float32 on activations",
     )
     options.add_argument(
+        "--spinquant",
+        type=Path,
+        metavar="FILE",
+        help="matrices for R1 and R2 that SpinQuant's training wrote (R.bin)",
+    )
+    options.add_argument(
         "--learned",
         type=Path,
         metavar="FILE",

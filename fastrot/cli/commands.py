@@ -120,7 +120,11 @@ def demo(args: Namespace) -> int:
 def recipe_of(args: Namespace) -> fastrot.Recipe:
     """The options of the command line that are those of a recipe, or the recipe in a file."""
     names = {field.name for field in fields(fastrot.Recipe)}
-    wanted = fastrot.Recipe(**{name: value for name, value in vars(args).items() if name in names})
+    options = {name: value for name, value in vars(args).items() if name in names}
+    if args.spinquant is not None:
+        given = fastrot.read_spinquant(args.spinquant)
+        options["matrices"] = {name: m for name, m in given.items() if name in args.rotations}
+    wanted = fastrot.Recipe(**options)
     if args.learned is None:
         return wanted
     if wanted != fastrot.Recipe():
