@@ -244,8 +244,19 @@ QWEN4 = Architecture(
     notes="linear attention; q_proj carries a gate between values and output",
 )
 
+BLT = Architecture(
+    INSIDE,
+    (),
+    refuses={
+        "R1": "bytes become a patch by the largest value of each channel of the stream",
+        "R2": "its parts differ in the size of their heads, and R2 is one rotation for all",
+    },
+    notes="reads bytes, and groups them into patches",
+)
+
 ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     "openai-gpt": OPENAI_GPT,
+    "blt": BLT,
     "doge": DOGE,
     "dory": DORY,
     "longcat_flash": LONGCAT,

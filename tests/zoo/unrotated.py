@@ -25,6 +25,15 @@ class Wide:
 
 modeling_xglm.torch = Wide()  # type: ignore[attr-defined]
 
+BLT: dict[str, Any] = {
+    "vocab_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 256,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}
+
 SIZES: dict[str, tuple[Any, ...]] = {
     "hidden_size": (96, 48, 192),
     "num_key_value_heads": (2, 1, 6),
@@ -255,6 +264,27 @@ FAMILIES: dict[str, Family] = {
         "Zamba2ForCausalLM",
         {**ZAMBA2, "use_shared_attention_adapter": True},
         {"intermediate_size": (112, 56)},
+        1e-5,
+    ),
+    "blt": Family(
+        "blt",
+        "BltForCausalLM",
+        {
+            "vocab_size": 64,
+            "num_hidden_layers": 2,  # it asks itself for this where it makes its cache
+            "cross_attn_k": 2,
+            "encoder_hash_byte_group_size": [2, 3],
+            "encoder_hash_byte_group_vocab": 40,
+            "local_attention_window_len": 8,
+            "patching_threshold": 3.68,  # so that patches differ in length
+            "max_patch_length": 4,
+            "patcher_config": {**BLT, "hidden_size": 48},
+            "encoder_config": {**BLT, "hidden_size": 96},
+            "decoder_config": {**BLT, "hidden_size": 96, "hidden_size_global": 192},
+            "global_config": {**without(BLT, "vocab_size"), "hidden_size": 192},
+            "pad_token_id": 0,
+        },
+        {"local_attention_window_len": (8, None)},
         1e-5,
     ),
 }
