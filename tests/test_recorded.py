@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import tiny
 from safetensors.torch import load_file, save_file
+from zoo import FAMILIES, build
 
 import fastrot
 from fastrot.edits import OnlineSite
@@ -37,6 +38,17 @@ def test_the_sites_of_a_configuration_are_those_of_the_plan():
     model, _ = rotated(rotations=ALL, transform_type="random-hadamard", seed=3)
     assert recorded_sites(model.config) == list(plan.online)
     assert model.config.quantization_config is not None  # it works on a copy
+
+
+def test_experts_are_called_what_the_checkpoint_calls_them(tmp_path):
+    model = build(FAMILIES["mixtral"], torch.float32)
+    fastrot.apply(model, ("R4",), transform_type="random-matrix")
+    model.save_pretrained(tmp_path)
+    sites = with_matrices(recorded_sites(model.config), str(tmp_path))
+    assert [site.module for site in sites] == [
+        f"model.layers.{n}.block_sparse_moe.experts" for n in (0, 1)
+    ]
+    assert sites[0].rotation.known
 
 
 def test_whether_there_is_anything_online():

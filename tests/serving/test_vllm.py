@@ -4,14 +4,21 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from checkpoints import checkpoint, model
+from checkpoints import EXPERTS, checkpoint, model
 from engine import answers, assert_same, distance, engine, rotations, served, without
 from quantized import quantize
 from torch import nn
 from vllm import LLM
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.oracle.unquantized import UnquantizedMoeBackend
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
 
 import fastrot
 from fastrot.integrations.vllm.config import FastrotConfig
+from fastrot.integrations.vllm.experts import rotate_experts
+from fastrot.integrations.vllm.recorded import recorded_sites
 
 ALL = ("R1", "R2", "R3", "R4")
 RECIPES = {
@@ -23,6 +30,14 @@ RECIPES = {
     "qwen3": {"rotations": ALL},
     "qwen2": {"rotations": ALL, "randomize": True, "seed": 3},
     "mistral": {"rotations": ALL, "transform_type": "random-matrix"},
+}
+EXPERT_RECIPES = {
+    "mixtral": {"rotations": ALL, "transform_type": "random-matrix", "block_size": {"R4": 56}},
+    "qwen3_moe": {
+        "rotations": ALL,
+        "transform_type": "random-hadamard",
+        "block_size": {"R4": 16},
+    },
 }
 PLACES = {"fastrot_input": 2, "fastrot_q_attn": 2, "fastrot_k_cache": 2}
 
@@ -49,6 +64,48 @@ def test_the_same_tokens_and_log_probabilities(family, plain, tmp_path):
         for place in PLACES:
             assert without(llm, place).tokens != plain(family).tokens
         assert_same(answers(llm), plain(family))
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_inside_experts(family, plain, tmp_path):
+    with engine(checkpoint(tmp_path, family, EXPERT_RECIPES[family])) as llm:
+        [places] = llm.apply_model(rotations)
+        assert places["fastrot_down_input"] == 2
+        assert_same(answers(llm), plain(family))
+        assert without(llm, "fastrot_down_input").tokens != plain(family).tokens
+
+
+def test_inside_experts_compiled_on_two_ranks(plain, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    folder = checkpoint(tmp_path, "qwen3_moe", EXPERT_RECIPES["qwen3_moe"])
+    assert_same(served(folder, enforce_eager=False, tensor_parallel_size=2), plain("qwen3_moe"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"method": object()}, r"they are quantized \(object\)"),
+        ({"unquantized_backend": UnquantizedMoeBackend.TRITON}, "vLLM computes them by TRITON"),
+        ({"activation": MoEActivation.SWIGLUOAI}, "their activation 'swigluoai'"),
+        ({"use_ep": True}, "expert parallelism is on"),
+    ],
+)
+def test_experts_that_are_one_call_are_refused(changed, problem):
+    tiny = model("mixtral")
+    fastrot.apply(tiny, ("R4",))
+    site = recorded_sites(tiny.config)[0]
+    layer = SimpleNamespace(activation=MoEActivation.SILU, use_ep=False)
+    method = UnquantizedFusedMoEMethod.__new__(UnquantizedFusedMoEMethod)
+    nn.Module.__init__(method)
+    method.unquantized_backend = UnquantizedMoeBackend.CPU
+    rotate_experts(layer, method, site)
+    for name, value in changed.items():
+        setattr(layer if hasattr(layer, name) else method, name, value)
+    method = changed.get("method", method)
+    match = f"inside the experts of model.layers.0.block_sparse_moe.experts: {problem}"
+    with pytest.raises(fastrot.RotationError, match=match):
+        rotate_experts(layer, method, site)
 
 
 def test_fused_rotations_need_no_plugin(plain, tmp_path):

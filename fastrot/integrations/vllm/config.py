@@ -10,6 +10,10 @@ from typing import Any
 import torch
 from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.attention import Attention, MLAAttention
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
+    UnquantizedFusedMoEMethod,
+)
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
@@ -17,6 +21,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 
 from fastrot.edits import OnlineSite
 from fastrot.errors import RecordError, RotationError
+from fastrot.integrations.vllm.experts import rotate_experts
 from fastrot.integrations.vllm.layers import rotate_attention, rotate_input
 from fastrot.integrations.vllm.operands import OPERAND, with_matrices
 from fastrot.integrations.vllm.recorded import DELEGATED, exported, recorded_sites
@@ -158,6 +163,11 @@ class FastrotConfig(QuantizationConfig):
             site = self._take(prefix, "input")
             if site is not None:
                 rotate_input(method, site)
+        elif isinstance(layer, RoutedExperts):
+            site = self._take(prefix, "down_input")
+            if site is not None:
+                method = method or UnquantizedFusedMoEMethod(layer.moe_config)
+                rotate_experts(layer, method, site)
         return method
 
     def _base_method(self, layer: torch.nn.Module, prefix: str) -> Any:

@@ -30,7 +30,7 @@ def rotate_input(method: Any, site: OnlineSite) -> None:
     def create_weights(
         layer: Any, input_size_per_partition: int, *args: Any, **kwargs: Any
     ) -> None:
-        layer.fastrot_input = _online(on_rank(site, input_size_per_partition))
+        layer.fastrot_input = online_on_rank(site, input_size_per_partition)
         create(layer, input_size_per_partition, *args, **kwargs)
 
     def rotate_and_apply(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -69,6 +69,15 @@ def rotate_attention(layer: Any, sites: Mapping[str, OnlineSite]) -> None:
         return result
 
     layer.forward = rotated
+
+
+def online_on_rank(site: OnlineSite, width: int) -> OnlineRotation:
+    """The rotation as a rank has it whose part of every vector has ``width`` entries.
+
+    Raises:
+        RotationError: that is no whole number of blocks; names block sizes that work.
+    """
+    return _online(on_rank(site, width))
 
 
 def _online(site: OnlineSite) -> OnlineRotation:

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from fastrot.edits import OnlineSite
 from fastrot.integrations.marks import unmark
 from fastrot.integrations.outlines import model_of
@@ -23,8 +25,25 @@ SPLIT_LOCATIONS = ("input", "down_input")
 
 
 def recorded_sites(config: Any) -> list[OnlineSite]:
-    """The online rotations that the record in a model's configuration asks for."""
-    return online_sites(recorded_model(config))
+    """The online rotations that the record in a model's configuration asks for.
+
+    Experts are called what the checkpoint calls them: Mixtral's are ``block_sparse_moe`` there, as
+    in vLLM, and ``mlp`` in transformers.
+    """
+    model = recorded_model(config)
+    return [
+        replace(site, module=_stored(model, site)) if site.location == "down_input" else site
+        for site in online_sites(model)
+    ]
+
+
+def _stored(model: "PreTrainedModel", site: OnlineSite) -> str:
+    from transformers.core_model_loading import revert_weight_conversion
+
+    end = f".fastrot_{site.location}.operand"
+    name = f"{site.module}{end}"
+    stored = revert_weight_conversion(model, {name: torch.empty(0, device="meta")})
+    return next(iter(stored)).removesuffix(end)
 
 
 def recorded_model(config: Any) -> "PreTrainedModel":
