@@ -270,6 +270,7 @@ def test_no_row_and_no_rule_is_unused():
 
 def rules_of(shell):
     yield from (("writers", pattern) for pattern in shell.writers)
+    yield from (("readers", pattern) for pattern in shell.readers)
     yield from (("transposed", pattern) for pattern in shell.transposed)
     yield from (("post_norm", pattern) for pattern in shell.post_norm)
     yield from (("ignore", untouched.pattern) for untouched in shell.ignore)

@@ -138,7 +138,23 @@ HUNYUAN = Shell(
     notes="the tower ends in a norm",
 )
 
+JANUS = Shell(
+    "model.language_model",
+    writers=(r"re:model\.(generation_)?aligner\.hidden_layers\.0$",),
+    readers=(r"re:model\.generation_head\.proj_out$",),
+    ignore=(
+        TOWER,
+        Untouched(r"re:model\.(generation_)?aligner\.fc1\.", BEFORE_LAST),
+        Untouched(r"re:model\.vqmodel\.", "turns a picture into token ids, and back"),
+        Untouched(r"re:model\.generation_embeddings\.", "ends in the aligner"),
+        Untouched(r"re:model\.generation_head\.vision_head\.", "stands behind proj_out"),
+    ),
+    when={"vision_config.depth": 2, "vq_config.num_hidden_layers": 2},
+    notes="it draws too: a second head reads the stream, and what that one says is written back",
+)
+
 SHELLS: dict[str, Shell] = {
+    "janus": JANUS,
     "apertus1p5": APERTUS1P5,
     "aria": ARIA,
     "ernie4_5_vl_moe": ERNIE,

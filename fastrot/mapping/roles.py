@@ -192,23 +192,27 @@ class Shell:
         text: full name of the language model's base (without head); the patterns of its row are
             sought below it.
         writers: what writes image features into the residual stream: the last linear of projectors.
+        readers: heads beside the language model's, which read what that one reads.
         transposed: the bare matrices among them that are (in, out).
         between: those of them that write between two layers of the language model.
         throughout: those of them that write before its first layer and between others.
         ignore: parameters of the towers; a parameter that a writer owns need not be left out.
         post_norm: norms at the end of projectors, whose output goes into the stream.
         head: full name of the language model's head.
+        when: attributes of the configuration and the values for which the shell holds.
         notes: what is special, for the documentation.
     """
 
     text: str
     writers: Patterns = ()
+    readers: Patterns = ()
     transposed: Patterns = ()
     between: Patterns = ()
     throughout: Patterns = ()
     ignore: tuple[Untouched, ...] = ()
     post_norm: Patterns = ()
     head: str = "lm_head"
+    when: MappingABC[str, Any] = field(default_factory=dict)
     notes: str = ""
 
 

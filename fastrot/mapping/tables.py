@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping as MappingABC
 from dataclasses import fields, replace
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeVar
 
 from fastrot.errors import RotationError
 from fastrot.mapping import (
@@ -41,6 +41,8 @@ ARCHITECTURES: dict[str, Architecture | tuple[Architecture, ...]] = {
 SHELLS: dict[str, Shell] = {**vision.SHELLS, **sight.SHELLS, **mixed.SHELLS}
 """``model_type`` of a multimodal configuration → what surrounds its language model."""
 
+Row = TypeVar("Row", Architecture, Shell)
+
 
 class UnknownArchitectureError(RotationError):
     """No row for this model."""
@@ -56,7 +58,7 @@ def find_architecture(config: Any) -> Architecture:
     shell = SHELLS.get(config.model_type)
     if shell is None:
         return _find_row(config)
-    return _inside(_find_row(config.get_text_config()), shell)
+    return _inside(_find_row(config.get_text_config()), _fitting(config, (shell,)))
 
 
 def _find_row(config: Any) -> Architecture:
@@ -77,7 +79,11 @@ def _find_row(config: Any) -> Architecture:
             "mappings= and norm_mappings=, fastrot.suggest_mapping(model) proposes them; "
             "`fastrot architectures` lists the known ones"
         )
-    rows = rows if isinstance(rows, tuple) else (rows,)
+    return _fitting(config, rows if isinstance(rows, tuple) else (rows,))
+
+
+def _fitting(config: Any, rows: tuple[Row, ...]) -> Row:
+    """The first that holds for this configuration."""
     for row in rows:
         if _fits(row.when, config):
             return row
@@ -87,8 +93,9 @@ def _find_row(config: Any) -> Architecture:
     flags = dict.fromkeys(name for row in rows for name in row.when)
     actual = ", ".join(f"{name}={_setting(config, name)!r}" for name in flags)
     raise UnknownArchitectureError(
-        f"fastrot knows {model_type} models with {settings}; this one has {actual}, which changes "
-        "what reads and writes its residual stream; describe it with mappings= and norm_mappings="
+        f"fastrot knows {config.model_type} models with {settings}; this one has {actual}, which "
+        "changes what reads and writes its residual stream; describe it with mappings= and "
+        "norm_mappings="
     )
 
 
@@ -116,12 +123,16 @@ def _inside(row: Architecture, shell: Shell) -> Architecture:
         replace(
             norm,
             norm=norm.norm and _scoped(norm.norm, shell),
-            linears=tuple(_scoped(pattern, shell) for pattern in norm.linears),
+            linears=(
+                *(_scoped(pattern, shell) for pattern in norm.linears),
+                *(shell.readers if set(row.mapping.lm_head) & set(norm.linears) else ()),
+            ),
         )
         for norm in row.norms
     )
     mapping = replace(
         mapping,
+        readers=(*mapping.readers, *shell.readers),
         writers=(*mapping.writers, *shell.writers),
         transposed=(*mapping.transposed, *shell.transposed),
         between=(*mapping.between, *shell.between),

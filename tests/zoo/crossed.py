@@ -295,6 +295,29 @@ FAMILIES: dict[str, Family] = {
         },
         vision=given,
     ),
+    "janus": Family(
+        "janus",
+        "JanusForConditionalGeneration",
+        {
+            "text_config": {**TEXT, "model_type": "llama"},
+            "vision_config": {
+                **without(TOWER, "intermediate_size"),
+                "mlp_ratio": 1.25,
+                "projection_dim": 96,
+                "num_image_tokens": 16,
+            },
+            "vq_config": {**CODES, "image_token_embed_dim": 96, "projection_dim": 96},
+            "image_token_id": IMAGE,
+            "tie_word_embeddings": False,
+        },
+        {**TIES, "vision_config.depth": (2, 2, 3), "vq_config.num_hidden_layers": (2, 2, 1)},
+        vision=pictures(16, 3, 8, 8),
+        unread=(  # where it reads a picture; tests/test_exact.py lets it draw
+            "generation_head.proj_out.weight",
+            "generation_aligner.hidden_layers.0.weight",
+            "generation_aligner.hidden_layers.0.bias",
+        ),
+    ),
     "idefics": Family("idefics", "IdeficsForVisionText2Text", IDEFICS, vision=encoded),
     "idefics_more_tokens": Family(
         "idefics",
