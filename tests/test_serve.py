@@ -1,15 +1,10 @@
 """`fastrot serve` is transformers' own command; `make test-serve` tries it over HTTP."""
 
 import json
-import os
-import socket
-import subprocess
 import sys
-import time
-from contextlib import closing, contextmanager
-from urllib.error import URLError
 from urllib.request import Request, urlopen
 
+import load
 import pytest
 import transformers.cli.transformers  # before the tests claim that a server is installed
 from helpers import tiny, word_tokenizer
@@ -55,6 +50,7 @@ def served(tmp_path_factory):
     """A rotated checkpoint, and what its original answers."""
     folder = tmp_path_factory.mktemp("rotated")
     model, tokenizer, answers = tiny("llama"), word_tokenizer(), []
+    loaded = load.answers(model, tokenizer)
     for prompt in PROMPTS:
         asked = tokenizer(prompt, return_tensors="pt")
         tokens = model.generate(**asked, max_new_tokens=16, do_sample=False)[0]
@@ -63,34 +59,12 @@ def served(tmp_path_factory):
     fastrot.apply(model, ("R1", "R2", "R3", "R4"), randomize=True)
     for saved in (model, tokenizer):
         saved.save_pretrained(folder)
-    return str(folder), answers
+    return str(folder), answers, loaded
 
 
-@contextmanager
 def server(folder, *options):
-    with closing(socket.create_server(("localhost", 0))) as free:
-        port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "fastrot", "serve", folder, "--port", port, "--device", "cpu"]
-    process = subprocess.Popen(
-        [*command, *options],
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    address = f"http://localhost:{port}"
-    try:
-        while process.poll() is None:
-            try:
-                urlopen(f"{address}/health", timeout=5).close()
-                break
-            except URLError:
-                time.sleep(0.2)
-        yield address
-    finally:
-        process.terminate()
-        error = process.communicate()[1]
-        print(error)
+    command = [sys.executable, "-m", "fastrot", "serve", folder, "--device", "cpu"]
+    return load.serving(*command, *options)
 
 
 def complete(address, folder, prompt):
@@ -108,10 +82,21 @@ def complete(address, folder, prompt):
 @pytest.mark.skipif(not is_serve_available(), reason="make test-serve")
 @pytest.mark.parametrize("batching", ["one by one", "continuous sdpa", "continuous eager"])
 def test_answers_are_those_of_the_original(batching, served):
-    folder, expected = served
+    folder, expected, _ = served
     options = []
     if batching != "one by one":
         options = ["--continuous-batching", "--cb-num-blocks", "64", "--cb-max-batch-tokens", "64"]
         options += ["--attn-implementation", batching.split()[1]]
     with server(folder, *options) as address:
         assert [complete(address, folder, prompt) for prompt in PROMPTS] == expected
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not is_serve_available(), reason="make test-serve")
+def test_many_requests_at_once(served):
+    folder, _, expected = served
+    # transformers refuses neither of the other two.
+    bad = [(load.ELSEWHERE, 400), (load.NEGATIVE, None), (load.LONG, None)]
+    options = ["--continuous-batching", "--cb-num-blocks", "64", "--cb-max-batch-tokens", "64"]
+    with server(folder, *options) as address:
+        load.load(address, folder, expected, bad)
