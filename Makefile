@@ -10,7 +10,8 @@ TOOLS := $(VENV)/tools
 SERVE := $(VENV)/serve
 MEETS_TRANSFORMERS := tests/test_contract.py tests/test_attention.py tests/test_zoo.py \
     tests/test_exact.py tests/test_save_load.py tests/test_generate.py tests/test_online.py \
-    tests/test_checkpoint_trace.py tests/test_checkpoint_rotate.py
+    tests/test_checkpoint_trace.py tests/test_checkpoint_rotate.py tests/test_classifiers.py \
+    tests/test_image_head.py
 FAST := "not slow and not exhaustive"
 THEIRS := "not slow and not exhaustive and not ours"
 

@@ -20,7 +20,7 @@ from fastrot.mapping import (
 )
 from fastrot.patterns import matches
 
-CLASSIFIER = "score"
+CLASSIFIERS = ("score", "classifier")
 """What transformers' classifiers have in the place of a causal model's head."""
 
 
@@ -64,8 +64,9 @@ def known_norms(index: Index) -> tuple[NormMapping, ...]:
 def present(index: Index, row: Architecture) -> Architecture:
     """A row of the table with the head of this model, without what it does not have."""
     headless = not find_holders(index, row.mapping.lm_head, missing_ok=True)
-    if headless and isinstance(getattr(index.model, CLASSIFIER, None), nn.Linear):
-        row = with_head(row, CLASSIFIER)
+    heads = [h for h in CLASSIFIERS if isinstance(getattr(index.model, h, None), nn.Linear)]
+    if headless and len(heads) == 1:
+        row = with_head(row, heads[0])
     mapping = row.mapping
 
     def kept(patterns: tuple[str, ...]) -> tuple[str, ...]:

@@ -130,7 +130,7 @@ def judge(got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -
         tolerance,
         max(float((a - b).abs().max()) for a, b in pairs),
         sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in pairs),
-        sum(e.shape[:2].numel() for e in expected),
+        sum(e.shape[:-1].numel() for e in expected),
     )
 
 
@@ -197,12 +197,19 @@ def check_vocabularies(original: Any, rotated: Any) -> None:
 def logits(model: Any, prompts: Sequence[Tensor]) -> list[Tensor]:
     """The logits of every prompt, on the CPU.
 
+    Without a padding token a classifier reads one sequence at a time.
+
     Raises:
         RotationError: a prompt has a token or a length that the model does not know.
     """
     device = next(model.parameters()).device
+
+    def read(ids: Tensor) -> Tensor:
+        rows = (ids,) if model.can_generate() else ids.split(1)
+        return torch.cat([model(row.to(device), use_cache=False).logits.cpu() for row in rows])
+
     try:
-        return [model(ids.to(device), use_cache=False).logits.cpu() for ids in prompts]
+        return [read(ids) for ids in prompts]
     except IndexError as error:
         longest, largest = max(ids.shape[-1] for ids in prompts), max(int(i.max()) for i in prompts)
         raise RotationError(

@@ -6,11 +6,7 @@ from itertools import chain, combinations
 
 import pytest
 import torch
-from helpers import logits, perturb, random_ids, relative_error, tiny
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
+from helpers import logits, random_ids, relative_error, tiny
 
 import fastrot
 from fastrot.rotations import KINDS
@@ -194,25 +190,3 @@ def test_every_single_edit_matters(model_type):
         left = tuple(s for s in whole.online if s is not site)
         if site.location != "k_cache":  # without it the queries' hook has no partner to check
             assert error_of(replace(whole, online=left)) > 1e-3, site
-
-
-CLASSIFIERS = [
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-]
-
-
-@pytest.mark.parametrize("auto", CLASSIFIERS)
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "mistral"])
-def test_classifiers_too(auto, model_type, tmp_path):
-    """Their head reads the stream where the language model's does."""
-    base = tiny(model_type)
-    base.save_pretrained(tmp_path)
-    model = auto.from_pretrained(tmp_path, num_labels=3).double()
-    perturb(model, seed=1)
-    ids = random_ids(model, 2, 12, seed=0)
-    expected = model(ids)[0]
-    plan = fastrot.plan(model, "R1")
-    assert "score.weight" in plan.parameters
-    fastrot.apply(model, ROTATIONS)
-    assert relative_error(model(ids)[0].detach(), expected.detach()) < 1e-6

@@ -12,14 +12,30 @@ if TYPE_CHECKING:
 
 
 def auto_class(config: "PreTrainedConfig") -> Any:
-    """The class of transformers that makes a language model, with eyes or without."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    """The class of transformers that makes a language model, with eyes or without.
+
+    Or a classifier, where the configuration is of a saved one.
+    """
+    from transformers import (
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+    )
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     )
 
     name = config.model_type
+    for auto, listed in (
+        (AutoModelForSequenceClassification, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES),
+        (AutoModelForTokenClassification, MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
+    ):
+        if listed.get(name) in (config.architectures or ()):
+            return auto
     # Some are listed as both, the second time without eyes; and what only hears is not listed here.
     sees = name in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
     whole = name in SHELLS or name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
