@@ -31,6 +31,8 @@ SUBMODULE_IMPORTS = {
         "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
         "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
         "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+        "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
     },
     "pytorch_utils": {"Conv1D"},
     "quantizers.auto": {"register_quantization_config", "register_quantizer"},
