@@ -64,6 +64,7 @@ FINE = {
         "post_norm_in": WORDS,  # a pattern may match nothing
         "transposed": WORDS,
         "between": NOTHING,
+        "throughout": NOTHING,
     },
     "norm": {"offset": {"0"}},
     "scheme": {
