@@ -138,6 +138,11 @@ def test_a_weight_without_its_scales_is_refused(checkpoint, tmp_path):
     name = next(iter(scales))
     del scales[name]
     save_file(scales, folder / "b.safetensors", {"format": "pt"})
+    refused(folder, tmp_path, f"index.json names {name} .*which no file holds")
+    index = folder / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    del listed["weight_map"][name]
+    index.write_text(json.dumps(listed))
     refused(folder, tmp_path, f"{name} is missing")
 
 
