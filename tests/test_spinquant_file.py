@@ -55,6 +55,8 @@ def test_on_the_command_line(path, tmp_path, capsys):
     assert main(["rotate", str(source), str(target), "--spinquant", str(path)]) == 0
     assert main(["plan", str(source), "--rotations", "R1", "--spinquant", str(path)]) == 0
     assert "matrix 96" in capsys.readouterr().out
+    assert main(["plan", str(source), "--rotations", "R4", "--spinquant", str(path)]) == 2
+    assert "has matrices for R1 and R2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,6 @@ def write(
         fresh: throw away what an earlier call for this target left unfinished.
         progress: show a bar of the whole job, on the first worker.
     """
-    mine = worker
     store = Store(job, target)
     if store.published():
         store.tidy()
@@ -209,8 +208,8 @@ def write(
         raise taken
     buffers, most = memory_for(job, memory)
     store.open(fresh)
-    todo = store.missing(share(job.files, mine))
-    bar = _Bar(job, store, progress and mine.rank == 0)
+    todo = store.missing(share(job.files, worker))
+    bar = _Bar(job, store, progress and worker.rank == 0)
 
     def write(files: list[OutputFile]) -> None:
         Pipeline(
@@ -226,7 +225,7 @@ def write(
     try:
         write(todo)
         complete = store.publish()
-        while mine.stays and not complete:
+        while worker.stays and not complete:
             if not store.wait(QUIET):
                 late = store.missing(job.files)
                 log.warning("nothing has grown for %g s; writing what others left", QUIET)
@@ -238,7 +237,7 @@ def write(
         complete = isinstance(error, FileNotFoundError) and store.published()
         if complete:
             return RotatedCheckpoint(job.plan, True, 0, sum(file.nbytes for file in todo))
-        if mine.size == 1:
+        if worker.size == 1:
             store.discard()
         whole = len(job.files) - len(store.missing(job.files))
         if whole:
@@ -247,7 +246,7 @@ def write(
     finally:
         bar.close()
     missing = 0 if complete else len(store.missing(job.files))
-    if missing and mine.size == 1:
+    if missing and worker.size == 1:
         raise RotationError(
             f"{missing} files in {store.folder} were changed or removed meanwhile; the same call "
             "writes them again"

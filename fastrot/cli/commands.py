@@ -124,6 +124,11 @@ def recipe_of(args: Namespace) -> fastrot.Recipe:
     if args.spinquant is not None:
         given = fastrot.read_spinquant(args.spinquant)
         options["matrices"] = {name: m for name, m in given.items() if name in args.rotations}
+        if not options["matrices"]:
+            raise RotationError(
+                f"{args.spinquant} has matrices for {' and '.join(given)}, which are not among "
+                f"--rotations {' '.join(args.rotations)}; name them, or leave --spinquant out"
+            )
     wanted = fastrot.Recipe(**options)
     if args.learned is None:
         return wanted

@@ -212,8 +212,6 @@ torch.library.register_vmap(NAME, _Transform.vmap)
 
 _library = torch.library.Library("fastrot", "FRAGMENT")
 _keys = torch._C.DispatchKey
-
-
 # What reaches the kernels below for tensors on the CPU that no mode and no subclass looks at.
 _PLAIN = (
     torch._C.DispatchKeySet(_keys.CPU) | torch._C.DispatchKeySet(_keys.AutogradCPU)

@@ -47,12 +47,11 @@ def gptq(weight: Tensor, moments: Tensor, numbers: Numbers) -> Tensor:
         raise RotationError(f"{inputs} elements do not divide into groups of {size}")
     inverse = _upper_inverse(moments.to(w))
     rounded = torch.empty_like(w)
-    grid = grid_of(w, numbers)
     for start in range(0, inputs, BLOCK):
         stop = min(start + BLOCK, inputs)
         errors = torch.empty_like(w[:, start:stop])
         for column in range(start, stop):
-            if numbers.group and column % size == 0:
+            if column % size == 0:
                 group = w[:, column : column + size]
                 if column + size > stop:
                     # The last errors have not reached what lies behind this block yet.

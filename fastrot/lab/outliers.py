@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fastrot.index import Index, find_holders
 from fastrot.lab.cache import watched
-from fastrot.lab.quantized import decoder_layers
+from fastrot.lab.quantized import decoder_layers, layer_of
 from fastrot.rows import roles_of
 
 ROLES = {"attention": "attn_q", "o": "attn_o", "mlp": "mlp_in", "down": "mlp_out"}
@@ -185,11 +185,11 @@ def modules_of(model: Any) -> dict[tuple[str, int], nn.Module]:
     """The first module of every role in every layer, by site and number of the layer."""
     index = Index(model)
     roles, _ = roles_of(index, None, None, ())
-    prefixes = [f"{name}." for name in decoder_layers(model)]
+    layers = decoder_layers(model)
     found: dict[tuple[str, int], nn.Module] = {}
     for site, role in ROLES.items():
         for name, holder in find_holders(index, getattr(roles, role), missing_ok=True).items():
-            layer = next((i for i, prefix in enumerate(prefixes) if name.startswith(prefix)), None)
+            layer = layer_of(name, layers)
             if layer is not None and isinstance(holder, nn.Module):
                 found.setdefault((site, layer), holder)
     return found

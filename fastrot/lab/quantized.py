@@ -91,6 +91,11 @@ def decoder_layers(model: Any) -> dict[str, nn.Module]:
     raise RotationError(f"{type(model).__name__} has no list of {count} layers")
 
 
+def layer_of(name: str, layers: Iterable[str]) -> int | None:
+    """The number of the layer that a module is in, by names; None if it is in no layer."""
+    return next((i for i, layer in enumerate(layers) if name.startswith(f"{layer}.")), None)
+
+
 @torch.no_grad()
 def _rounded(
     model: Any, linears: Mapping[str, Any], numbers: Numbers, text: Tensor | None

@@ -11,7 +11,7 @@ from torch import nn
 
 from fastrot.edits import Plan
 from fastrot.edits.steps import Rotate
-from fastrot.lab.quantized import decoder_layers, linears_of
+from fastrot.lab.quantized import decoder_layers, layer_of, linears_of
 from fastrot.lab.schemes import Numbers, Scheme
 from fastrot.learning.capture import HEADED, Captured
 from fastrot.learning.objective import Term, Weight, of_site
@@ -26,14 +26,9 @@ def numbers_at(site: str, scheme: Scheme) -> Numbers | None:
     return scheme.kv if site in HEADED else scheme.activations
 
 
-def layer_of(name: str, layers: list[str]) -> int | None:
-    """The number of the layer that a module is in."""
-    return next((i for i, layer in enumerate(layers) if name.startswith(f"{layer}.")), None)
-
-
 def bases(plan: Plan, model: Any) -> dict[str, dict[int | None, Rotation]]:
     """The rotations of a plan by name and layer; R1 has one, of the layer None."""
-    layers = list(decoder_layers(model))
+    layers = decoder_layers(model)
     found: dict[str, dict[int | None, Rotation]] = {name: {} for name in SITES}
     for edit in plan.weights:
         for step in edit.steps:
@@ -71,7 +66,7 @@ def terms_of(
                     of_site(vectors, captured.energies[site, layer], numbers)
                 )
     if scheme.weights is not None:
-        layers = list(decoder_layers(model))
+        layers = decoder_layers(model)
         edits = {edit.parameter: edit for edit in plan.weights}
         for name, module in linears_of(model).items():
             edit = edits.get(f"{name}.weight")
