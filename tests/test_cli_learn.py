@@ -49,11 +49,13 @@ def written(source, tmp_path_factory):
 def test_learn_writes_a_recipe(source, text, tmp_path, capsys):
     out = tmp_path / "R.safetensors"
     options = ("--scheme", "w4a4", "--seed", 3, "--text", text, "--heldout", text, *OPTIONS)
+    options = (*options, "--refine", "2")
     status, printed, err = run(capsys, "learn", source, out, *options)
     assert (status, err) == (0, "")
     learned = Learned.load(out)
     assert learned.rotations == ("R1", "R2", "R3", "R4")
     assert (learned.scheme, learned.seed, learned.steps) == ("w4a4", 3, 10)
+    assert len(learned.history) == 12
     assert printed.splitlines()[0] == str(learned)
     assert f"--learned {out}" in printed
 

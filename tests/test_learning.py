@@ -25,7 +25,7 @@ from fastrot.lab.schemes import Numbers, Scheme
 from fastrot.learning import learner
 from fastrot.learning.capture import capture
 from fastrot.learning.objective import Vectors, Weight, spread, total
-from fastrot.learning.orthogonal import cayley, defect, descend, polished
+from fastrot.learning.orthogonal import Walk, cayley, defect, descend, polished
 from fastrot.learning.terms import bases, terms_of
 
 FAST = {"steps": 20, "vectors": 64}
@@ -70,21 +70,40 @@ def test_descent_finds_a_rotation_and_stays_on_the_group():
     target = cayley(skew - skew.mT)
     x = torch.randn(64, 12, generator=generator)
     y = x @ target.float()
-    q, history = descend(12, lambda q: (x @ q - y).square().mean(), 200, 0.03)
+    walk = Walk(12, 0.03)
+    history = descend([walk], lambda qs: (x @ qs[0] - y).square().mean(), 200)
+    q = polished(walk.q)
     assert q.dtype == torch.float64
     assert defect(q) <= 1e-14
     assert (q - target).abs().max() <= 1e-3
     assert history[-1] < 1e-5 < 1e-2 < history[0]
 
 
+def test_several_matrices_walk_together():
+    """As each does by itself: their parts of the loss do not meet."""
+    x = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
+
+    def loss(q, power):
+        return (x @ q).abs().pow(power).sum(-1).mean()
+
+    both = Walk(12, 0.03), Walk(12, 0.01)
+    descend(both, lambda qs: loss(qs[0], 8) + loss(qs[1], 4), 20)
+    for walk, power in zip(both, (8, 4), strict=True):
+        alone = Walk(12, walk.rate)
+        descend([alone], lambda qs, power=power: loss(qs[0], power), 20)
+        torch.testing.assert_close(alone.q, walk.q, rtol=1e-6, atol=1e-6)
+
+
 def test_ones_stay_where_they_are():
     x = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
 
-    def loss(q):
-        return (x @ q).abs().pow(8).sum(-1).mean()
+    def loss(qs):
+        return (x @ qs[0]).abs().pow(8).sum(-1).mean()
 
-    free, _ = descend(12, loss, 30, 0.03)
-    fixed, _ = descend(12, loss, 30, 0.03, fixes_ones=True)
+    walks = Walk(12, 0.03), Walk(12, 0.03, fixes_ones=True)
+    for walk in walks:
+        descend([walk], loss, 30)
+    free, fixed = (walk.q for walk in walks)
     ones = torch.ones(12, dtype=torch.float64)
     assert (ones @ fixed - ones).abs().max() <= 1e-14
     assert (ones @ free - ones).abs().max() > 1e-3
@@ -152,9 +171,9 @@ def test_a_part_of_the_terms_estimates_all():
     generator = torch.Generator().manual_seed(0)
     terms = [Vectors(torch.full((4, 8), float(i)), 1.0, INT4) for i in range(10)]
     one = torch.eye(8)
-    exact = total(terms, 4, 10, generator)(one)
+    exact = total(terms, 4, 10, generator)([one])
     some = total(terms, 4, 3, generator)
-    mean = sum(float(some(one)) for _ in range(2000)) / 2000
+    mean = sum(float(some([one])) for _ in range(2000)) / 2000
     assert mean == pytest.approx(float(exact), rel=0.05)
 
 

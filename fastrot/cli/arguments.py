@@ -208,6 +208,14 @@ def _add_learn(actions: Any, parents: list[_Parser]) -> None:
     learning.add_argument(
         "--steps", type=_positive, default=300, metavar="N", help="of descent; default: 300"
     )
+    learning.add_argument(
+        "--refine",
+        type=_positive,
+        default=0,
+        metavar="N",
+        help="steps of a second descent, on the loss of the quantized model itself, which each run "
+        "it forwards and backwards; default: none",
+    )
     learning.set_defaults(command=learn)
 
 

@@ -31,6 +31,7 @@ def learn(args: Namespace) -> int:
         scheme=scheme,
         heldout=heldout,
         steps=args.steps,
+        refine=args.refine,
         progress=sys.stderr.isatty(),
     )
     learned.save(args.out)

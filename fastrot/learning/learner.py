@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -21,7 +21,8 @@ from fastrot.lab.schemes import Scheme
 from fastrot.learning.capture import capture
 from fastrot.learning.learned import Learned
 from fastrot.learning.objective import total
-from fastrot.learning.orthogonal import defect, descend, polished
+from fastrot.learning.orthogonal import Walk, defect, descend, polished
+from fastrot.learning.refine import simulated
 from fastrot.learning.terms import SITES, bases, terms_of
 from fastrot.recipe import Recipe, takes_recipe
 from fastrot.rotations.stages import dense
@@ -34,6 +35,8 @@ VECTORS = 512
 """Of a site, in one step."""
 TAKEN = 20
 """Terms of R1 in one step; there are several for each layer."""
+REFINING = 0.2
+"""The rates of the second descent, as a share of the first's."""
 HELD_OUT = 4
 """Of so many windows one decides whether what was learned from the others is taken."""
 
@@ -48,6 +51,7 @@ def learn(
     scheme: str | Scheme = "w4a4kv4",
     heldout: Tensor | Iterable[Any] | None = None,
     steps: int = 300,
+    refine: int = 0,
     vectors: int = 4096,
     progress: bool = False,
     **options: Any,
@@ -70,6 +74,10 @@ def learn(
         heldout: as ``batches``: text that decides, best of another kind. Default: every fourth
             window of ``batches``, from which nothing is learned then.
         steps: of descent for R1; R2 and R3 take a fifth of it.
+        refine: steps of a second descent, of all together, on the loss of the quantized model
+            itself (SpinQuant's way); each runs the model forwards and backwards on one window, and
+            needs memory for that. Its matrices are taken if they are better than the first by more
+            than the standard error.
         vectors: kept of each site, in float32; with fewer, what is learned is of this text alone
             (of SmolLM2, 1024 gained nothing on another kind of text, 4096 as much as on this one).
         progress: show a bar.
@@ -81,6 +89,7 @@ def learn(
     """
     check_model(model)
     check_flag("progress", progress)
+    _check_counts(steps, refine, vectors)
     recipe = Recipe.of(rotations, options)
     scheme = Scheme.parse(scheme)
     wanted = _learnable(recipe, scheme)
@@ -96,19 +105,25 @@ def learn(
             f"{2 * HELD_OUT} or more in batches, or two or more in heldout"
         )
     wishes = {f.name: getattr(recipe, f.name) for f in fields(Recipe)}
-    rotated = copy.deepcopy(model).float().eval()
-    plan = apply(rotated, recipe).plan
+    rotated, plan = _rotated(model, wishes)
     with tqdm(disable=not progress) as bar:
         found, history = _fitted(rotated, plan, wanted, scheme, windows, steps, vectors, bar)
-    before = _quantized_losses(rotated, scheme, judges, windows)
-    del rotated
-    learned = copy.deepcopy(model).float().eval()
-    apply(learned, Recipe(**{**wishes, "matrices": found}))
-    after = _quantized_losses(learned, scheme, judges, windows)
+        before = _quantized_losses(rotated, scheme, judges, windows)
+        del rotated
+        learned, plan = _rotated(model, {**wishes, "matrices": found})
+        after = _quantized_losses(learned, scheme, judges, windows)
+        if refine:
+            bar.reset(refine)
+            bar.set_description("refine")
+            other, losses = _refined(learned, plan, found, scheme, windows, refine, bar)
+            del learned
+            learned, _ = _rotated(model, {**wishes, "matrices": other})
+            refined = _quantized_losses(learned, scheme, judges, windows)
+            history += losses
+            if _better(refined, after):
+                found, after = other, refined
     gain = compare(after, before)
-    better = gain.mean < -gain.error or (
-        math.isfinite(after.mean) and not math.isfinite(before.mean)
-    )
+    better = _better(after, before)
     return Learned(
         **{**wishes, "matrices": found if better else None},
         scheme=str(scheme),
@@ -146,22 +161,76 @@ def _fitted(
         for layer, base in each.items():
             mine = terms[name, layer]
             generator = torch.Generator().manual_seed(plan.seed)
-            turn, losses = descend(
-                base.block,
-                total(mine, VECTORS, min(len(mine), TAKEN), generator),
-                counts[name],
-                RATES[name],
-                fixes_ones=base.fixes_ones,
-                done=bar.update,
-            )
-            found.setdefault(name, []).append(polished(dense(base.stages()) @ turn))
+            walk = Walk(base.block, RATES[name], fixes_ones=base.fixes_ones)
+            cost = total(mine, VECTORS, min(len(mine), TAKEN), generator)
+            losses = descend([walk], cost, counts[name], bar.update)
+            found.setdefault(name, []).append(polished(dense(base.stages()) @ walk.q))
             history = losses if layer is None else history
     return found, history
+
+
+def _refined(
+    learned: Any,
+    plan: Plan,
+    found: Mapping[str, Sequence[Tensor]],
+    scheme: Scheme,
+    windows: Tensor,
+    steps: int,
+    bar: Any,
+) -> tuple[dict[str, list[Tensor]], list[float]]:
+    """Better matrices than a model was rotated with, by the loss of what is quantized."""
+    rotations = {name: each for name, each in bases(plan, learned).items() if name in found}
+    places = [(name, layer) for name, each in rotations.items() for layer in each]
+    walks = [
+        Walk(base.block, REFINING * RATES[name], fixes_ones=base.fixes_ones)
+        for name, each in rotations.items()
+        for base in each.values()
+    ]
+    order = _shuffled(len(windows), steps, plan.seed)
+    with simulated(learned, plan, scheme) as loss:
+        history = descend(
+            walks,
+            lambda turns: loss(dict(zip(places, turns, strict=True)), windows[next(order), None]),
+            steps,
+            bar.update,
+        )
+    turns = iter(walks)
+    better = {
+        name: [polished(matrix @ next(turns).q) for matrix in each] for name, each in found.items()
+    }
+    return better, history
+
+
+def _shuffled(count: int, wanted: int, seed: int) -> Iterator[int]:
+    """So many numbers below ``count``, all of them before one comes again."""
+    generator = torch.Generator().manual_seed(seed)
+    rounds = [torch.randperm(count, generator=generator) for _ in range(-(-wanted // count))]
+    return iter(torch.cat(rounds).tolist())
+
+
+def _rotated(model: Any, wishes: dict[str, Any]) -> tuple[Any, Plan]:
+    """A copy of a model in float32 that is rotated by a recipe, and the plan of that."""
+    copied = copy.deepcopy(model).float().eval()
+    return copied, apply(copied, Recipe(**wishes)).plan
+
+
+def _better(losses: Losses, others: Losses) -> bool:
+    gain = compare(losses, others)
+    finite = math.isfinite(losses.mean) and not math.isfinite(others.mean)
+    return gain.mean < -gain.error or finite
 
 
 def _quantized_losses(model: Any, scheme: Scheme, judges: Tensor, windows: Tensor) -> Losses:
     with quantized(model, scheme, windows):
         return evaluate(model, judges)
+
+
+def _check_counts(steps: int, refine: int, vectors: int) -> None:
+    for name, value, least in (("steps", steps, 0), ("refine", refine, 0), ("vectors", vectors, 1)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise RotationError(f"{name}={value!r} is no whole number from {least} on")
+    if not steps and not refine:
+        raise RotationError("steps=0 and refine=0 learn nothing; give one of them")
 
 
 def _learnable(recipe: Recipe, scheme: Scheme) -> tuple[str, ...]:

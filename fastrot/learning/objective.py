@@ -94,7 +94,7 @@ def _some(length: int, most: int, generator: torch.Generator) -> Tensor:
 
 def total(
     terms: Sequence[Term], count: int, taken: int, generator: torch.Generator
-) -> Callable[[Tensor], Tensor]:
+) -> Callable[[Sequence[Tensor]], Tensor]:
     """The cost of all terms, estimated in every call from some of them.
 
     Args:
@@ -104,7 +104,8 @@ def total(
         generator: of the choices.
     """
 
-    def loss(q: Tensor) -> Tensor:
+    def loss(matrices: Sequence[Tensor]) -> Tensor:
+        (q,) = matrices
         chosen = _some(len(terms), taken, generator).tolist()
         costs = [terms[number].cost(q, generator, count) for number in chosen]
         return torch.stack(costs).sum() * (len(terms) / len(chosen))

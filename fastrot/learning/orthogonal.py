@@ -7,7 +7,7 @@ tangent space at the identity; steps by the Cayley transform, solved exactly in 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -38,53 +38,72 @@ def defect(q: Tensor) -> float:
     return float((q.mT @ q - one).abs().max())
 
 
-def descend(
-    size: int,
-    loss: Callable[[Tensor], Tensor],
-    steps: int,
-    rate: float,
-    *,
-    fixes_ones: bool = False,
-    device: torch.device | None = None,
-    done: Callable[[], object] | None = None,
-) -> tuple[Tensor, list[float]]:
-    """An orthogonal matrix that makes a loss small, from the identity on.
+class Walk:
+    """One orthogonal matrix on its way, from the identity on.
 
     Args:
         size: its order.
-        loss: of the matrix in float32; may draw other samples in every step.
-        steps: how many.
         rate: the most that an entry of the skew-symmetric step moves, in radians.
         fixes_ones: keep the all-ones vector where it is.
         device: where to compute.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        rate: float,
+        *,
+        fixes_ones: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
+        self.rate, self.fixes_ones = rate, fixes_ones
+        self.q = torch.eye(size, dtype=torch.float64, device=device)
+        self.first = torch.zeros_like(self.q)
+        self.second = torch.zeros_like(self.q)
+
+    def turn(self, gradient: Tensor, step: int, steps: int) -> None:
+        """Go one step of so many down a gradient, ``(size, size)``."""
+        turn = self.q.mT @ gradient.double()
+        turn = (turn - turn.mT) / 2
+        self.first = BETAS[0] * self.first + (1 - BETAS[0]) * turn
+        self.second = BETAS[1] * self.second + (1 - BETAS[1]) * turn.square()
+        mean, spread = (
+            moment / (1 - beta ** (step + 1))
+            for moment, beta in zip((self.first, self.second), BETAS, strict=True)
+        )
+        move = -_scheduled(self.rate, step, steps) * mean / (spread.sqrt() + 1e-12)
+        self.q = self.q @ cayley(_without_ones(move) if self.fixes_ones else move)
+
+
+def descend(
+    walks: Sequence[Walk],
+    loss: Callable[[Sequence[Tensor]], Tensor],
+    steps: int,
+    done: Callable[[], object] | None = None,
+) -> list[float]:
+    """Let orthogonal matrices walk to where a loss of them all is small.
+
+    Args:
+        walks: the matrices, which are moved.
+        loss: of the matrices in float32; may draw other samples in every step.
+        steps: how many.
         done: called after each step.
 
     Returns:
-        The matrix, ``(size, size)`` float64, and the loss of every step.
+        The loss of every step.
     """
-    q = torch.eye(size, dtype=torch.float64, device=device)
-    first = torch.zeros(size, size, dtype=torch.float64, device=device)
-    second = torch.zeros_like(first)
     history = []
     for step in range(steps):
-        leaf = q.float().requires_grad_()
+        leaves = [walk.q.float().requires_grad_() for walk in walks]
         with torch.enable_grad():
-            value = loss(leaf)
-            (gradient,) = torch.autograd.grad(value, leaf)
+            value = loss(leaves)
+            gradients = torch.autograd.grad(value, leaves)
         history.append(value.item())
-        turn = q.mT @ gradient.double()
-        turn = (turn - turn.mT) / 2
-        first = BETAS[0] * first + (1 - BETAS[0]) * turn
-        second = BETAS[1] * second + (1 - BETAS[1]) * turn.square()
-        mean, spread = (
-            moment / (1 - beta ** (step + 1))
-            for moment, beta in zip((first, second), BETAS, strict=True)
-        )
-        move = -_scheduled(rate, step, steps) * mean / (spread.sqrt() + 1e-12)
-        q = q @ cayley(_without_ones(move) if fixes_ones else move)
+        for walk, gradient in zip(walks, gradients, strict=True):
+            walk.turn(gradient, step, steps)
         if done is not None:
             done()
-    return polished(q), history
+    return history
 
 
 def _scheduled(rate: float, step: int, steps: int) -> float:

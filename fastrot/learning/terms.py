@@ -5,12 +5,13 @@ Everything is relative to that: a learned ``R`` comes behind the rotation that i
 """
 
 from collections import defaultdict
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastrot.edits import Plan
-from fastrot.edits.steps import Rotate
+from fastrot.edits.steps import Part, Rotate
 from fastrot.lab.quantized import decoder_layers, layer_of, linears_of
 from fastrot.lab.schemes import Numbers, Scheme
 from fastrot.learning.capture import HEADED, Captured
@@ -19,6 +20,9 @@ from fastrot.rotations import Rotation
 
 SITES = {"R1": ("attention", "mlp"), "R2": ("o", "values"), "R3": ("keys",)}
 """What the rotations that can be learned turn."""
+
+Place = tuple[str, int | None]
+"""A rotation: its name and, but for R1, its layer."""
 
 
 def numbers_at(site: str, scheme: Scheme) -> Numbers | None:
@@ -45,9 +49,7 @@ def bases(plan: Plan, model: Any) -> dict[str, dict[int | None, Rotation]]:
     }
 
 
-def terms_of(
-    model: Any, plan: Plan, scheme: Scheme, captured: Captured
-) -> dict[tuple[str, int | None], list[Term]]:
+def terms_of(model: Any, plan: Plan, scheme: Scheme, captured: Captured) -> dict[Place, list[Term]]:
     """The terms of every rotation: by its name and layer.
 
     Args:
@@ -56,32 +58,51 @@ def terms_of(
         scheme: decides which terms there are.
         captured: of the rotated model.
     """
-    found: dict[tuple[str, int | None], list[Term]] = defaultdict(list)
+    found: dict[Place, list[Term]] = defaultdict(list)
     for group, sites in SITES.items():
         for (site, layer), vectors in captured.vectors.items():
             numbers = numbers_at(site, scheme)
             if site in sites and numbers is not None:
-                place = None if group == "R1" else layer
-                found[group, place].append(
+                found[group, None if group == "R1" else layer].append(
                     of_site(vectors, captured.energies[site, layer], numbers)
                 )
     if scheme.weights is not None:
-        layers = decoder_layers(model)
-        edits = {edit.parameter: edit for edit in plan.weights}
-        for name, module in linears_of(model).items():
-            edit = edits.get(f"{name}.weight")
-            for step in edit.steps if edit else ():
-                # Parts of a fused projection mix rows of the values alone, a small share.
-                if isinstance(step, Rotate) and step.group in SITES and step.part is None:
-                    place = None if step.group == "R1" else layer_of(name, layers)
-                    term = _weight(module, step, scheme, captured.weights[name])
-                    found[step.group, place].append(term)
+        for turn in turns_of(model, plan):
+            if turn.part is None:  # one of a fused projection mixes few of its rows
+                energy = captured.weights[turn.name] * len(turn.matrix) / 2
+                term = Weight(turn.matrix, energy, scheme.weights, turn.outputs)
+                found[turn.place].append(term)
     return dict(found)
 
 
-def _weight(module: Any, step: Rotate, scheme: Scheme, energy: float) -> Weight:
-    plain = isinstance(module, nn.Linear)
-    matrix = module.weight.detach() if plain else module.weight.detach().T
-    assert scheme.weights is not None
-    outputs = step.dim == (0 if plain else 1)
-    return Weight(matrix, energy * len(matrix) / 2, scheme.weights, outputs)
+class Turn(NamedTuple):
+    """What a rotation does to a linear module.
+
+    Attributes:
+        name: of the module.
+        place: the rotation.
+        outputs: whether the outputs are turned, not the inputs.
+        part: of the outputs; None for all.
+        matrix: the weight, ``(outputs, inputs)``.
+    """
+
+    name: str
+    place: Place
+    outputs: bool
+    part: Part | None
+    matrix: Tensor
+
+
+def turns_of(model: Any, plan: Plan) -> Iterator[Turn]:
+    """What turns the linear modules in the layers."""
+    layers = decoder_layers(model)
+    edits = {edit.parameter: edit for edit in plan.weights}
+    for name, module in linears_of(model).items():
+        edit = edits.get(f"{name}.weight")
+        plain = isinstance(module, nn.Linear)
+        weight: Any = module.weight
+        matrix = weight.detach() if plain else weight.detach().T
+        for step in edit.steps if edit else ():
+            if isinstance(step, Rotate) and step.group in SITES:
+                place = step.group, None if step.group == "R1" else layer_of(name, layers)
+                yield Turn(name, place, step.dim == (0 if plain else 1), step.part, matrix)
