@@ -48,13 +48,6 @@ def test_compiled(family, plain, tmp_path, monkeypatch):
     assert_same(served(folder, enforce_eager=False), plain(family))
 
 
-def test_tensor_parallelism(plain, tmp_path, monkeypatch):
-    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    recipe = RECIPES["gemma3_text"] | {"keep_head": True, "block_size": {"R4": 56}}
-    folder = checkpoint(tmp_path, "gemma3_text", recipe)
-    assert_same(served(folder, tensor_parallel_size=2), plain("gemma3_text"))
-
-
 class Layer(nn.Module):
     """As vLLM's decoder layers: the stream is the sum of two arguments."""
 
