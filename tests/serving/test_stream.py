@@ -41,7 +41,7 @@ def test_the_head_is_kept(impl, plain, tmp_path):
             assert without(llm, "fastrot_input", end).tokens != plain("llama").tokens
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "olmo2"])
+@pytest.mark.parametrize("family", ["gemma3_text"])
 def test_compiled(family, plain, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
     folder = checkpoint(tmp_path, family, RECIPES[family] | {"keep_head": True})
