@@ -22,10 +22,23 @@ EXPERTS = {
     "qwen3_moe": SHAPES | {"moe_intermediate_size": 96, "norm_topk_prob": False},
 }
 
+# Both kinds of attention, and more tokens than a window has.
+GEMMA = SHAPES | {"query_pre_attn_scalar": 32, "sliding_window": 16}
+POST_NORMS = {
+    # vLLM's has no head of its own.
+    "gemma2": GEMMA | {"tie_word_embeddings": True},
+    "gemma3_text": GEMMA,
+    "olmo2": SHAPES,
+}
+
 
 def model(family, **kwargs):
-    if family in EXPERTS:
-        return build(FAMILIES[family], torch.float32, **EXPERTS[family])
+    if family in EXPERTS | POST_NORMS:
+        made = build(FAMILIES[family], torch.float32, **(EXPERTS | POST_NORMS)[family])
+        if made.config.tie_word_embeddings:
+            # Else every token is followed by itself, whatever the layers do.
+            made.get_input_embeddings().weight.data *= 0.1
+        return made
     return tiny(family, vocab=256, **SIZES, **kwargs)
 
 

@@ -3,6 +3,8 @@
 import os
 from importlib.util import find_spec
 
+import pytest
+
 collect_ignore_glob = [] if find_spec("vllm") else ["test_*.py"]
 
 # Servers spawn their workers, which inherit this.
@@ -14,3 +16,19 @@ os.environ.update(
     # The controls send functions to the workers.
     VLLM_ALLOW_INSECURE_SERIALIZATION="1",
 )
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory):
+    """What the unrotated checkpoint of a family answers; each is served once."""
+    from checkpoints import checkpoint
+    from engine import served
+
+    known = {}
+
+    def answers_of(family):
+        if family not in known:
+            known[family] = served(checkpoint(tmp_path_factory.mktemp(family), family))
+        return known[family]
+
+    return answers_of

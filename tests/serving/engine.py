@@ -86,19 +86,22 @@ def rotations(worker_model):
     return dict(Counter(leaf for leaf in leaves if leaf.startswith("fastrot_")))
 
 
-def without(llm, place):
-    """What an engine answers while the rotations of one place are off."""
-    llm.apply_model(partial(_swap, place, f"kept_{place}"))
+def without(llm, place, end=""):
+    """What an engine answers while the rotations of one place are off.
+
+    ``end`` is that of the names of the modules that are meant, all if it is left out.
+    """
+    llm.apply_model(partial(_swap, place, f"kept_{place}", end))
     try:
         return answers(llm)
     finally:
-        llm.apply_model(partial(_swap, f"kept_{place}", place))
+        llm.apply_model(partial(_swap, f"kept_{place}", place, end))
 
 
-def _swap(old, new, worker_model):
+def _swap(old, new, end, worker_model):
     """Give what is called ``old`` the name ``new``, with nothing in its place, or the way back."""
-    for module in list(worker_model.modules()):
-        if hasattr(module, old):
+    for name, module in list(worker_model.named_modules()):
+        if name.endswith(end) and hasattr(module, old):
             setattr(module, new, getattr(module, old))
             setattr(module, old, nn.Identity())
             if old.startswith("kept_"):

@@ -42,19 +42,6 @@ EXPERT_RECIPES = {
 PLACES = {"fastrot_input": 2, "fastrot_q_attn": 2, "fastrot_k_cache": 2}
 
 
-@pytest.fixture(scope="session")
-def plain(tmp_path_factory):
-    """What the unrotated checkpoint of a family answers; each is served once."""
-    known = {}
-
-    def answers_of(family):
-        if family not in known:
-            known[family] = served(checkpoint(tmp_path_factory.mktemp(family), family))
-        return known[family]
-
-    return answers_of
-
-
 @pytest.mark.parametrize("family", RECIPES)
 def test_the_same_tokens_and_log_probabilities(family, plain, tmp_path):
     folder = checkpoint(tmp_path, family, RECIPES[family])

@@ -10,8 +10,9 @@ def register() -> None:
     from vllm.model_executor.layers.quantization import register_quantization_config
 
     from fastrot.integrations.vllm.config import FastrotConfig
-    from fastrot.integrations.vllm.start import watch_start
+    from fastrot.integrations.vllm.start import watch_models, watch_start
     from fastrot.record import QUANT_METHOD
 
     register_quantization_config(QUANT_METHOD)(FastrotConfig)
     watch_start()
+    watch_models()

@@ -17,7 +17,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import (
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import get_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
-from vllm.model_executor.models.utils import WeightsMapper
+from vllm.model_executor.models.utils import PPMissingLayer, WeightsMapper
 
 from fastrot.edits import OnlineSite
 from fastrot.errors import RecordError, RotationError
@@ -25,6 +25,7 @@ from fastrot.integrations.vllm.experts import rotate_experts
 from fastrot.integrations.vllm.layers import rotate_attention, rotate_input
 from fastrot.integrations.vllm.operands import OPERAND, with_matrices
 from fastrot.integrations.vllm.recorded import DELEGATED, exported, recorded_sites
+from fastrot.integrations.vllm.stream import rotate_stream
 from fastrot.record import QUANT_METHOD, has_online
 from fastrot.resolve.places import layer_of
 from fastrot.transform_config import ATTENTION_LOCATIONS
@@ -169,6 +170,20 @@ class FastrotConfig(QuantizationConfig):
                 method = method or UnquantizedFusedMoEMethod(layer.moe_config)
                 rotate_experts(layer, method, site)
         return method
+
+    def rotate_built(self, model: torch.nn.Module) -> None:
+        """Rotate at norms and decoder layers, for which vLLM asks no method.
+
+        Args:
+            model: built, and without its weights; or a part of one, with names of its own.
+        """
+        modules = dict(model.named_modules())
+        for name, location in set(self.sites) - self.served:
+            module = modules.get(name)
+            if isinstance(module, PPMissingLayer):  # another rank of the pipeline has it
+                del self.sites[name, location]
+            elif module is not None and rotate_stream(module, self.sites[name, location]):
+                self.served.add((name, location))
 
     def _base_method(self, layer: torch.nn.Module, prefix: str) -> Any:
         if self.base is None:

@@ -57,7 +57,7 @@ def rotate_attention(layer: Any, sites: Mapping[str, OnlineSite]) -> None:
             )
         size = heads[location] * rotation.size
         whole = replace(rotation, size=size, block_size=rotation.block)
-        setattr(layer, f"fastrot_{location}", _online(replace(site, rotation=whole)))
+        setattr(layer, f"fastrot_{location}", online(replace(site, rotation=whole)))
     forward = layer.forward
 
     def rotated(query: Tensor, key: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
@@ -77,10 +77,11 @@ def online_on_rank(site: OnlineSite, width: int) -> OnlineRotation:
     Raises:
         RotationError: that is no whole number of blocks; names block sizes that work.
     """
-    return _online(on_rank(site, width))
+    return online(on_rank(site, width))
 
 
-def _online(site: OnlineSite) -> OnlineRotation:
+def online(site: OnlineSite) -> OnlineRotation:
+    """The rotation of a site, where vLLM builds its model."""
     from vllm.platforms import current_platform
 
     device = torch.get_default_device()

@@ -1,4 +1,4 @@
-"""What is refused before any worker starts."""
+"""Where fastrot sees what vLLM shows no plugin: how a model starts, and the model it built."""
 
 import functools
 from typing import Any
@@ -51,3 +51,26 @@ def watch_start() -> None:
 
     verified.fastrot = True  # type: ignore[attr-defined]
     ModelConfig.verify_with_parallel_config = verified
+
+
+def watch_models() -> None:
+    """Let a :class:`FastrotConfig` see its model when it is built, whatever loads the weights."""
+    from vllm.config import get_current_vllm_config
+    from vllm.model_executor.model_loader import utils
+
+    from fastrot.integrations.vllm.config import FastrotConfig
+
+    # What vLLM does last to every model that it builds.
+    record = utils.record_metadata_for_reloading
+    if hasattr(record, "fastrot"):
+        return
+
+    @functools.wraps(record)
+    def recorded(model: Any) -> None:
+        config = get_current_vllm_config().quant_config
+        if isinstance(config, FastrotConfig):
+            config.rotate_built(model)
+        record(model)
+
+    recorded.fastrot = True  # type: ignore[attr-defined]
+    utils.record_metadata_for_reloading = recorded
