@@ -11,14 +11,16 @@ from torch import nn
 
 from fastrot.edits import Plan
 from fastrot.edits.steps import Rotate
+from fastrot.index import Index
 from fastrot.lab.quantized import decoder_layers, layer_of, linears_of
 from fastrot.lab.schemes import Numbers, Scheme
 from fastrot.learning.capture import HEADED, Captured
 from fastrot.learning.objective import Term, Weight, of_site
 from fastrot.rotations import Rotation
+from fastrot.rows import roles_of
 
 SITES = {"R1": ("attention", "mlp"), "R2": ("o", "values"), "R3": ("keys",)}
-"""What the rotations that can be learned turn."""
+"""What the rotations that can be learned turn; the keys of latent attention are its latents."""
 
 
 def numbers_at(site: str, scheme: Scheme) -> Numbers | None:
@@ -57,10 +59,13 @@ def terms_of(
         captured: of the rotated model.
     """
     found: dict[tuple[str, int | None], list[Term]] = defaultdict(list)
+    roles, _ = roles_of(Index(model), None, None, ())
+    # Where a latent is cached it stands for the keys, and a key with a position for the values.
+    absent = ("values",) if roles.latent_writers else ()
     for group, sites in SITES.items():
         for (site, layer), vectors in captured.vectors.items():
             numbers = numbers_at(site, scheme)
-            if site in sites and numbers is not None:
+            if site in sites and site not in absent and numbers is not None:
                 place = None if group == "R1" else layer
                 found[group, place].append(
                     of_site(vectors, captured.energies[site, layer], numbers)
