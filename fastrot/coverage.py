@@ -19,7 +19,7 @@ class UncoveredParameterError(RotationError):
 def classify(
     model: nn.Module | Index, mapping: Mapping, norms: Sequence[NormMapping]
 ) -> dict[str, str]:
-    """The role of every parameter that has one: reader, writer, value, norm, post-norm, untouched.
+    """The role of every parameter that has one, in a word, or ``untouched`` and why.
 
     A bias has the role of its weight. Parameters without a role are left out.
     """
@@ -28,6 +28,7 @@ def classify(
         ("reader", mapping.stream_readers),
         ("writer", mapping.stream_writers),
         ("value", mapping.attn_v),
+        ("latent", mapping.latent_readers),
     ):
         for site in find_sites(index, patterns).values():
             for name in filter(None, (site.weight, site.bias)):

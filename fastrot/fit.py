@@ -158,5 +158,6 @@ def _misfits(edit: WeightEdit, parameters: Mapping[str, Tensor]) -> Iterator[str
                 yield f"{step} is of size {size}, its dimension {shape[step.dim]}"
             elif step.part is not None:
                 groups, length = step.part.groups, shape[step.dim]
-                if step.part.size != size or length % groups or size > length // groups:
+                taken = size + step.part.behind
+                if step.part.size != size or length % groups or taken > length // groups:
                     yield f"{step} does not fit {groups} parts of {length}"

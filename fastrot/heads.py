@@ -9,12 +9,13 @@ from torch import nn
 from fastrot.edits import Part
 from fastrot.errors import RotationError
 from fastrot.index import Index, find_modules
-from fastrot.mapping import Mapping
+from fastrot.mapping import Mapping, NormMapping
 from fastrot.sites import Site, find_sites
 from fastrot.transform_config import Rows
 
 VALUE_NAMES = ("v_head_dim", "head_dim", "head_size", "dim_head")
 KEY_NAMES = ("qk_head_dim", "head_dim", "head_size", "dim_head")
+LATENT_NAMES = ("kv_lora_rank",)
 
 
 def head_size(module: nn.Module, config: Any, names: tuple[str, ...] = VALUE_NAMES) -> int | None:
@@ -28,7 +29,9 @@ def head_size(module: nn.Module, config: Any, names: tuple[str, ...] = VALUE_NAM
 
 
 def key_dim_of(index: Index, mapping: Mapping) -> int | None:
-    """Size of one key head; None if layers differ, or do not say."""
+    """Size of one key head; None if layers differ or do not say, or cache no keys but a latent."""
+    if mapping.latent_writers:
+        return None
     config = index.config.get_text_config()
     blocks = find_modules(index, mapping.attn).values()
     found = {head_size(module, config, KEY_NAMES) for module in blocks}
@@ -51,6 +54,50 @@ def head_dim_of(index: Index, mapping: Mapping) -> int:
             "set attn_head_dim in mappings"
         )
     return size
+
+
+def latent_part(model: nn.Module, site: Site) -> Part:
+    """Where the latent lies among the outputs of what writes it: first, with a key behind it.
+
+    Raises:
+        RotationError: nothing says how wide it is, or it is wider than the outputs.
+    """
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    module = model.get_submodule(site.name.rpartition(".")[0])
+    size, length = head_size(module, config, LATENT_NAMES), site.shape[site.output]
+    if size is None or not 0 < size <= length:
+        raise RotationError(f"R3: {site.name} has {length} rows, and a latent of size {size}")
+    return Part(1, size, length - size)
+
+
+def check_latents(index: Index, mapping: Mapping, norms: Iterable[NormMapping]) -> None:
+    """Refuse R3 on latents unless they are of one size, and what stands before their readers known.
+
+    Raises:
+        RotationError: one role is empty; they differ in size; a reader has no norm mapping.
+    """
+    if not (mapping.latent_writers and mapping.latent_readers):
+        raise RotationError(
+            "R3: latent_writers and latent_readers go together, one of them is empty in mappings"
+        )
+    writers = find_sites(index, mapping.latent_writers, group="R3").values()
+    readers = find_sites(index, mapping.latent_readers, group="R3")
+    sizes = {site.name: latent_part(index.model, site).size for site in writers}
+    sizes |= {
+        name: site.shape[-1 if site.input is None else site.input] for name, site in readers.items()
+    }
+    if len({*sizes.values()}) != 1:
+        first, size = next(iter(sizes.items()))
+        other = next(name for name in sizes if sizes[name] != size)
+        raise RotationError(
+            f"R3: {first} has a latent of size {size}, {other} one of {sizes[other]}; leave R3 out"
+        )
+    fed = {name for norm in norms for name in find_sites(index, norm.linears, missing_ok=True)}
+    if without := sorted(readers.keys() - fed):
+        raise RotationError(
+            f"R3: no norm mapping feeds {without[0]}; name its norm in norm_mappings "
+            "(NormMapping(norm=None, …) if it reads the latent as it is)"
+        )
 
 
 def value_part(model: nn.Module, site: Site, rows: Rows) -> Part:

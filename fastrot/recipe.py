@@ -27,8 +27,8 @@ class Recipe:
 
     Args:
         rotations: some of R1 (residual stream, fused), R2 (value heads, fused), R3 (queries and
-            keys after RoPE, online) and R4 (input of the down projection, online and fused), in
-            any letter case.
+            keys after RoPE, online; of latent attention the cached latent, fused) and R4 (input of
+            the down projection, online and fused), in any letter case.
         transform_type: ``hadamard``, ``random-hadamard`` (seeded signs) or ``random-matrix``
             (uniformly random orthogonal; any size, dense and slow online).
         randomize: a rotation of its own for every layer in R2, R3 and R4 (``hadamard`` then draws

@@ -34,7 +34,8 @@ def remove(
 ) -> None:
     """Take online rotations off a model; it goes on computing the same function.
 
-    R3 has no counterpart in the weights and leaves without a trace. R4 has one: the down
+    R3 has no counterpart in the weights and leaves without a trace; that of latent attention is
+    fused, and stays as R1 and R2 do. R4 has one: the down
     projections are rotated back, which rounds them once more. R1 and R2 stay fused, unless R1 has
     an online part (``keep_head``, norms that write into the residual stream) and is named: then all
     its weights are rotated back, and its norms stay folded.

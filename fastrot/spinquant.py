@@ -14,7 +14,7 @@ import torch
 
 from fastrot.ends import between_ends
 from fastrot.errors import RotationError
-from fastrot.heads import check_heads, head_dim_of, key_dim_of
+from fastrot.heads import check_heads, check_latents, head_dim_of, key_dim_of
 from fastrot.index import Index, find_holders
 from fastrot.mapping import PLACES, ROTATIONS, STREAM, Mapping, NormMapping
 from fastrot.patterns import NoMatchError
@@ -39,7 +39,7 @@ class Kind:
     """
 
     places: Callable[[Mapping], tuple[TransformArgs, ...]]
-    check: Callable[[Index, Mapping], None]
+    check: Callable[[Index, Mapping, Sequence[NormMapping]], None]
     head: Callable[[Index, Mapping], int | None] | None = None
     per_layer: bool = True
     through_norms: bool = False
@@ -74,7 +74,7 @@ def configured(index: Index, recipe: Recipe) -> Configured:
             raise UnsupportedRotationError(
                 f"{name} has no place in {index.class_name}: no module has the role {PLACES[name]}"
             )
-        SPINQUANT[name].check(index, mapping)
+        SPINQUANT[name].check(index, mapping, norms)
     sizes = _block_sizes(index, mapping, wanted, _given_sizes(recipe))
     centred = any(norm.kind == "layer" for norm in norms)
     matrices = {
@@ -175,7 +175,7 @@ def _stream_places(mapping: Mapping) -> tuple[TransformArgs, ...]:
     return tuple(places)
 
 
-def _check_head(index: Index, mapping: Mapping) -> None:
+def _check_head(index: Index, mapping: Mapping, norms: Sequence[NormMapping]) -> None:
     if find_sites(index, mapping.lm_head, missing_ok=True):
         return
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -197,18 +197,32 @@ def _value_places(mapping: Mapping) -> tuple[TransformArgs, ...]:
     )
 
 
-def _check_values(index: Index, mapping: Mapping) -> None:
+def _check_values(index: Index, mapping: Mapping, norms: Sequence[NormMapping]) -> None:
     check_heads(index, mapping, head_dim_of(index, mapping))
 
 
 def _key_places(mapping: Mapping) -> tuple[TransformArgs, ...]:
+    """What is cached of the keys: these, or the latent that they are made from.
+
+    With ``c`` the latent, ``γ`` the scale of the norm behind it and ``B`` what reads it,
+    ``(c / rms(c)) diag(γ) Bᵀ = (c Q / rms(c Q)) (B diag(γ) Q)ᵀ``: the writer of ``c`` turns its
+    outputs, the reader takes ``γ`` and turns its inputs, and ``c Q`` is cached.
+    """
+    if mapping.latent_writers:
+        return (
+            TransformArgs(mapping.latent_writers, "weight_output", rows="compressed"),
+            TransformArgs(mapping.latent_readers, "weight_input", inverse=True),
+        )
     return TransformArgs(mapping.attn, "q_attn"), TransformArgs(mapping.attn, "k_cache")
 
 
-def _check_keys(index: Index, mapping: Mapping) -> None:
-    if mapping.attn_v_rows == "latent":
+def _check_keys(index: Index, mapping: Mapping, norms: Sequence[NormMapping]) -> None:
+    if mapping.latent_writers or mapping.latent_readers:
+        check_latents(index, mapping, norms)
+    elif mapping.attn_v_rows == "latent":
         raise UnsupportedRotationError(
-            f"R3: {index.class_name} caches latents, not keys; leave it out"
+            f"R3: {index.class_name} caches latents, not keys; name latent_writers and "
+            "latent_readers in mappings, or leave it out"
         )
 
 
@@ -228,5 +242,5 @@ SPINQUANT = {
     "R1": Kind(_stream_places, _check_head, per_layer=False, through_norms=True),
     "R2": Kind(_value_places, _check_values, head_dim_of),
     "R3": Kind(_key_places, _check_keys, key_dim_of),
-    "R4": Kind(_down_places, lambda index, mapping: None),
+    "R4": Kind(_down_places, lambda index, mapping, norms: None),
 }

@@ -70,6 +70,22 @@ def test_the_loss_is_that_of_a_model_rotated_so(name, scheme):
         assert float(loss_of(rotated, ids)) == pytest.approx(float(loss_of(model, ids)), abs=1e-6)
 
 
+@pytest.mark.parametrize("scheme", ["kv4", "w4a4kv4"])
+def test_latents(scheme):
+    """What is cached of them is turned by R3, and R2 turns none of it."""
+    generator = torch.Generator().manual_seed(0)
+    model = build(FAMILIES["minicpm3"], torch.float64)
+    ids = random_ids(model, 2, 12, seed=1)
+    rotated, plan, turns, matrices = turned_model(model, ("R2", "R3"), generator)
+    fastrot.apply(model, Recipe(("R2", "R3"), matrices=matrices))
+    with torch.no_grad():
+        with quantized(model, scheme):
+            expected = float(loss_of(model, ids))
+        with simulated(rotated, plan, Scheme.parse(scheme)) as loss:
+            assert float(loss(turns, ids)) == pytest.approx(expected, abs=1e-6)
+            assert abs(float(loss({}, ids)) - expected) > 1e-4
+
+
 def test_weights_of_gptq_are_left():
     model = tiny("llama")
     ids = random_ids(model, 2, 12, seed=1)

@@ -212,8 +212,9 @@ class Interrupt:
             return None
         if code.co_filename.endswith("journal.py") and code.co_name == "__exit__":
             self.active = False  # now the work is either complete or being undone
-        # Leaving the block is the commit: the work is complete.
-        leaving = getline(code.co_filename, frame.f_lineno).lstrip().startswith("with Journal")
+        # Leaving the journal is the commit: the work is complete. And what is raised where Python
+        # leaves any block would keep it from leaving, so from putting torch's default device back.
+        leaving = getline(code.co_filename, frame.f_lineno).lstrip().startswith("with ")
         if event == "line" and self.active and not leaving:
             self._count((code.co_filename, frame.f_lineno))
         return self if self.active else None
@@ -279,6 +280,7 @@ def interrupt_at_every_line(undo, temporary, keepers=KEEPERS):
     gc.collect()
     assert list(temporary.iterdir()) == []
     assert failures == []
+    assert not torch._C._is_torch_function_mode_enabled()
 
 
 @pytest.mark.parametrize("undo", [*UNDO, "none"])

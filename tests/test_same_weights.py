@@ -2,7 +2,7 @@
 
 ``zoo/digests.json`` was written by 0.1.0 (``python tests/test_same_weights.py``). A family whose
 unrotated weights are not those of then, since transformers lays them out in another way, is
-skipped.
+skipped; a rotation that was refused then is left out.
 """
 
 import copy
@@ -31,14 +31,14 @@ def digest(model):
     return total.hexdigest()[:16]
 
 
-def digests(name, kinds=KINDS):
+def digests(name, kinds=KINDS, rotations=ROTATIONS):
     """The digest of a family unrotated, and after each kind of all rotations that it allows."""
     model = build(FAMILIES[name], torch.bfloat16 if name == "llama" else torch.float32)
     found = {"unrotated": digest(model)}
     for kind in kinds:
         rotated = copy.deepcopy(model)
         done = []
-        for rotation in ROTATIONS:
+        for rotation in rotations:
             try:
                 fastrot.apply(rotated, rotation, transform_type=kind, undo="none", seed=7)
             except fastrot.UnsupportedRotationError:
@@ -52,7 +52,9 @@ def check(name, kinds):
     expected = json.loads(FILE.read_text()).get(name)
     if expected is None:
         pytest.skip("a younger family")
-    found = digests(name, kinds)
+    # The last is that of all; one that was refused when it was written is left out.
+    most = [*expected][-1].split()[-1]
+    found = digests(name, kinds, most.split("+"))
     if found["unrotated"] != expected["unrotated"]:
         pytest.skip("transformers lays this family out in another way")
     assert found == {

@@ -50,7 +50,11 @@ BEHIND = {  # family → rotation that its row has and a suggestion lacks
     "zamba2": {"R2": "the adapter of the values looks like another projection"},
     **{name: {"R2": NO_STREAM} for name in ("dory", "zaya", "inkling_text")},
     "doge": {"R2": NO_STREAM, "R4": "rounding may change which positions it keeps"},
-    "longcat_flash": {"R2": NO_STREAM, "R4": "two blocks in a layer share its experts"},
+    "longcat_flash": {
+        "R2": NO_STREAM,
+        "R3": "its attention does not call itself that",
+        "R4": "two blocks in a layer share its experts",
+    },
 }
 ALIKE = {"dbrx"}
 """A bare matrix that is used transposed reads with its columns what it writes with them."""

@@ -215,7 +215,9 @@ def dense_product(model, edit):
             matrix = matrix.T if step.inverse else matrix
             if step.part is not None:
                 each = vectors.shape[-1] // step.part.groups
-                block = torch.block_diag(torch.eye(each - step.part.size).double(), matrix)
+                behind = torch.eye(step.part.behind).double()
+                before = torch.eye(each - step.part.size - step.part.behind).double()
+                block = torch.block_diag(before, matrix, behind)
                 matrix = torch.block_diag(*[block] * step.part.groups)
             vectors = vectors @ matrix
         weight = vectors.movedim(-1, step.dim)

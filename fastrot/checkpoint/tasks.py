@@ -225,7 +225,7 @@ def _inside(step: Rotate, ends: tuple[int, int], length: int) -> Rotate | None:
     hit = [s for s in rotated if s.start < end and s.stop > start]
     if not hit:
         return None
-    part = Part(len(hit), step.part.size)
+    part = Part(len(hit), step.part.size, max(0, end - hit[-1].stop))
     if (end - start) % len(hit) == 0:
         seen = [s for s, within in part.pieces(end - start) if within]
         if [(s.start + start, s.stop + start) for s in seen] == [(s.start, s.stop) for s in hit]:

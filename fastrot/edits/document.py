@@ -1,7 +1,7 @@
 """Plans as plain JSON data and back, each distinct rotation once."""
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import astuple, fields, replace
 from typing import Any
 
 from torch import Tensor
@@ -84,7 +84,7 @@ def plan_to_dict(plan: Plan) -> dict[str, Any]:
     def step(step: Scale | Rotate) -> dict[str, Any]:
         if isinstance(step, Scale):
             return _written(step, _SCALE)
-        part = None if step.part is None else [step.part.groups, step.part.size]
+        part = None if step.part is None else [*astuple(step.part)][: 3 if step.part.behind else 2]
         return _written(step, _ROTATE, rotation=number(step.rotation), part=part)
 
     weights = [
@@ -141,7 +141,8 @@ def plan_from_dict(data: Any, matrices: Mapping[str, Tensor]) -> Plan:
         turn["rotation"] = rotation(turn["rotation"], where)
         part = turn["part"]
         if part is not None:
-            turn["part"] = Part(*_counts(part, 2, f"{where}, part"))
+            length = 3 if len(part) == 3 else 2
+            turn["part"] = Part(*_counts(part, length, f"{where}, part"))
         return Rotate(**turn)
 
     edits, shapes = [], {}

@@ -12,19 +12,26 @@ from fastrot.rotations.stages import Stage
 
 @dataclass(frozen=True)
 class Part:
-    """The last ``size`` entries of each of ``groups`` equal parts of a dimension."""
+    """``size`` entries, before ``behind`` others, in each of ``groups`` parts of a dimension."""
 
     groups: int
     size: int
+    behind: int = 0
 
     def pieces(self, length: int) -> Iterator[tuple[slice, bool]]:
         """All slices of a dimension of this length, and whether they belong to the part."""
         each = length // self.groups
         for start in range(0, length, each):
-            middle = start + each - self.size
+            stop = start + each - self.behind
+            middle = stop - self.size
             if middle > start:
                 yield slice(start, middle), False
-            yield slice(middle, start + each), True
+            yield slice(middle, stop), True
+            if self.behind:
+                yield slice(stop, start + each), False
+
+    def __str__(self) -> str:
+        return f"{self.size} before {self.behind}" if self.behind else f"values of {self.groups}"
 
 
 @dataclass(frozen=True)
@@ -65,8 +72,8 @@ class Rotate:
         return self.rotation.stages(inverse=self.inverse)
 
     def __str__(self) -> str:
-        values = "" if self.part is None else f"[values of {self.part.groups}]"
-        return f"{self.group}{'ᵀ' if self.inverse else ''} dim {self.dim}{values} ({self.rotation})"
+        part = "" if self.part is None else f"[{self.part}]"
+        return f"{self.group}{'ᵀ' if self.inverse else ''} dim {self.dim}{part} ({self.rotation})"
 
 
 @dataclass(frozen=True)

@@ -154,6 +154,12 @@ def _fitted(
     sites = {site for name in wanted for site in SITES[name]}
     captured = capture(rotated, windows, sites, vectors, plan.seed, lambda _: bar.update())
     terms = terms_of(rotated, plan, scheme, captured)
+    rotations = {name: each for name, each in rotations.items() if any(n == name for n, _ in terms)}
+    if not rotations:
+        raise RotationError(
+            f"{' and '.join(wanted)} of {type(rotated).__name__} turn nothing that {scheme} "
+            "rounds; name R3 too, which turns the latents that it caches"
+        )
     found: dict[str, list[Tensor]] = {}
     history: list[float] = []
     for name, each in rotations.items():

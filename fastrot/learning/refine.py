@@ -22,8 +22,9 @@ from fastrot.lab.cache import watched
 from fastrot.lab.quantized import linears_of
 from fastrot.lab.quantizers import fake_quantize
 from fastrot.lab.schemes import Numbers, Scheme
+from fastrot.learning.capture import HEADED
 from fastrot.learning.objective import turned
-from fastrot.learning.terms import Place, turns_of
+from fastrot.learning.terms import Place, sites_of, turns_of
 
 Turns = Mapping[Place, Tensor]
 """Orthogonal matrices, by the rotation that each comes behind; one that is missing is the
@@ -54,6 +55,9 @@ def simulated(
     outputs: dict[str, list[Slot]] = defaultdict(list)
     for turn in turns_of(model, plan):
         (outputs if turn.outputs else inputs)[turn.name].append((turn.place, turn.part))
+    cached = {
+        site: [name for name, sites in sites_of(model).items() if site in sites] for site in HEADED
+    }
     linears = linears_of(model)
     numbers = scheme.weights if scheme.weights and not scheme.weights.gptq else None
 
@@ -78,8 +82,8 @@ def simulated(
 
     def round_cache(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         found = []
-        for x, name in ((keys, "R3"), (values, "R2")):
-            slots: list[Slot] = [((name, layer), None)]
+        for site, x in (("keys", keys), ("values", values)):
+            slots: list[Slot] = [((name, layer), None) for name in cached[site]]
             x = straight_through(_turned(x, turns, slots), scheme.kv)
             found.append(_turned(x, turns, slots, back=True))
         return found[0], found[1]

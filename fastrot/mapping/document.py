@@ -49,7 +49,8 @@ fit, is refused before anything is written; `fastrot.suggest_mapping(model)` pro
 
 ✓ fused into the weights (R1, R2) or online (R3, R4) as usual. ✓ₒ online where it is usually fused:
 R1 then rotates the output of the norms that write into the residual stream, R2 the input of the
-output projection. – is refused, for the reason that follows.
+output projection. ✓ₗ fused where it is usually online: R3 then rotates the latent that is cached
+(`docs/latent-attention.md`). – is refused, for the reason that follows.
 
 ## Language models
 
@@ -148,6 +149,8 @@ def _mark(row: Architecture, rotation: str) -> str:
     if rotation in row.refuses or not getattr(mapping, PLACES[rotation]):
         return "–"
     unusual = {STREAM: bool(mapping.post_norm), "R2": mapping.attn_gated}
+    if rotation == "R3" and mapping.latent_writers:
+        return "✓ₗ"
     return "✓ₒ" if unusual.get(rotation) else "✓"
 
 

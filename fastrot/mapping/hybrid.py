@@ -263,7 +263,6 @@ KIMI = Architecture(
         readers=(KIMI_IN,),
         ignore=(
             LATENT_INSIDE,
-            Untouched(r"re:.*self_attn\.kv_b_proj\.weight$", "reads a latent, not the stream"),
             Untouched(
                 r"re:.*self_attn\.(g_b_proj|conv1d|o_norm|forget_gate\.f_b_proj)\.weight$",
                 "acts inside linear attention",
@@ -278,7 +277,6 @@ KIMI = Architecture(
         *LATENT.norms[1:],
     ),
     refuses={
-        **LATENT.refuses,
         "R2": "its linear attention has the same names as its attention, and norms over the values",
     },
     notes="linear attention and multi-head latent attention",
@@ -293,7 +291,6 @@ BAILING = replace(
         readers=(BAILING_IN,),
         ignore=(
             LATENT_INSIDE,
-            Untouched(r"re:.*self_attn\.kv_b_proj\.weight$", "reads a latent, not the stream"),
             Untouched(
                 r"re:.*self_attn\.(conv1d\.weight|o_norm\.weight|forget_gate\.(A_log|dt_bias))$",
                 "acts inside linear attention",

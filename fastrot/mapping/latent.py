@@ -8,23 +8,27 @@ from fastrot.mapping.roles import Architecture, NormMapping, Untouched
 LATENT_IN = (r"re:.*self_attn\.(q_proj|q_a_proj|kv_a_proj_with_mqa)$",)
 
 LATENT_INSIDE = Untouched(
-    r"re:.*self_attn\.(q_a_layernorm|q_b_proj|kv_a_layernorm)\.weight$",
+    r"re:.*self_attn\.(q_a_layernorm|q_b_proj)\.weight$",
     "acts on a latent, not on the stream",
 )
+
+KV_A = (r"re:.*self_attn\.kv_a_proj_with_mqa$",)
+KV_B = (r"re:.*self_attn\.kv_b_proj$",)
+LATENT_NORM = NormMapping(r"re:.*self_attn\.kv_a_layernorm$", KV_B)
+"""What writes the latent that is cached, the norm behind it, and what reads that."""
 
 LATENT = Architecture(
     replace(
         MOE.mapping,
         attn_q=(r"re:.*self_attn\.(q_proj|q_a_proj)$",),
-        attn_k=(r"re:.*self_attn\.kv_a_proj_with_mqa$",),
-        attn_v=(r"re:.*self_attn\.kv_b_proj$",),
+        attn_k=KV_A,
+        attn_v=KV_B,
         attn_v_rows="latent",
+        latent_writers=KV_A,
+        latent_readers=KV_B,
         ignore=(LATENT_INSIDE,),
     ),
-    (NormMapping(r"re:.*\.input_layernorm$", LATENT_IN), *MOE.norms[1:]),
-    refuses={
-        "R3": "the cache holds the latent from which keys are made, so no rotated key can be cached"
-    },
+    (NormMapping(r"re:.*\.input_layernorm$", LATENT_IN), LATENT_NORM, *MOE.norms[1:]),
     notes="R2 on the value rows of kv_b_proj",
 )
 

@@ -59,7 +59,8 @@ class Mapping:
 
     Attributes:
         embedding: embeddings (tokens, learned positions), write the residual stream.
-        attn: attention blocks, whose queries and keys R3 rotates.
+        attn: attention blocks, whose queries and keys R3 rotates, or the latents from which both
+            keys and values are made.
         attn_q: read the stream, like ``attn_k`` and ``attn_v``.
         attn_k: see ``attn_q``.
         attn_v: see ``attn_q``; R2 rotates their output.
@@ -79,6 +80,9 @@ class Mapping:
             the input of ``attn_o``, and leaves ``attn_v`` alone.
         readers: whatever else reads the stream.
         writers: whatever else writes it.
+        latent_writers: write, in their first outputs, the latent that is cached in place of keys
+            and values; R3 rotates it in the weights. A norm may follow, see ``norm_mappings``.
+        latent_readers: make keys and values of it.
         post_norm: norms whose output is added to the stream (or is it): R1 rotates their output
             online.
         post_norm_in: the writers among the above that write into such a norm instead of the stream.
@@ -103,6 +107,8 @@ class Mapping:
     attn_gated: bool = False
     readers: Patterns = ()
     writers: Patterns = ()
+    latent_writers: Patterns = ()
+    latent_readers: Patterns = ()
     post_norm: Patterns = ()
     post_norm_in: Patterns = ()
     transposed: Patterns = ()

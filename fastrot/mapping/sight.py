@@ -310,8 +310,8 @@ DOTS_TEXT = replace(
         ignore=(
             *SPARSE.mapping.ignore,
             Untouched(
-                r"re:.*self_attn\.(kv_b_proj|k_rope_only_layernorm)\.weight$",
-                "acts on a latent, not on the stream",
+                r"re:.*self_attn\.k_rope_only_layernorm\.weight$",
+                "acts on the key that has a position, not on the stream",
             ),
         ),
     ),

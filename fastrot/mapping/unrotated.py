@@ -9,9 +9,9 @@ from dataclasses import replace
 
 from fastrot.mapping.dense import LLAMA
 from fastrot.mapping.hybrid import KIMI
-from fastrot.mapping.latent import LATENT
+from fastrot.mapping.latent import KV_A, KV_B, LATENT, LATENT_NORM
 from fastrot.mapping.layernorm import GPT2, OWN_ATTENTION
-from fastrot.mapping.roles import Architecture, Mapping
+from fastrot.mapping.roles import Architecture, Mapping, NormMapping
 
 OPENAI_GPT = Architecture(
     Mapping(mlp_out=GPT2.mapping.mlp_out),
@@ -47,20 +47,23 @@ DORY = Architecture(
     notes="a gate between values and output",
 )
 
+LONGCAT_B = (r"re:.*self_attn\.\d+\.kv_b_proj$",)
+
 LONGCAT = Architecture(
     replace(
         INSIDE,
         attn=("LongcatFlashMLA",),
-        attn_v=(r"re:.*self_attn\.\d+\.kv_b_proj$",),
+        attn_v=LONGCAT_B,
         attn_v_rows="latent",
+        latent_writers=(r"re:.*self_attn\.\d+\.kv_a_proj_with_mqa$",),
+        latent_readers=LONGCAT_B,
         attn_o=(r"re:.*self_attn\.\d+\.o_proj$",),
         mlp_out=(r"re:.*mlps\.\d+\.down_proj$",),
     ),
-    (),
+    (NormMapping(r"re:.*self_attn\.\d+\.kv_a_layernorm$", LONGCAT_B),),
     refuses={
         "R1": "its identity experts add the output of a norm to the stream, and its scale is no "
         "rotation",
-        "R3": LATENT.refuses["R3"],
     },
     notes="R2 on the value rows of kv_b_proj; R4 in dense MLPs, not in experts",
 )
@@ -85,13 +88,12 @@ HYPER = Architecture(
         INSIDE,
         attn_v=(),
         attn_gated=True,
+        latent_writers=KV_A,
+        latent_readers=KV_B,
         mlp_out=(r"re:.*mlp\.((shared_)?experts\.)?down_proj$",),
     ),
-    (),
-    refuses={
-        "R1": "its connections read several streams side by side, in one vector",
-        "R3": LATENT.refuses["R3"],
-    },
+    (LATENT_NORM,),
+    refuses={"R1": "its connections read several streams side by side, in one vector"},
     notes="latent attention, with a gate between values and output",
 )
 
@@ -204,9 +206,9 @@ INKLING2 = replace(
 )
 
 GLM5_NEXT = Architecture(
-    Mapping(mlp_out=HYPER.mapping.mlp_out),
-    (),
-    refuses={**HYPER.refuses, "R2": KIMI.refuses["R2"]},
+    replace(HYPER.mapping, attn_o=(), attn_gated=False),
+    HYPER.norms,
+    refuses={**HYPER.refuses, **KIMI.refuses},
     notes="linear attention and multi-head latent attention",
 )
 
@@ -220,7 +222,7 @@ MISTRAL_LARGE4 = Architecture(
     (),
     refuses={
         "R1": "its indexer reads the scaled output of a norm through a second one, which centres",
-        "R3": LATENT.refuses["R3"],
+        "R3": "some layers use the latents of others, and no norm of their own stands before them",
     },
     notes="R2 on the value rows of kv_b_proj",
 )

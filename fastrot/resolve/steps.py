@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from fastrot.edits import FoldedNorm, Rotate, Scale
 from fastrot.errors import RotationError
-from fastrot.heads import value_part
+from fastrot.heads import latent_part, value_part
 from fastrot.index import Index
 from fastrot.resolve.places import places, rotation_of
 from fastrot.sites import find_sites
@@ -40,7 +40,10 @@ def rotate_sites(index: Index, config: TransformConfig, seed: int, steps: Steps)
             if dim is None:
                 raise RotationError(f"{group}: {name} is an embedding, it has no weight_input")
             part = None
-            if outwards and args.rows not in ("all", "transposed"):
+            if outwards and args.rows == "compressed":
+                latent = latent_part(index.model, site)
+                part = latent if latent.behind else None
+            elif outwards and args.rows not in ("all", "transposed"):
                 part = value_part(index.model, site, args.rows)
             size = site.shape[dim] if part is None else part.size
             rotation = rotation_of(index, group, scheme, name, size, seed)

@@ -144,8 +144,9 @@ class Charges:
         rows = self._rows(leg)
         if heads is not None:
             part, size = heads
+            start = rows[0].shape[-1] // part.groups - part.behind - part.size
             rows = [
-                r.unflatten(-1, (part.groups, -1))[..., -part.size :].reshape(-1, size)
+                r.unflatten(-1, (part.groups, -1)).narrow(-1, start, part.size).reshape(-1, size)
                 for r in rows
             ]
         value, *grads = rows

@@ -4,7 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
-from itertools import permutations
+from itertools import permutations, product
 from typing import get_args
 
 from torch import nn
@@ -36,6 +36,7 @@ def propose(model: PreTrainedModel, findings: Findings, charges: Charges) -> Arc
     blocks = _blocks(model, findings.sites.values())
     values = _values(model, blocks, readers, writers, findings, charges)
     roles |= {"attn": blocks, "attn_v": values[1] if values else []}
+    roles["latent_writers"], roles["latent_readers"] = _latents(blocks, findings, charges)
     for name, site in readers.items():
         role = "mlp_in" if _is_mlp(model, site) else "readers"
         if _below(name, blocks):
@@ -52,7 +53,14 @@ def propose(model: PreTrainedModel, findings: Findings, charges: Charges) -> Arc
         attn_v_rows=values[0] if values else "all",
         attn_gated=bool(blocks) and not values,
     )
-    norms = tuple(_norms(findings, names, readers, [*roles["attn_o"], *roles["mlp_out"]]))
+    norms = tuple(
+        _norms(
+            findings,
+            names,
+            readers,
+            [*roles["attn_o"], *roles["mlp_out"], *roles["latent_readers"]],
+        )
+    )
     placed = classify(model, mapping, norms).keys() | findings.unclear.keys()
     rest = [name for name, _ in model.named_parameters() if name not in placed]
     ignore = tuple(Untouched(pattern, MEASURED) for pattern in names.patterns(rest, leaves=True))
@@ -165,6 +173,33 @@ def _turns(
     if v.bias is not None:
         legs[Leg(v.bias, 0)] = part
     return turn_together(charges, legs, size)
+
+
+def _latents(
+    blocks: list[str], findings: Findings, charges: Charges
+) -> tuple[list[str], list[str]]:
+    """What writes a latent that is cached, with a key behind it, and what reads it through a norm.
+
+    The latent of queries has no key behind it, and none is cached.
+    """
+    writers, readers = [], []
+    for block, (norm, found) in product(blocks, findings.norms.items()):
+        own = [s for s in findings.sites.values() if _below(s.name, [block]) and len(s.shape) == 2]
+        read = [site for site in own if Leg(site.weight, site.input or 0) in found.readers]
+        if not read or not _below(norm, [block]) or len(read) != len(found.readers):
+            continue
+        legs = {leg: Part(1, found.size) for leg in found.readers}
+        for site in own:
+            behind = site.shape[site.output] - found.size
+            if behind <= 0 or site in read:
+                continue
+            part = Part(1, found.size, behind)
+            written = {Leg(site.weight, site.output): part}
+            written |= {Leg(site.bias, 0): part} if site.bias else {}
+            if turn_together(charges, written | legs, found.size):
+                writers.append(site.name)
+                readers += [site.name for site in read]
+    return writers, readers
 
 
 def _norms(
