@@ -89,6 +89,7 @@ def simulated(
         return found[0], found[1]
 
     def loss(given: Turns, text: Tensor) -> Tensor:
+        turns.clear()
         turns.update(given)
         text = text.to(model.device)
         logits = functional_call(
