@@ -6,7 +6,8 @@ Learned from seven tenths of Python's language reference, judged by the gate on 
 evaluated on the rest of the reference (in domain) and on licences (another domain, which nothing
 before has seen; those of Debian, or `--other FILE...`). Reported is the share of the loss that
 quantization adds with Hadamard R1-R4 and that learned R1-R3 take away, with the standard error of
-the paired differences. The file grows with every run; a cell that it has is not made again.
+the paired differences. The file grows with every run; a cell that it has is not made again. With
+`--peers` those get the seconds that `fastrot.learn` took in the same cell.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from apply import machine
+from learned_peers import PEERS
 from smollm2 import write
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -70,30 +72,39 @@ def measure(args: argparse.Namespace, found: dict[str, Any]) -> None:
         windows = texts(AutoTokenizer.from_pretrained(folder), args.other, args.tokens)
     found["tokens"] = {name: w[:, 1:].numel() for name, w in windows.items()}
     cells: dict[str, Any] = found.setdefault("cells", {})
-    wanted = [(s, n) for s in args.schemes for n in range(args.seeds) if f"{s} {n}" not in cells]
+    wanted = [
+        (scheme, seed, method)
+        for seed in range(args.seeds)
+        for scheme in args.schemes
+        for method in ("", *args.peers)  # the peers get the seconds of the first
+        if f"{scheme} {seed}{method and ' '}{method}" not in cells
+    ]
     exact = losses_of(base, None, None, windows) if wanted else {}
     hadamard: dict[str, dict[str, Losses]] = {}
-    for scheme, seed in wanted:
+    for scheme, seed, method in wanted:
         if scheme not in hadamard:
             hadamard[scheme] = losses_of(base, fastrot.Recipe(ROTATIONS), scheme, windows)
         began = time.perf_counter()
-        learned = fastrot.learn(
-            base,
-            windows["learn"],
-            ROTATIONS,
-            scheme=scheme,
-            heldout=windows["judge"],
-            steps=args.steps,
-            seed=seed,
-        )
-        seconds = time.perf_counter() - began
-        after = losses_of(base, learned, scheme, windows)
-        cell: dict[str, Any] = {
-            "seconds": seconds,
-            "gate": [learned.gain.mean, learned.gain.error],
-            "accepted": learned.accepted,
-            "defect": learned.defect,
-        }
+        cell: dict[str, Any] = {}
+        if method:
+            recipe = fastrot.Recipe(ROTATIONS, seed=seed)
+            seconds = cells[f"{scheme} {seed}"]["seconds"]
+            found_by = PEERS[method](base, recipe, scheme, windows["learn"], seconds)
+            recipe = fastrot.Recipe(ROTATIONS, seed=seed, matrices=found_by)
+        else:
+            recipe = learned = fastrot.learn(
+                base,
+                windows["learn"],
+                ROTATIONS,
+                scheme=scheme,
+                heldout=windows["judge"],
+                steps=args.steps,
+                seed=seed,
+            )
+            cell["gate"] = [learned.gain.mean, learned.gain.error]
+            cell["accepted"], cell["defect"] = learned.accepted, learned.defect
+        cell["seconds"] = time.perf_counter() - began
+        after = losses_of(base, recipe, scheme, windows)
         for name in DOMAINS:
             gain = compare(after[name], hadamard[scheme][name])
             left = hadamard[scheme][name].mean - exact[name].mean
@@ -104,8 +115,9 @@ def measure(args: argparse.Namespace, found: dict[str, Any]) -> None:
                 "closed": -gain.mean / left,
                 "error": gain.error / left,
             }
-            print(f"{scheme:<13} seed {seed}  {name:<12} {-gain.mean / left:6.1%}", flush=True)
-        cells[f"{scheme} {seed}"] = cell
+            shown = f"{scheme:<14} seed {seed}  {method or 'fastrot':<9}  {name:<12}"
+            print(f"{shown} {-gain.mean / left:6.1%}", flush=True)
+        cells[f"{scheme} {seed}{method and ' '}{method}"] = cell
         if args.json:
             args.json.write_text(json.dumps(found, indent=2) + "\n")
 
@@ -117,6 +129,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="where SmolLM2 is kept; default: nowhere")
     parser.add_argument("--other", type=Path, nargs="+", default=[])
     parser.add_argument("--schemes", nargs="+", default=SCHEMES)
+    parser.add_argument("--peers", nargs="*", default=[], choices=PEERS)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=60 * CONTEXT)
     parser.add_argument("--steps", type=int, default=300)

@@ -111,6 +111,12 @@ class Recipe:
         Raises:
             TypeError: an unknown option, or options beside a recipe.
         """
+        options = dict(options)
+        if options.pop("learnable", False):  # llm-compressor's name for it
+            raise RotationError(
+                "learnable=True: rotations are learned from text; call fastrot.apply(model, "
+                "fastrot.learn(model, batches, rotations))"
+            )
         if not isinstance(rotations, Recipe):
             return cls(rotations, **options)  # type: ignore[arg-type]
         if options:

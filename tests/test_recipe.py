@@ -75,6 +75,7 @@ def test_signatures_show_the_options(function):
         ((WANTED,), {"seed": 1}, TypeError, "seed beside a Recipe"),
         ((), {"transform_type": "hadamrd"}, ValueError, "transform type 'hadamrd'"),
         ((), {"seed": 1.0}, TypeError, "seed must be an int"),
+        ((), {"learnable": True}, ValueError, "call fastrot.apply.*fastrot.learn"),
     ],
 )
 def test_options_are_checked_before_the_model_is_read(arguments, options, error, message):
