@@ -1,12 +1,13 @@
 """What other projects learn rotations by, from their papers' descriptions, on the same text.
 
 SpinQuant (Liu et al., arXiv 2405.16406): descent on the loss of the quantized model by the Cayley
-SGD of Li et al. (arXiv 2002.01113), R1 and R2, with a learning rate that falls linearly. DartQuant (Shao et al., arXiv 2511.04063): R1 and R2 that make the sum of exp(-|x|) small
-over captured activations, a loss called Whip, with the orthogonal matrix as the Q of a QR
-factorisation whose argument is free. Both begin at the Hadamard matrices that the recipe makes, get
-as many seconds as `fastrot.learn` took, and are made exactly orthogonal at the end. Their rates are
-the best of some on the embedded model (SpinQuant: its own 1.5, 0.15, 0.05, 0.015; Adam of
-DartQuant: 0.001, 0.01, 0.03).
+SGD of Li et al. (arXiv 2002.01113), R1 and R2, with a learning rate that falls linearly. DartQuant
+(Shao et al., arXiv 2511.04063): R1 and R2 that make the sum of exp(-|x|) small over captured
+activations, a loss called Whip, with the orthogonal matrix as the Q of a QR factorisation whose
+argument is free. Both begin at the Hadamard matrices that the recipe makes, get as many seconds as
+`fastrot.learn` took, and are made exactly orthogonal at the end. Their rates are the best of some
+on the embedded model (SpinQuant: its own 1.5, 0.15, 0.05, 0.015; Adam of DartQuant: 0.001, 0.01,
+0.03).
 """
 
 import copy
