@@ -18,7 +18,7 @@ th, td { padding: .25rem .75rem; border-bottom: 1px solid #d1d9e0; text-align: r
 th:first-child, td:first-child { text-align: left; }
 td.chosen { background: #dff3e4; font-weight: 600; }
 img { max-width: 100%; } code, pre { background: #f3f4f6; padding: .1rem .3rem; }
-pre { padding: .75rem; overflow-x: auto; } small { color: #59636e; }
+pre { padding: .75rem; white-space: pre-wrap; } small { color: #59636e; }
 """
 
 
