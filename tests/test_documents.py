@@ -55,19 +55,20 @@ def test_the_names_in_the_summary_are_known():
         assert re.search(rf"\b{name}\b", architectures_table()), name
 
 
-def missing(text):
-    """Files that a document names and the repository does not have."""
+def missing(text, folder=ROOT):
+    """Files that a document names and the repository does not have; links start at its folder."""
     names = {name for name in re.findall(r"`([^`\s]+)`", text) if FILE.fullmatch(name)}
     # In backticks also relative to the package, as in the table of rooms.
     yield from (n for n in names if not any((b / n).exists() for b in (ROOT, ROOT / "fastrot")))
     links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
-    yield from (n for n in {*BELOW.findall(text), *links} if not (ROOT / n).exists())
+    yield from (name for name in {*BELOW.findall(text)} if not (ROOT / name).exists())
+    yield from (link for link in links if not (folder / link).exists())
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_file_that_is_named_exists(document):
     text = read(document)
-    assert sorted(missing(text)) == []
+    assert sorted(missing(text, (ROOT / document).parent)) == []
     for module in re.findall(r"-m (fastrot[\w.]*\w)", text):
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
     targets = re.findall(r"^([\w-]+):", read("Makefile"), re.MULTILINE)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import cached, inputs_of_linears, random_ids, tiny
+from zoo import FAMILIES, build
 
 import fastrot
 from fastrot.demo.outliers import with_outliers
@@ -108,3 +109,10 @@ def test_the_surface_is_what_the_site_sees():
         x = everything[site, 1][0]
         x = x.transpose(0, 1).flatten(1) if site == "keys" else x
         torch.testing.assert_close(surface, x.abs())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bloom", "phi3"])
+def test_attention_is_seen_where_its_projections_are_one(name):
+    model = build(FAMILIES[name], torch.float32)
+    found = outliers(model, random_ids(model, 1, 8, seed=0))
+    assert set(found["attention"]) == {*range(model.config.num_hidden_layers)}

@@ -183,6 +183,8 @@ def test_the_page_says_what_was_measured_and_loads_nothing_else(report):
         assert f"{cell.added.mean:+.3f} ± {cell.added.error:.3f}" in reader.text
     for found in report.recommendations:
         assert sentence(report, found) in reader.text
+    for costs in (costs for each in report.predicted.values() for costs in each.values()):
+        assert f"{sum(costs.values()):.4g}" in reader.text
     assert page.count("class=chosen") == len(report.recommendations) == 2
 
 
@@ -212,6 +214,7 @@ def test_a_folder_holds_page_plots_and_figures(report, tmp_path):
     assert data == json.loads(json.dumps(report.to_dict()))
     assert data["outliers"]["none"]["keys"]["1"]["peak"] == report.outliers["none"]["keys"][1].peak
     assert len(data["cells"]) == 6
+    assert set(data["predicted"]["none"]["a4kv4"]) == {*SITES}
 
 
 @pytest.fixture

@@ -28,7 +28,11 @@ from fastrot.lab.quantized import decoder_layers, layer_of
 from fastrot.rows import roles_of
 
 ROLES = {"attention": "attn_q", "o": "attn_o", "mlp": "mlp_in", "down": "mlp_out"}
-SITES = (*ROLES, "keys", "values")
+HEADED = ("keys", "values")
+"""Sites whose vectors are ``(batch, heads, length, width)``."""
+SITES = (*ROLES, *HEADED)
+FUSED = ("qkv", "grouped")
+"""Rows of a projection that makes queries and keys, too; its only role is that of the values."""
 MASSIVE = 10
 """A token is massive if its rms is more than this times the median of all."""
 
@@ -155,7 +159,7 @@ def magnitudes(model: Any, window: Tensor, site: str, layer: int) -> Tensor:
 
     def see(name: str, number: int, x: Tensor) -> None:
         if (name, number) == (site, layer):
-            if site in ("keys", "values"):
+            if site in HEADED:
                 x = x.transpose(1, 2).flatten(2)
             seen.append(x.detach().abs().float().cpu().flatten(0, -2))
 
@@ -187,8 +191,11 @@ def modules_of(model: Any) -> dict[tuple[str, int], nn.Module]:
     roles, _ = roles_of(index, None, None, ())
     layers = decoder_layers(model)
     found: dict[tuple[str, int], nn.Module] = {}
-    for site, role in ROLES.items():
-        for name, holder in find_holders(index, getattr(roles, role), missing_ok=True).items():
+    patterns = {site: getattr(roles, role) for site, role in ROLES.items()}
+    if not patterns["attention"] and roles.attn_v_rows in FUSED:
+        patterns["attention"] = roles.attn_v
+    for site, targets in patterns.items():
+        for name, holder in find_holders(index, targets, missing_ok=True).items():
             layer = layer_of(name, layers)
             if layer is not None and isinstance(holder, nn.Module):
                 found.setdefault((site, layer), holder)

@@ -8,6 +8,7 @@ from statistics import median
 from fastrot.lab.evaluate import Difference
 from fastrot.lab.outliers import MASSIVE, SITES
 from fastrot.lab.plots import plot
+from fastrot.lab.predict import PLACES
 from fastrot.lab.report import Recommendation, Report
 
 STYLE = """
@@ -57,6 +58,11 @@ def html(report: Report, images: dict[str, str]) -> str:
         "<h2>Perplexity</h2>",
         _perplexities(report),
         _image(images["loss"], "Loss over float32 for every scheme and set of rotations"),
+        "<h2>Where the loss comes from</h2>",
+        "<p>Nats per token that rounding is predicted to cost at each place, over all layers, to "
+        "second order and as if places did not mind one another; beside their sum what was "
+        "measured.</p>",
+        *(f"<h3>{escape(name)}</h3>{_predicted(report, name)}" for name in report.predicted),
         "<h2>Outliers</h2>",
         "<p>Greatest magnitude of a token over its rms, median over tokens and then over layers; "
         "in brackets the kurtosis, which is 3 for a normal distribution. Measured where a scheme "
@@ -107,6 +113,17 @@ def _perplexities(report: Report) -> str:
         rows.append(f"<td>{escape(scheme or 'float32')}</td>{''.join(texts)}")
     note = "<p><small>In grey: nats per token over the model as it is.</small></p>"
     return _table(["scheme", *sets], rows) + note
+
+
+def _predicted(report: Report, name: str) -> str:
+    measured = {cell.scheme: cell.added for cell in report.cells if cell.rotations == name}
+    rows = []
+    for scheme, costs in report.predicted[name].items():
+        cells = [_number(costs[place]) if place in costs else "" for place in PLACES]
+        cells += [_number(sum(costs.values())), f"{measured[scheme].mean:.3f}"]
+        texts = "".join(f"<td>{text}</td>" for text in cells)
+        rows.append(f"<td>{escape(scheme)}</td>{texts}")
+    return _table(["scheme", *PLACES, "sum", "measured"], rows)
 
 
 def _outliers(report: Report) -> str:

@@ -15,6 +15,7 @@ from fastrot.api import apply
 from fastrot.errors import RotationError
 from fastrot.lab.evaluate import Difference, Losses, compare, evaluate
 from fastrot.lab.outliers import Outliers, magnitudes, outliers
+from fastrot.lab.predict import predict
 from fastrot.lab.quantized import quantized
 from fastrot.lab.schemes import Scheme
 from fastrot.lab.sets import SCHEMES, SETS, in_order, rotations_of
@@ -22,6 +23,8 @@ from fastrot.version import __version__
 
 LOOKED_AT = 4096
 """Tokens of which the statistics of outliers are made, at most."""
+PREDICTED_FROM = 2048
+"""Tokens from which the cost of every place is predicted, at most."""
 FEWEST = 8
 """Windows: fewer say too little of their spread."""
 
@@ -74,7 +77,10 @@ class Surface:
 
 @dataclass(frozen=True)
 class Report:
-    """All measurements of a run, and what they depend on."""
+    """All measurements of a run, and what they depend on.
+
+    ``predicted`` has nats per token by set of rotations, scheme and place.
+    """
 
     model: str
     text: str
@@ -85,6 +91,7 @@ class Report:
     versions: dict[str, str]
     cells: tuple[Cell, ...]
     outliers: dict[str, dict[str, dict[int, Outliers]]]
+    predicted: dict[str, dict[str, dict[str, float]]]
     recommendations: tuple[Recommendation, ...]
     surface: Surface
 
@@ -137,8 +144,10 @@ def measure(
     statistics: dict[str, dict[str, dict[int, Outliers]]] = {}
     surface: Surface | None = None
     looked_at = windows[: max(1, LOOKED_AT // windows.shape[1])]
-    predicted = windows[:, 1:].numel()
-    total = len(ordered) * (looked_at.numel() + predicted * len(cases))
+    backwards = windows[: max(1, PREDICTED_FROM // windows.shape[1])]
+    predicted: dict[str, dict[str, dict[str, float]]] = {}
+    tokens = windows[:, 1:].numel()
+    total = len(ordered) * (looked_at.numel() + backwards.numel() + tokens * len(cases))
     with tqdm(total=total, unit="token", unit_scale=True, disable=not progress) as bar:
         for name in ordered:
             case = load()
@@ -151,6 +160,9 @@ def measure(
                 surface.magnitudes[name] = magnitudes(
                     case, windows[0, :-1], surface.site, surface.layer
                 )
+            bar.set_description(f"{name}, predictions")
+            given = {label: scheme for label, scheme in cases.items() if label is not None}
+            predicted[name] = predict(case, backwards, given, done=bar.update)
             for label, scheme in cases.items():
                 bar.set_description(f"{name}, {label or 'float32'}")
                 with quantized(case, scheme, calibration):
@@ -161,7 +173,7 @@ def measure(
         model=model,
         text=text,
         command=command,
-        tokens=predicted,
+        tokens=tokens,
         windows=len(windows),
         seconds=time.perf_counter() - began,
         versions={
@@ -176,6 +188,7 @@ def measure(
             for found in (losses[scheme, name],)
         ),
         outliers=statistics,
+        predicted=predicted,
         recommendations=tuple(
             recommend(scheme, {name: losses[scheme, name] for name in ordered})
             for scheme in cases

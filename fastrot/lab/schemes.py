@@ -112,6 +112,12 @@ class Scheme:
                 return name
         return ("" if all(re.fullmatch(r"(w|a|kv)\d+", t) for t in texts) else "-").join(texts)
 
+    def at(self, place: str) -> Numbers | None:
+        """How numbers are rounded at one of :data:`fastrot.lab.predict.PLACES`; None: not."""
+        return {"weights": self.weights, "keys": self.kv, "values": self.kv}.get(
+            place, self.activations
+        )
+
     @classmethod
     def parse(cls, text: "str | Scheme") -> "Scheme":
         """The scheme of a name, in any letter case; parts may be joined by ``-``.

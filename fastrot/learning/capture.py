@@ -1,8 +1,4 @@
-"""What a model's sites see, and how much its loss minds: one forward and one backward pass.
-
-How much the loss minds noise at a place is the energy of its gradient there (the diagonal of the
-Fisher information), with targets drawn from the model's own predictions.
-"""
+"""What a model's sites see, and how much its loss minds: the energy of its gradient there."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -12,16 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from fastrot.lab.outliers import observed
+from fastrot.lab.fisher import descend_from_own_words, only_activations
+from fastrot.lab.outliers import HEADED, observed
 from fastrot.lab.quantized import linears_of
 
 Site = tuple[str, int]
 """Its name, as in :mod:`fastrot.lab.outliers`, and the number of the layer."""
 
-HEADED = ("keys", "values")
-"""Sites whose vectors are ``(batch, heads, length, width)``."""
 QUANTILE = 0.99
 """Energies of vectors above this one count as it: few tokens would speak for all."""
 
@@ -83,15 +77,10 @@ def capture(
     def mind(name: str, energy: Tensor) -> None:
         weights[name].append(energy)
 
-    with _only_activations(model), observed(model, see), _weighed(model, mind):
+    with only_activations(model), observed(model, see), _weighed(model, mind):
         for window in windows.split(1):
             chosen = torch.randperm(window.shape[1], generator=generator)[:each]
-            with torch.enable_grad():
-                logits = model(input_ids=window.to(model.device)).logits[0].float()
-                drawn = torch.multinomial(
-                    logits.detach().softmax(-1).cpu(), 1, generator=generator
-                )[:, 0]
-                cross_entropy(logits, drawn.to(logits.device), reduction="sum").backward()
+            descend_from_own_words(model, window, generator)
             if done is not None:
                 done(window.numel())
     return Captured(
@@ -104,23 +93,6 @@ def capture(
 def _robust_mean(energies: Tensor) -> float:
     most = energies.kthvalue(max(1, int(QUANTILE * len(energies)))).values
     return float(energies.clamp(max=float(most)).mean())
-
-
-@contextmanager
-def _only_activations(model: Any) -> Iterator[None]:
-    """Let gradients flow through the activations, and to no weight."""
-    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    handle = model.get_input_embeddings().register_forward_hook(
-        lambda module, args, output: output.requires_grad_()
-    )
-    try:
-        for parameter in asked:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        handle.remove()
-        for parameter in asked:
-            parameter.requires_grad_()
 
 
 @contextmanager

@@ -19,10 +19,10 @@ from torch.nn.functional import cross_entropy
 from fastrot.edits import Plan
 from fastrot.edits.steps import Part
 from fastrot.lab.cache import watched
+from fastrot.lab.outliers import HEADED
 from fastrot.lab.quantized import linears_of
 from fastrot.lab.quantizers import fake_quantize
 from fastrot.lab.schemes import Numbers, Scheme
-from fastrot.learning.capture import HEADED
 from fastrot.learning.objective import turned
 from fastrot.learning.terms import Place, sites_of, turns_of
 

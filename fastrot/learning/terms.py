@@ -14,8 +14,8 @@ from fastrot.edits import Plan
 from fastrot.edits.steps import Part, Rotate
 from fastrot.index import Index
 from fastrot.lab.quantized import decoder_layers, layer_of, linears_of
-from fastrot.lab.schemes import Numbers, Scheme
-from fastrot.learning.capture import HEADED, Captured
+from fastrot.lab.schemes import Scheme
+from fastrot.learning.capture import Captured
 from fastrot.learning.objective import Term, Weight, of_site
 from fastrot.rotations import Rotation
 from fastrot.rows import roles_of
@@ -35,11 +35,6 @@ def sites_of(model: Any) -> dict[str, tuple[str, ...]]:
     roles, _ = roles_of(Index(model), None, None, ())
     absent = ("values",) if roles.latent_writers else ()
     return {name: tuple(s for s in sites if s not in absent) for name, sites in SITES.items()}
-
-
-def numbers_at(site: str, scheme: Scheme) -> Numbers | None:
-    """How a scheme rounds what a site sees."""
-    return scheme.kv if site in HEADED else scheme.activations
 
 
 def bases(plan: Plan, model: Any) -> dict[str, dict[int | None, Rotation]]:
@@ -73,7 +68,7 @@ def terms_of(model: Any, plan: Plan, scheme: Scheme, captured: Captured) -> dict
     found: dict[Place, list[Term]] = defaultdict(list)
     for group, sites in sites_of(model).items():
         for (site, layer), vectors in captured.vectors.items():
-            numbers = numbers_at(site, scheme)
+            numbers = scheme.at(site)
             if site in sites and numbers is not None:
                 found[group, None if group == "R1" else layer].append(
                     of_site(vectors, captured.energies[site, layer], numbers)

@@ -1,0 +1,45 @@
+"""How much a model's loss minds noise inside: one forward and one backward pass over a text.
+
+To second order, noise ``e`` at a place costs ``½ eᵀ F e``, with ``F`` the Fisher information there:
+the mean of ``g gᵀ`` over gradients ``g`` of the loss for targets that the model itself draws.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+
+def descend_from_own_words(model: Any, window: Tensor, generator: torch.Generator) -> None:
+    """Run a model on a text and back, from the summed loss of targets that it draws itself.
+
+    Args:
+        model: a causal language model, inside :func:`only_activations`; hooks see the gradients.
+        window: token ids, ``(1, length)``.
+        generator: of the targets, on the CPU.
+    """
+    with torch.enable_grad():
+        logits = model(input_ids=window.to(model.device)).logits[0].float()
+        odds = logits.detach().softmax(-1).cpu()
+        drawn = torch.multinomial(odds, 1, generator=generator)[:, 0]
+        cross_entropy(logits, drawn.to(logits.device), reduction="sum").backward()
+
+
+@contextmanager
+def only_activations(model: Any) -> Iterator[None]:
+    """Let gradients flow through the activations, and to no weight."""
+    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    handle = model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: output.requires_grad_()
+    )
+    try:
+        for parameter in asked:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        handle.remove()
+        for parameter in asked:
+            parameter.requires_grad_()
