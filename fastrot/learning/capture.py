@@ -14,14 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fastrot.lab.outliers import observed
+from fastrot.lab.outliers import HEADED, observed
 from fastrot.lab.quantized import linears_of
 
 Site = tuple[str, int]
 """Its name, as in :mod:`fastrot.lab.outliers`, and the number of the layer."""
 
-HEADED = ("keys", "values")
-"""Sites whose vectors are ``(batch, heads, length, width)``."""
 QUANTILE = 0.99
 """Energies of vectors above this one count as it: few tokens would speak for all."""
 
@@ -31,8 +29,8 @@ class Captured:
     """Vectors and energies.
 
     Attributes:
-        vectors: of a site, a sample: ``(tokens, width)``, or ``(tokens, heads, width)`` of keys and
-            values; float32.
+        vectors: of a site, a sample: ``(tokens, width)``, or ``(tokens, heads, width)`` of what is
+            cached; float32.
         energies: mean squared length of the gradient at a site, over tokens and heads.
         weights: of a linear module by name: the mean over outputs of gradient² · |input|².
     """

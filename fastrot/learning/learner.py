@@ -23,7 +23,7 @@ from fastrot.learning.learned import Learned
 from fastrot.learning.objective import total
 from fastrot.learning.orthogonal import Walk, defect, descend, polished
 from fastrot.learning.refine import simulated
-from fastrot.learning.terms import SITES, bases, terms_of
+from fastrot.learning.terms import SITES, bases, numbers_at, terms_of
 from fastrot.recipe import Recipe, takes_recipe
 from fastrot.rotations.stages import dense
 
@@ -246,10 +246,7 @@ def _learnable(recipe: Recipe, scheme: Scheme) -> tuple[str, ...]:
         raise RotationError("rotations of a transform_config are not learned; name R1, R2 or R3")
     wanted = []
     for name in recipe.rotations:
-        kinds = {
-            scheme.kv if s in ("keys", "values") else scheme.activations
-            for s in SITES.get(name, ())
-        }
+        kinds = {numbers_at(site, scheme) for site in SITES.get(name, ())}
         if name != "R3" and name in SITES:
             kinds.add(scheme.weights)
         if kinds - {None}:
