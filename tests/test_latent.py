@@ -220,6 +220,9 @@ def test_what_a_user_leaves_out_is_refused():
     refused("no norm mapping feeds .*kv_b_proj", model, mappings=mapping, norm_mappings=unfed)
     one = replace(mapping, latent_readers=())
     refused("latent_writers and latent_readers go together", model, mappings=one)
+    none = replace(mapping, latent_writers=("re:.*none$",))
+    with pytest.raises(fastrot.RotationError, match="re:.*none"):
+        fastrot.apply(model, "R2", mappings=none, norm_mappings=norms)
     wrong = [*unfed, NormMapping(r"re:.*\.kv_a_layernorm$", mapping.latent_readers, offset=1.0)]
     refused("does not compute", model, mappings=mapping, norm_mappings=wrong)
 
@@ -228,6 +231,13 @@ def test_latents_of_several_sizes_are_refused():
     model = build(FAMILIES["deepseek_v3"])
     model.model.layers[1].self_attn.kv_lora_rank = 24
     refused("has a latent of size 28, .* one of 24; leave R3 out", model)
+
+
+def test_a_latent_wider_than_what_writes_it_is_refused():
+    model = build(FAMILIES["deepseek_v3"])
+    for layer in model.model.layers:
+        layer.self_attn.kv_lora_rank = 37
+    refused("has 36 rows, and a latent of size 37", model)
 
 
 def test_latents_that_layers_share_are_refused():
