@@ -71,10 +71,12 @@ def latent_part(model: nn.Module, site: Site) -> Part:
 
 
 def check_latents(index: Index, mapping: Mapping, norms: Iterable[NormMapping]) -> None:
-    """Refuse R3 on latents unless they are of one size, and what stands before their readers known.
+    """Refuse R3 on latents unless each has one size, and what stands before its readers is known.
+
+    Layers may differ, if what writes and what reads a latent lie in one module.
 
     Raises:
-        RotationError: one role is empty; they differ in size; a reader has no norm mapping.
+        RotationError: one role is empty; sizes do not fit; a reader has no norm mapping.
     """
     if not (mapping.latent_writers and mapping.latent_readers):
         raise RotationError(
@@ -82,16 +84,20 @@ def check_latents(index: Index, mapping: Mapping, norms: Iterable[NormMapping]) 
         )
     writers = find_sites(index, mapping.latent_writers, group="R3").values()
     readers = find_sites(index, mapping.latent_readers, group="R3")
-    sizes = {site.name: latent_part(index.model, site).size for site in writers}
-    sizes |= {
+    written = {site.name: latent_part(index.model, site).size for site in writers}
+    read = {
         name: site.shape[-1 if site.input is None else site.input] for name, site in readers.items()
     }
-    if len({*sizes.values()}) != 1:
-        first, size = next(iter(sizes.items()))
-        other = next(name for name in sizes if sizes[name] != size)
-        raise RotationError(
-            f"R3: {first} has a latent of size {size}, {other} one of {sizes[other]}; leave R3 out"
-        )
+    near = {name.rpartition(".")[0]: name for name in written}
+    first = next(iter(written))
+    for name, size in read.items():
+        writer = first if len({*written.values()}) == 1 else near.get(name.rpartition(".")[0])
+        if writer is None or written[writer] != size:
+            other = writer or first
+            raise RotationError(
+                f"R3: {other} has a latent of size {written[other]}, {name} one of {size}; "
+                "leave R3 out"
+            )
     fed = {name for norm in norms for name in find_sites(index, norm.linears, missing_ok=True)}
     if without := sorted(readers.keys() - fed):
         raise RotationError(

@@ -82,7 +82,8 @@ def configured(index: Index, recipe: Recipe) -> Configured:
         for name, given in (recipe.matrices or {}).items()
     }
     places = {name: SPINQUANT[name].places(mapping) for name in wanted}
-    for places_of in (mapping.between, mapping.throughout):
+    latents = mapping.latent_writers, mapping.latent_readers
+    for places_of in (mapping.between, mapping.throughout, *latents):
         find_holders(index, places_of)  # they name something, whether it is asked for or not
     if recipe.keep_head:
         places[STREAM] = between_ends(index, mapping, norms, places[STREAM])

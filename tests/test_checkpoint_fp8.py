@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import tiny
 from safetensors.torch import load_file, save_file
+from zoo import FAMILIES, build
 
 import fastrot
 from fastrot.checkpoint.verify import verify_checkpoint
@@ -36,18 +37,26 @@ def numbers(codes, factors):
 def checkpoint(tmp_path):
     """The folder of an fp8 checkpoint, its exact numbers, and a model that holds them."""
     model = tiny("llama", layers=2, hidden=80, heads=5, kv_heads=5)
-    weights = {name: w.bfloat16() for name, w in model.state_dict().items()}
+    folder, exact = written(model, tmp_path)
+    model = model.double()
+    model.load_state_dict(exact)
+    return folder, exact, model
+
+
+def written(model, tmp_path):
+    """The folder of a model's fp8 checkpoint, and its exact numbers."""
+    folder = tmp_path / "source"
+    model.bfloat16().save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
     exact = {}
     for name, weight in [*weights.items()]:
-        if name.endswith("proj.weight"):
+        if name.endswith(("proj.weight", "proj_with_mqa.weight")):
             codes, factors = quantize(weight)
             weights[name], weights[f"{name}_scale_inv"] = codes, factors
             exact[name] = numbers(codes, factors)
         else:
             exact[name] = weight.double()
-    folder = tmp_path / "source"
-    model.bfloat16().save_pretrained(folder)
-    (folder / "model.safetensors").unlink()
     scales = {name: weights.pop(name) for name in [*weights] if name.endswith("_inv")}
     parts = {"a.safetensors": weights, "b.safetensors": scales}  # scales may lie in another file
     for file, tensors in parts.items():
@@ -55,9 +64,7 @@ def checkpoint(tmp_path):
     index = {"weight_map": {name: file for file, part in parts.items() for name in part}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     settle(folder, quant_method="fp8", weight_block_size=list(BLOCK), activation_scheme="dynamic")
-    model = model.double()
-    model.load_state_dict(exact)
-    return folder, exact, model
+    return folder, exact
 
 
 def settle(folder, **quantization):
@@ -101,6 +108,29 @@ def test_one_rounding(memory, checkpoint, tmp_path):
     ids = torch.arange(3, 40)[None]
     got, expected = loaded(ids).logits, model(ids).logits
     assert (got - expected).norm() / expected.norm() < 1e-2
+
+
+@pytest.mark.parametrize("memory", [None, 2 << 20])
+def test_latent_attention(memory, tmp_path):
+    """DeepSeek-V3's form: R3 in the rows of the latent, experts one by one, one rounding."""
+    model = build(FAMILIES["deepseek_v3"], torch.float32)
+    folder, exact = written(model, tmp_path)
+    model.double().save_pretrained(tmp_path / "exact")
+    save_file(exact, tmp_path / "exact" / "model.safetensors", {"format": "pt"})
+    model = type(model).from_pretrained(tmp_path / "exact", dtype=torch.float64)
+    fastrot.rotate_checkpoint(folder, tmp_path / "target", ALL, memory=memory)
+    once = {
+        n: w for f in (tmp_path / "target").glob("*.safetensors") for n, w in load_file(f).items()
+    }
+    fastrot.apply(model, ALL)
+    model.save_pretrained(tmp_path / "ideal")
+    ideal = load_file(tmp_path / "ideal" / "model.safetensors")
+    turned = [name for name in ideal if "kv_a_proj_with_mqa" in name or "experts.0." in name]
+    assert len(turned) > 6
+    assert once.keys() == ideal.keys()
+    for name, weight in ideal.items():
+        assert (once[name] != weight.to(once[name].dtype)).double().mean() < 1e-3, name
+    assert verify_checkpoint(folder, tmp_path / "target")
 
 
 def test_a_dtype_of_choice(checkpoint, tmp_path):

@@ -220,6 +220,9 @@ def test_what_a_user_leaves_out_is_refused():
     refused("no norm mapping feeds .*kv_b_proj", model, mappings=mapping, norm_mappings=unfed)
     one = replace(mapping, latent_readers=())
     refused("latent_writers and latent_readers go together", model, mappings=one)
+    none = replace(mapping, latent_writers=("re:.*none$",))
+    with pytest.raises(fastrot.RotationError, match="none"):
+        fastrot.apply(model, "R2", mappings=none, norm_mappings=norms)
     wrong = [*unfed, NormMapping(r"re:.*\.kv_a_layernorm$", mapping.latent_readers, offset=1.0)]
     refused("does not compute", model, mappings=mapping, norm_mappings=wrong)
 
@@ -227,7 +230,33 @@ def test_what_a_user_leaves_out_is_refused():
 def test_latents_of_several_sizes_are_refused():
     model = build(FAMILIES["deepseek_v3"])
     model.model.layers[1].self_attn.kv_lora_rank = 24
-    refused("has a latent of size 28, .* one of 24; leave R3 out", model)
+    refused("has a latent of size 24, .* one of 28; leave R3 out", model)
+    model.model.layers[0].self_attn.kv_lora_rank = 24
+    refused("has a latent of size 24, .* one of 28; leave R3 out", model)
+
+
+def test_layers_may_differ():
+    """Each with a rotation of its own size; dots3 has them."""
+    family = FAMILIES.get("dots3_note")
+    if family is None:
+        pytest.skip("this transformers has no dots3_note")
+    changes = copy.deepcopy(family.config["text_config"])
+    changes["per_layer_config"][1]["kv_lora_rank"] = 20
+    model = build(family, text_config=changes)
+    given = inputs(family, model)
+    with WithoutCasts():
+        before = logits(model, given)
+        plan = fastrot.apply(model, ("R2", "R3"), randomize=True, **SIGNED).plan
+        assert relative_error(logits(model, given), before) <= 1e-12
+    turns = [step for edit in plan.weights for step in edit.steps if isinstance(step, Rotate)]
+    assert {turn.rotation.size for turn in turns if turn.group == "R3"} == {28, 20}
+
+
+def test_a_latent_wider_than_what_writes_it_is_refused():
+    model = build(FAMILIES["deepseek_v3"])
+    for layer in model.model.layers:
+        layer.self_attn.kv_lora_rank = 37
+    refused("has 36 rows, and a latent of size 37", model)
 
 
 def test_latents_that_layers_share_are_refused():

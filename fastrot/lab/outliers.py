@@ -9,6 +9,8 @@ mlp        input of gate and up
 down       input of the down projection
 keys       per token and head, after RoPE
 values     per token and head
+latents    per token, of latent attention
+positions  its key that RoPE turns
 =========  ==============================
 
 Everything is measured after the online rotations, so on what would be rounded.
@@ -25,12 +27,11 @@ from torch import Tensor, nn
 from fastrot.index import Index, find_holders
 from fastrot.lab.cache import watched
 from fastrot.lab.quantized import decoder_layers, layer_of
+from fastrot.lab.schemes import CACHED
 from fastrot.rows import roles_of
 
 ROLES = {"attention": "attn_q", "o": "attn_o", "mlp": "mlp_in", "down": "mlp_out"}
-HEADED = ("keys", "values")
-"""Sites whose vectors are ``(batch, heads, length, width)``."""
-SITES = (*ROLES, *HEADED)
+SITES = (*ROLES, *CACHED)
 FUSED = ("qkv", "grouped")
 """Rows of a projection that makes queries and keys, too; its only role is that of the values."""
 MASSIVE = 10
@@ -153,13 +154,13 @@ def outliers(
 def magnitudes(model: Any, window: Tensor, site: str, layer: int) -> Tensor:
     """The surface of one site, ``(length, channels)``: magnitudes of a text of token ids.
 
-    Keys and values show their heads side by side.
+    What is cached shows its heads side by side.
     """
     seen: list[Tensor] = []
 
     def see(name: str, number: int, x: Tensor) -> None:
         if (name, number) == (site, layer):
-            if site in HEADED:
+            if site in CACHED:
                 x = x.transpose(1, 2).flatten(2)
             seen.append(x.detach().abs().float().cpu().flatten(0, -2))
 
@@ -171,10 +172,11 @@ def magnitudes(model: Any, window: Tensor, site: str, layer: int) -> Tensor:
 @contextmanager
 def observed(model: Any, see: See) -> Iterator[None]:
     """Show every site's vectors to a function, with the site and the number of the layer."""
+    first, second = cached_sites(model)
 
     def see_cache(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        see("keys", layer, keys)
-        see("values", layer, values)
+        see(first, layer, keys)
+        see(second, layer, values)
         return keys, values
 
     with ExitStack() as stack:
@@ -183,6 +185,12 @@ def observed(model: Any, see: See) -> Iterator[None]:
             hook = _showing(site, layer, see)
             stack.callback(module.register_forward_pre_hook(hook).remove)
         yield
+
+
+def cached_sites(model: Any) -> tuple[str, str]:
+    """What the cache of a model takes for keys and for values."""
+    roles, _ = roles_of(Index(model), None, None, ())
+    return ("latents", "positions") if roles.caches_latents else ("keys", "values")
 
 
 def modules_of(model: Any) -> dict[tuple[str, int], nn.Module]:

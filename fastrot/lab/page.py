@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 
 from fastrot.lab.evaluate import Difference
-from fastrot.lab.outliers import MASSIVE, SITES
+from fastrot.lab.outliers import CACHED, MASSIVE
 from fastrot.lab.plots import plot
 from fastrot.lab.predict import PLACES
 from fastrot.lab.report import Recommendation, Report
@@ -69,7 +69,7 @@ def html(report: Report, images: dict[str, str]) -> str:
         "rounds: after the online rotations.</p>",
         _outliers(report),
         _image(images["outliers"], "Greatest magnitude over rms in every layer"),
-        f"<h2>The {surface.site} {'input ' if surface.site not in ('keys', 'values') else ''}"
+        f"<h2>The {surface.site} {'input ' if surface.site not in CACHED else ''}"
         f"of layer {surface.layer}</h2>",
         "<p>The most uneven place without rotations, before and after: magnitudes of one text.</p>",
         _image(images["surface"], "Magnitudes over tokens and channels"),
@@ -128,7 +128,8 @@ def _predicted(report: Report, name: str) -> str:
 
 def _outliers(report: Report) -> str:
     rows = []
-    for site in SITES:
+    first = next(iter(report.outliers.values()))
+    for site in first:
         cells = []
         for sites in report.outliers.values():
             layers = sites.get(site, {}).values()
@@ -138,7 +139,7 @@ def _outliers(report: Report) -> str:
         rows.append(f"<td>{site}</td>{''.join(cells)}")
     massive = {
         site: (sum(o.massive for o in layers.values()), sum(o.vectors for o in layers.values()))
-        for site, layers in next(iter(report.outliers.values())).items()
+        for site, layers in first.items()
     }
     counts = [f"{site} {some:,} of {seen:,}" for site, (some, seen) in massive.items() if some]
     note = (

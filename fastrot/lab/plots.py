@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.nn.functional import adaptive_max_pool2d
 
 from fastrot.errors import RotationError
-from fastrot.lab.outliers import SITES
 from fastrot.lab.report import Report
 
 COLOURS = ("#d4701c", "#3f87d6", "#2f9e63", "#9a5fc4", "#7d8590")
@@ -75,7 +74,10 @@ def _losses(report: Report) -> Any:
 def _outliers(report: Report) -> Any:
     figure = _figure(10, 5.5)
     grid = figure.subplots(2, 3, sharex=True).flatten()
-    for axes, site in zip(grid, SITES, strict=True):
+    seen = [*next(iter(report.outliers.values()))]
+    for axes in grid[len(seen) :]:
+        axes.remove()
+    for axes, site in zip(grid, seen, strict=False):
         for place, (name, sites) in enumerate(report.outliers.items()):
             layers = sites.get(site, {})
             peaks = [found.peak for found in layers.values()]

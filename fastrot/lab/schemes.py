@@ -9,6 +9,8 @@ from fastrot.kernels.formats import FORMATS
 
 FLOATS = ("fp8", "mxfp4", "nvfp4")
 BITS = range(2, 17)
+CACHED = ("keys", "values", "latents", "positions")
+"""Places in the cache, two of them in a model; the last two are those of latent attention."""
 
 _PART = re.compile(rf"(kv|w|a)(\d+|{'|'.join(FLOATS)})(?:g(\d+)|(t))?(asym|sym)?(mse)?(gptq)?")
 
@@ -114,9 +116,9 @@ class Scheme:
 
     def at(self, place: str) -> Numbers | None:
         """How numbers are rounded at one of :data:`fastrot.lab.predict.PLACES`; None: not."""
-        return {"weights": self.weights, "keys": self.kv, "values": self.kv}.get(
-            place, self.activations
-        )
+        if place == "weights":
+            return self.weights
+        return self.kv if place in CACHED else self.activations
 
     @classmethod
     def parse(cls, text: "str | Scheme") -> "Scheme":

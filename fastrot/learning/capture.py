@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrot.lab.fisher import descend_from_own_words, only_activations
-from fastrot.lab.outliers import HEADED, observed
+from fastrot.lab.outliers import CACHED, observed
 from fastrot.lab.quantized import linears_of
 
 Site = tuple[str, int]
@@ -25,8 +25,8 @@ class Captured:
     """Vectors and energies.
 
     Attributes:
-        vectors: of a site, a sample: ``(tokens, width)``, or ``(tokens, heads, width)`` of keys and
-            values; float32.
+        vectors: of a site, a sample: ``(tokens, width)``, or ``(tokens, heads, width)`` of what is
+            cached; float32.
         energies: mean squared length of the gradient at a site, over tokens and heads.
         weights: of a linear module by name: the mean over outputs of gradient² · |input|².
     """
@@ -66,7 +66,7 @@ def capture(
             return
         seen = x.detach()
         # Some layers have flattened their tokens.
-        seen = seen.transpose(1, 2)[0] if site in HEADED else seen.flatten(0, -2)
+        seen = seen.transpose(1, 2)[0] if site in CACHED else seen.flatten(0, -2)
         vectors[site, layer].append(seen[chosen].float().cpu())
 
         def note(gradient: Tensor) -> None:

@@ -246,10 +246,7 @@ def _learnable(recipe: Recipe, scheme: Scheme) -> tuple[str, ...]:
         raise RotationError("rotations of a transform_config are not learned; name R1, R2 or R3")
     wanted = []
     for name in recipe.rotations:
-        kinds = {
-            scheme.kv if s in ("keys", "values") else scheme.activations
-            for s in SITES.get(name, ())
-        }
+        kinds = {scheme.at(site) for site in SITES.get(name, ())}
         if name != "R3" and name in SITES:
             kinds.add(scheme.weights)
         if kinds - {None}:

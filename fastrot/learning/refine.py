@@ -19,12 +19,12 @@ from torch.nn.functional import cross_entropy
 from fastrot.edits import Plan
 from fastrot.edits.steps import Part
 from fastrot.lab.cache import watched
-from fastrot.lab.outliers import HEADED
+from fastrot.lab.outliers import cached_sites
 from fastrot.lab.quantized import linears_of
 from fastrot.lab.quantizers import fake_quantize
 from fastrot.lab.schemes import Numbers, Scheme
 from fastrot.learning.objective import turned
-from fastrot.learning.terms import Place, sites_of, turns_of
+from fastrot.learning.terms import SITES, Place, turns_of
 
 Turns = Mapping[Place, Tensor]
 """Orthogonal matrices, by the rotation that each comes behind; one that is missing is the
@@ -55,9 +55,9 @@ def simulated(
     outputs: dict[str, list[Slot]] = defaultdict(list)
     for turn in turns_of(model, plan):
         (outputs if turn.outputs else inputs)[turn.name].append((turn.place, turn.part))
-    cached = {
-        site: [name for name, sites in sites_of(model).items() if site in sites] for site in HEADED
-    }
+    cached = [
+        [name for name, sites in SITES.items() if site in sites] for site in cached_sites(model)
+    ]
     linears = linears_of(model)
     numbers = scheme.weights if scheme.weights and not scheme.weights.gptq else None
 
@@ -82,8 +82,8 @@ def simulated(
 
     def round_cache(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         found = []
-        for site, x in (("keys", keys), ("values", values)):
-            slots: list[Slot] = [((name, layer), None) for name in cached[site]]
+        for names, x in zip(cached, (keys, values), strict=True):
+            slots: list[Slot] = [((name, layer), None) for name in names]
             x = straight_through(_turned(x, turns, slots), scheme.kv)
             found.append(_turned(x, turns, slots, back=True))
         return found[0], found[1]

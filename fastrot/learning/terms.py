@@ -12,29 +12,17 @@ from torch import Tensor, nn
 
 from fastrot.edits import Plan
 from fastrot.edits.steps import Part, Rotate
-from fastrot.index import Index
 from fastrot.lab.quantized import decoder_layers, layer_of, linears_of
 from fastrot.lab.schemes import Scheme
 from fastrot.learning.capture import Captured
 from fastrot.learning.objective import Term, Weight, of_site
 from fastrot.rotations import Rotation
-from fastrot.rows import roles_of
 
-SITES = {"R1": ("attention", "mlp"), "R2": ("o", "values"), "R3": ("keys",)}
-"""What the rotations that can be learned turn; the keys of latent attention are its latents."""
+SITES = {"R1": ("attention", "mlp"), "R2": ("o", "values"), "R3": ("keys", "latents")}
+"""What the rotations that can be learned turn."""
 
 Place = tuple[str, int | None]
 """A rotation: its name and, but for R1, its layer."""
-
-
-def sites_of(model: Any) -> dict[str, tuple[str, ...]]:
-    """:data:`SITES` as a model has them.
-
-    Where a latent is cached it stands for the keys, and a key with a position for the values.
-    """
-    roles, _ = roles_of(Index(model), None, None, ())
-    absent = ("values",) if roles.latent_writers else ()
-    return {name: tuple(s for s in sites if s not in absent) for name, sites in SITES.items()}
 
 
 def bases(plan: Plan, model: Any) -> dict[str, dict[int | None, Rotation]]:
@@ -66,7 +54,7 @@ def terms_of(model: Any, plan: Plan, scheme: Scheme, captured: Captured) -> dict
         captured: of the rotated model.
     """
     found: dict[Place, list[Term]] = defaultdict(list)
-    for group, sites in sites_of(model).items():
+    for group, sites in SITES.items():
         for (site, layer), vectors in captured.vectors.items():
             numbers = scheme.at(site)
             if site in sites and numbers is not None:

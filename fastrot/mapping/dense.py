@@ -110,7 +110,7 @@ GEMMA3N = Architecture(
     LLAMA.mapping,
     (),
     when={"num_kv_shared_layers": 0},
-    refuses={"R1": "AltUp scales several copies of the stream channel by channel"},
+    refuses={"R1": "LAuReL adds the scaled output of a norm to the stream"},
 )
 
 GEMMA4 = Architecture(

@@ -131,6 +131,11 @@ class Mapping:
             raise TypeError(f"attn_gated must be True or False, got {self.attn_gated!r}")
 
     @property
+    def caches_latents(self) -> bool:
+        """Whether the cache holds latents and keys with a position, in place of keys and values."""
+        return bool(self.latent_writers) or self.attn_v_rows == "latent"
+
+    @property
     def stream_readers(self) -> Patterns:
         """Everything that reads the residual stream, the head included."""
         values = () if self.attn_v_rows == "latent" else self.attn_v

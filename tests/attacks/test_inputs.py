@@ -60,6 +60,8 @@ FINE = {
         "attn_gated": {"True"},
         "readers": NOTHING,
         "writers": NOTHING,
+        "latent_writers": NOTHING,
+        "latent_readers": NOTHING,
         "post_norm": NOTHING,
         "post_norm_in": WORDS,  # a pattern may match nothing
         "transposed": WORDS,
