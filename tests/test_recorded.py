@@ -12,7 +12,7 @@ from zoo import FAMILIES, build
 import fastrot
 from fastrot.edits import OnlineSite
 from fastrot.integrations.vllm.operands import INDEX, SINGLE, with_matrices
-from fastrot.integrations.vllm.recorded import check_ranks, on_rank, recorded_sites
+from fastrot.integrations.vllm.recorded import check_ranks, on_rank, recorded_sites, split_sites
 from fastrot.integrations.vllm.start import check_start
 from fastrot.record import has_online
 from fastrot.rotations import Rotation
@@ -71,9 +71,24 @@ def test_a_rank_with_a_part_of_a_block_is_refused():
     assert "n one of 2, 4, 8, 28, 56, or" in str(error.value)
 
 
-def test_attention_has_whole_heads_on_every_rank():
-    rotation = Rotation("hadamard", 16)
-    check_ranks([OnlineSite("model.layers.0.self_attn", "q_attn", rotation, False, "R3")], 32)
+def test_only_inputs_of_linear_layers_and_experts_are_split():
+    """Heads are whole on every rank, and so is the stream at norms and decoder layers."""
+    model = build(FAMILIES["mixtral"], torch.float32)
+    fastrot.apply(model, ALL, keep_head=True)
+    assert {(site.group, site.location) for site in recorded_sites(model.config)} == {
+        ("R1", "input"),
+        ("R3", "q_attn"),
+        ("R3", "k_cache"),
+        ("R4", "down_input"),
+    }
+    assert [site.module for site in split_sites(model.config)] == [
+        f"model.layers.{n}.block_sparse_moe.experts" for n in (0, 1)
+    ]
+    model = tiny("llama")
+    fastrot.apply(model, ALL, keep_head=True)
+    assert [site.module for site in split_sites(model.config)] == [
+        f"model.layers.{n}.mlp.down_proj" for n in (0, 1)
+    ]
 
 
 def test_what_a_server_may_start():
@@ -89,6 +104,7 @@ def test_what_a_server_may_start():
         with pytest.raises(fastrot.RotationError, match=f"quantization is {quantization!r}"):
             start(config, quantization)
     start(rotated(rotations=("R1", "R2"))[0].config, "gptq", ranks=2)
+    start(rotated(rotations=("R1", "R3"), keep_head=True)[0].config, "fastrot", ranks=2)
 
 
 def test_dense_matrices_are_those_of_the_checkpoint(tmp_path):

@@ -41,6 +41,14 @@ def test_the_head_is_kept(impl, plain, tmp_path):
             assert without(llm, "fastrot_input", end).tokens != plain("llama").tokens
 
 
+def test_the_stream_is_whole_on_every_rank(plain, tmp_path, monkeypatch):
+    """R1 of one block of all 128 channels, where each of the two ranks has half of the weights."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    with engine(checkpoint(tmp_path, "llama", KEPT), tensor_parallel_size=2) as llm:
+        assert llm.apply_model(rotations) == [{"fastrot_input": 2}] * 2
+        assert_same(answers(llm), plain("llama"))
+
+
 @pytest.mark.parametrize("family", ["gemma3_text"])
 def test_compiled(family, plain, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")

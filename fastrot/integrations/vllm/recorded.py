@@ -13,15 +13,13 @@ from fastrot.integrations.outlines import model_of
 from fastrot.online.parallel import check_width
 from fastrot.record import applications, online_sites
 from fastrot.resolve.places import places
+from fastrot.sites import holds_itself
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DELEGATED = ("compressed-tensors",)
 """Quantization methods of other tools before which a rotation can stand."""
-
-SPLIT_LOCATIONS = ("input", "down_input")
-"""Where tensor parallelism leaves a rank a part of the vectors; attention has whole heads."""
 
 
 def recorded_sites(config: Any) -> list[OnlineSite]:
@@ -31,10 +29,29 @@ def recorded_sites(config: Any) -> list[OnlineSite]:
     in vLLM, and ``mlp`` in transformers.
     """
     model = recorded_model(config)
-    return [
-        replace(site, module=_stored(model, site)) if site.location == "down_input" else site
-        for site in online_sites(model)
-    ]
+    return [_as_stored(model, site) for site in online_sites(model)]
+
+
+def split_sites(config: Any) -> list[OnlineSite]:
+    """Those of which tensor parallelism may leave a rank a part of every vector.
+
+    They are inputs of linear layers and experts. Attention has whole heads, and every rank the
+    whole stream at norms and decoder layers.
+    """
+    model = recorded_model(config)
+    return [_as_stored(model, site) for site in online_sites(model) if _is_split(model, site)]
+
+
+def _is_split(model: "PreTrainedModel", site: OnlineSite) -> bool:
+    if site.location == "input":
+        return not holds_itself(site.module, model.get_submodule(site.module))
+    return site.location == "down_input"
+
+
+def _as_stored(model: "PreTrainedModel", site: OnlineSite) -> OnlineSite:
+    if site.location != "down_input":
+        return site
+    return replace(site, module=_stored(model, site))
 
 
 def _stored(model: "PreTrainedModel", site: OnlineSite) -> str:
@@ -72,7 +89,7 @@ def check_ranks(sites: Iterable[OnlineSite], ranks: int) -> None:
     """Refuse tensor parallelism that would cut a block of a rotation in two.
 
     Args:
-        sites: the online rotations of a model.
+        sites: whose vectors are split.
         ranks: on how many it is split.
 
     Raises:
@@ -80,7 +97,7 @@ def check_ranks(sites: Iterable[OnlineSite], ranks: int) -> None:
     """
     for site in sites:
         # Where the ranks do not divide the size, the server refuses by itself.
-        if site.location in SPLIT_LOCATIONS and site.rotation.size % ranks == 0:
+        if site.rotation.size % ranks == 0:
             on_rank(site, site.rotation.size // ranks)
 
 

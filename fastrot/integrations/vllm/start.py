@@ -4,7 +4,7 @@ import functools
 from typing import Any
 
 from fastrot.errors import RotationError
-from fastrot.integrations.vllm.recorded import DELEGATED, check_ranks, exported, recorded_sites
+from fastrot.integrations.vllm.recorded import DELEGATED, check_ranks, exported, split_sites
 from fastrot.record import QUANT_METHOD, has_online
 
 
@@ -33,7 +33,7 @@ def check_start(model: Any, parallel: Any) -> None:
             f"{', '.join(DELEGATED)}"
         )
     if parallel.tensor_parallel_size > 1:
-        check_ranks(recorded_sites(model.hf_config), parallel.tensor_parallel_size)
+        check_ranks(split_sites(model.hf_config), parallel.tensor_parallel_size)
 
 
 def watch_start() -> None:
