@@ -63,12 +63,19 @@ def test_places_are_those_that_a_scheme_rounds():
     found = predict(model, text, schemes(*ROUNDED), done=seen.append)
     assert {name: set(costs) for name, costs in found.items()} == ROUNDED
     assert all(cost > 0 for costs in found.values() for cost in costs.values())
-    assert set().union(*ROUNDED.values()) == set(PLACES)
+    assert set(PLACES) - set().union(*ROUNDED.values()) == {"latents", "positions"}
     assert seen == [12, 12]
     assert difference(before, fingerprint(model)) == []
     assert torch.equal(state, torch.random.get_rng_state())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert predict(model, text, schemes(*ROUNDED)) == found
+
+
+def test_latents_cost_what_keys_and_values_would():
+    model = build(FAMILIES["minicpm3"], torch.float32)
+    found = predict(model, random_ids(model, 1, 12, seed=0), schemes("kv4"))
+    assert set(found["kv4"]) == {"latents", "positions"}
+    assert min(found["kv4"].values()) > 0
 
 
 def test_a_quarter_of_the_step_costs_a_sixteenth():

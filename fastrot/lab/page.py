@@ -117,13 +117,15 @@ def _perplexities(report: Report) -> str:
 
 def _predicted(report: Report, name: str) -> str:
     measured = {cell.scheme: cell.added for cell in report.cells if cell.rotations == name}
+    schemes = report.predicted[name]
+    places = [place for place in PLACES if any(place in costs for costs in schemes.values())]
     rows = []
-    for scheme, costs in report.predicted[name].items():
-        cells = [_number(costs[place]) if place in costs else "" for place in PLACES]
+    for scheme, costs in schemes.items():
+        cells = [_number(costs[place]) if place in costs else "" for place in places]
         cells += [_number(sum(costs.values())), f"{measured[scheme].mean:.3f}"]
         texts = "".join(f"<td>{text}</td>" for text in cells)
         rows.append(f"<td>{escape(scheme)}</td>{texts}")
-    return _table(["scheme", *PLACES, "sum", "measured"], rows)
+    return _table(["scheme", *places, "sum", "measured"], rows)
 
 
 def _outliers(report: Report) -> str:
