@@ -332,7 +332,7 @@ FAMILIES: dict[str, Family] = {
             **without(LATENT, "num_experts_per_tok"),
             **without(GROUPED, "n_routed_experts"),
             "num_hidden_layers": 3,
-            "q_lora_rank": None,
+            "q_lora_rank": 24,
             "num_experts": 4,
             "num_shared_experts": 1,
             "num_experts_per_token": 2,
