@@ -184,7 +184,7 @@ def test_the_page_says_what_was_measured_and_loads_nothing_else(report):
     for found in report.recommendations:
         assert sentence(report, found) in reader.text
     for costs in (costs for each in report.predicted.values() for costs in each.values()):
-        assert f"{sum(costs.values()):.4g}" in reader.text
+        assert f"{sum(costs.values()):.4f}" in reader.text
     assert page.count("class=chosen") == len(report.recommendations) == 2
 
 

@@ -121,8 +121,8 @@ def _predicted(report: Report, name: str) -> str:
     places = [place for place in PLACES if any(place in costs for costs in schemes.values())]
     rows = []
     for scheme, costs in schemes.items():
-        cells = [_number(costs[place]) if place in costs else "" for place in places]
-        cells += [_number(sum(costs.values())), f"{measured[scheme].mean:.3f}"]
+        cells = [f"{costs[place]:.4f}" if place in costs else "" for place in places]
+        cells += [f"{sum(costs.values()):.4f}", f"{measured[scheme].mean:.3f}"]
         texts = "".join(f"<td>{text}</td>" for text in cells)
         rows.append(f"<td>{escape(scheme)}</td>{texts}")
     return _table(["scheme", *places, "sum", "measured"], rows)
