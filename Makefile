@@ -35,11 +35,10 @@ test-newest: $(READY)
 	    --target $(NEWEST) transformers
 	PYTHONPATH=$(NEWEST) $(BIN)/python -m pytest -q -n 2 -m $(THEIRS) $(MEETS_TRANSFORMERS)
 
-# Quantizers that are too heavy for every run, laid over the environment.
-test-tools: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
-	    --target $(TOOLS) -c constraints.txt torchao bitsandbytes hqq
+# Quantizers that are too heavy for every run, laid over the environment; then the table of them.
+test-tools: $(TOOLS)/.ready
 	PYTHONPATH=$(TOOLS) $(BIN)/python -m pytest -q -n 2 tests/test_quantizers.py
+	PYTHONPATH=$(TOOLS) $(BIN)/python tests/test_quantizers.py
 
 # What `transformers serve` needs, laid over the environment: `fastrot serve` over HTTP.
 test-serve: $(READY)
@@ -85,6 +84,11 @@ $(READY): pyproject.toml constraints.txt
 $(OLDEST)/.ready: constraints-oldest.txt $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
 	    --target $(OLDEST) -r constraints-oldest.txt
+	touch $@
+
+$(TOOLS)/.ready: constraints-tools.txt $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	    --target $(TOOLS) -r constraints-tools.txt
 	touch $@
 
 # The list is complete: vLLM asks for torchvision, torchaudio and torchcodec, which no text model uses.

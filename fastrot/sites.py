@@ -86,8 +86,10 @@ def holds_itself(name: str, module: nn.Module) -> bool:
     """Whether an online rotation at a module lies on it: on a norm, or a layer in a list.
 
     Whatever else has an input is linear; tools may swap it, so the block around it holds what acts
-    there.
+    there. A quantizer's layer says so itself: its weight may have any shape.
     """
+    if isinstance(getattr(module, "in_features", None), int):
+        return False
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor):
         return weight.dim() == 1

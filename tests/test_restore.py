@@ -175,6 +175,33 @@ def test_what_does_not_fit_is_refused_and_nothing_changes(change, message, tmp_p
     assert difference(before, fingerprint(model)) == []
 
 
+class Packed(torch.nn.Module):
+    """As a quantizer's linear layer, whose ``weight`` is a row of bytes, or none at all."""
+
+    def __init__(self, linear, length):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight = torch.empty(length)
+        self.linear = (linear,)
+
+    def forward(self, x):
+        return self.linear[0](x)
+
+
+@pytest.mark.parametrize("length", [0, 3])
+def test_packed_weights_have_any_shape(length):
+    model = tiny("llama", hidden=32, heads=4, intermediate=48)
+    fastrot.apply(model, ("R4",))
+    ids = random_ids(model, 2, 12, seed=0)
+    expected = logits(model, ids)
+    fresh = AutoModelForCausalLM.from_config(model.config).eval()
+    fresh.load_state_dict({n: v for n, v in model.state_dict().items() if "fastrot_" not in n})
+    for layer in fresh.model.layers:
+        layer.mlp.down_proj = Packed(layer.mlp.down_proj, length)
+    fastrot.restore(fresh)
+    assert torch.equal(logits(fresh, ids), expected)
+
+
 def test_there_must_be_a_record():
     fused = tiny("llama")
     fastrot.apply(fused, ("R1", "R2"))
