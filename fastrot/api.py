@@ -60,10 +60,10 @@ def plan(
     recipe = Recipe.of(rotations, options)
     check_flag("trust", trust)
     index = Index(described)
-    config, mapping, norms, matrices = configured(index, recipe)
+    config, mapping, norms, given = configured(index, recipe)
     check_first_time(described, config)
     dtype = recipe.precision or torch.float64
-    made = resolve(index, config, norms, recipe.seed, mapping, dtype, recipe.by_table, matrices)
+    made = resolve(index, config, norms, recipe.seed, mapping, dtype, recipe.by_table, given)
     return fitted(described, made, trust)
 
 

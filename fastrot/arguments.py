@@ -1,13 +1,18 @@
 """The arguments of ``plan`` and ``apply``, checked and in one form."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Mapping as MappingABC
 from difflib import get_close_matches
 from typing import Any
 
 from fastrot.errors import RotationError
 from fastrot.mapping import ROTATIONS, NormMapping, as_norm_mapping
-from fastrot.rotations import MATRIX, Rotation
+from fastrot.rotations import MATRIX, PERMUTATION, Rotation
+
+GIVEN_BY: dict[str, tuple[str, Callable[[Any], Rotation], str]] = {
+    "matrices": (MATRIX, Rotation.from_matrix, "{'R1': q}"),
+    "permutations": (PERMUTATION, Rotation.from_permutation, "{'R4': order}"),
+}
 
 
 def parse_rotations(rotations: str | Sequence[str]) -> tuple[str, ...]:
@@ -46,30 +51,31 @@ def parse_norms(value: Sequence[Any] | None) -> tuple[NormMapping, ...] | None:
     return tuple(map(as_norm_mapping, value))
 
 
-def parse_matrices(value: Any, rotations: Sequence[str]) -> dict[str, tuple[Rotation, ...]]:
-    """The matrices that a caller gives, checked: for each name one, or one for each layer."""
+def parse_given(what: str, value: Any, rotations: Sequence[str]) -> dict[str, tuple[Rotation, ...]]:
+    """``matrices`` or ``permutations``, checked: for each name one, or one for each layer."""
+    kind, make, example = GIVEN_BY[what]
     if not isinstance(value, MappingABC):
-        raise TypeError(f"matrices must be a dict such as {{'R1': q}}, got {value!r:.60}")
+        raise TypeError(f"{what} must be a dict such as {example}, got {value!r:.60}")
     found: dict[str, tuple[Rotation, ...]] = {}
     for name, given in value.items():
         upper = name.upper() if isinstance(name, str) else name
         if upper not in rotations or upper in found:
-            what = "named twice" if upper in found else f"not one of {', '.join(rotations)}"
-            raise RotationError(f"matrices: {name!r} is {what}")
-        several = isinstance(given, (list, tuple))
+            wrong = "named twice" if upper in found else f"not one of {', '.join(rotations)}"
+            raise RotationError(f"{what}: {name!r} is {wrong}")
+        several = isinstance(given, (list, tuple)) and not isinstance(next(iter(given), None), int)
         items = tuple(given) if several else (given,)
         if not items:
-            raise RotationError(f"matrices: the list of {upper} is empty")
+            raise RotationError(f"{what}: the list of {upper} is empty")
         made = []
         for number, item in enumerate(items):
-            where = f"matrices: {upper}" + (f" of layer {number}" if several else "")
+            where = f"{what}: {upper}" + (f" of layer {number}" if several else "")
             try:
-                made.append(item if isinstance(item, Rotation) else Rotation.from_matrix(item))
+                made.append(item if isinstance(item, Rotation) else make(item))
             except (RotationError, TypeError) as error:
                 raise type(error)(f"{where}: {error}") from None
-            if made[-1].kind != MATRIX or made[-1].size != made[0].size:
+            if made[-1].kind != kind or made[-1].size != made[0].size:
                 raise RotationError(
-                    f"{where}: {made[-1]} is not a given matrix of order {made[0].size}"
+                    f"{where}: {made[-1]} is not a given {kind} of order {made[0].size}"
                 )
         found[upper] = tuple(made)
     return found

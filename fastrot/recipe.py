@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from fastrot.arguments import parse_matrices, parse_norms, parse_rotations, parse_seed
+from fastrot.arguments import parse_given, parse_norms, parse_rotations, parse_seed
 from fastrot.checks import check_flag
 from fastrot.errors import RotationError
 from fastrot.mapping import STREAM, Mapping, NormMapping, as_mapping
@@ -40,6 +40,9 @@ class Recipe:
             activations. Default: float64 on weights, float32 on activations.
         matrices: orthogonal matrices of your own, learned for example, by the name of the rotation:
             one, or for R2, R3 and R4 a list with one for each layer. Their order is the block size.
+        permutations: ``{"R4": order}``: the channels between the two halves of an MLP change
+            places, in the weights, before R4 and its blocks: ``y[i] = x[order[i]]``; one order, or
+            a list with one for each layer. It decides which channels share a block.
         keep_head: R1 leaves embedding, last norm and head alone, and acts online at the input of
             the first layer and, inverse, of the last norm: tied embeddings stay tied, and drafts
             of tokens that read the head and the embedding stay exact.
@@ -63,6 +66,7 @@ class Recipe:
     seed: int = 0
     precision: torch.dtype | None = None
     matrices: MappingABC[str, tuple[Rotation, ...]] | None = None
+    permutations: MappingABC[str, tuple[Rotation, ...]] | None = None
     keep_head: bool = False
     mappings: Mapping | None = None
     norm_mappings: tuple[NormMapping, ...] | None = None
@@ -75,10 +79,12 @@ class Recipe:
         self._set("rotations", parse_rotations(self.rotations))
         if self.mappings is not None:
             self._set("mappings", as_mapping(self.mappings))
-        if self.matrices is not None:
-            self._set("matrices", parse_matrices(self.matrices, self.rotations) or None)
-        if self.matrices and self.transform_config is not None:
-            raise RotationError("matrices are for rotations, not for a transform_config")
+        for name in ("matrices", "permutations"):
+            given = getattr(self, name)
+            if given is not None:
+                self._set(name, parse_given(name, given, self.rotations) or None)
+            if getattr(self, name) and self.transform_config is not None:
+                raise RotationError(f"{name} are for rotations, not for a transform_config")
         check_flag("randomize", self.randomize)
         check_flag("keep_head", self.keep_head)
         if self.keep_head and STREAM not in self.rotations:

@@ -73,7 +73,7 @@ def _remove(model: "PreTrainedModel", groups: str | Iterable[str] | None, undo: 
                 TransformConfig({name: scheme}),
                 norms if name == STREAM else (),  # of which it rotated the biases
                 seed,
-                matrices=matrices,
+                given=matrices,
             ),
         )
         for seed, config in applications(getattr(model, "config", None))
@@ -149,15 +149,17 @@ def _inverse(plans: list[Plan]) -> Plan:
 
 
 def _check_commutes(plans: list[tuple[str, Plan]], wanted: list[str]) -> None:
+    """What is taken off must have come last, wherever it acts."""
     sides: dict[tuple[str, int], str] = {}
     for name, plan in plans:
         for edit in plan.weights:
             for step in edit.steps:
                 if not isinstance(step, Rotate):
                     continue
-                other = sides.setdefault((edit.parameter, step.dim), name)
-                if other != name and (other in wanted) != (name in wanted):
+                side = edit.parameter, step.dim
+                other, sides[side] = sides.get(side, name), name
+                if other != name and other in wanted and name not in wanted:
                     raise RotationError(
                         f"{other} and {name} both rotated dimension {step.dim} of "
-                        f"{edit.parameter}; neither can be taken off alone"
+                        f"{edit.parameter}; {other} can't be taken off alone"
                     )

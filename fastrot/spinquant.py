@@ -4,7 +4,7 @@
 that names some of them.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Mapping as MappingABC
 from dataclasses import dataclass
 from itertools import chain
@@ -17,9 +17,10 @@ from fastrot.errors import RotationError
 from fastrot.heads import check_heads, check_latents, head_dim_of, key_dim_of
 from fastrot.index import Index, find_holders
 from fastrot.mapping import PLACES, ROTATIONS, STREAM, Mapping, NormMapping
+from fastrot.middle import middle_places
 from fastrot.patterns import NoMatchError
 from fastrot.recipe import Recipe
-from fastrot.rotations import MATRIX, Rotation
+from fastrot.rotations import MATRIX, PERMUTATION, Rotation
 from fastrot.rows import UnsupportedRotationError, known_norms, roles_of
 from fastrot.sites import find_sites
 from fastrot.transform_config import TransformArgs, TransformConfig, TransformScheme
@@ -35,6 +36,8 @@ class Kind:
         head: the size of the head that it spans; None where it spans the whole dimension, so that
             a ``block_size`` for all is meant for it.
         per_layer: whether every layer may have its own.
+        permuted: where channels change places before it, by the group's name; see
+            ``Recipe.permutations``.
         through_norms: whether it passes the norms, and must fix the ones vector where one centres.
     """
 
@@ -42,6 +45,7 @@ class Kind:
     check: Callable[[Index, Mapping, Sequence[NormMapping]], None]
     head: Callable[[Index, Mapping], int | None] | None = None
     per_layer: bool = True
+    permuted: tuple[str, Callable[[Index, Mapping, int], tuple[TransformArgs, ...]]] | None = None
     through_norms: bool = False
 
 
@@ -52,8 +56,8 @@ class Configured(NamedTuple):
     mapping: Mapping | None
     """The roles of its modules; None if a configuration of the user's names places by itself."""
     norms: tuple[NormMapping, ...]
-    matrices: tuple[Rotation, ...] = ()
-    """Given ones, which the configuration names by their digests."""
+    given: tuple[Rotation, ...] = ()
+    """Matrices and permutations, which the configuration names by their digests."""
 
 
 def configured(index: Index, recipe: Recipe) -> Configured:
@@ -87,7 +91,9 @@ def configured(index: Index, recipe: Recipe) -> Configured:
         find_holders(index, places_of)  # they name something, whether it is asked for or not
     if recipe.keep_head:
         places[STREAM] = between_ends(index, mapping, norms, places[STREAM])
-    schemes = {
+    permutations = recipe.permutations or {}
+    schemes = dict(_permuting(index, mapping, permutations))
+    schemes |= {
         name: TransformScheme(
             type=MATRIX if name in matrices else recipe.transform_type,
             apply=places[name],
@@ -100,7 +106,29 @@ def configured(index: Index, recipe: Recipe) -> Configured:
         for name, kind in SPINQUANT.items()
         if name in wanted
     }
-    return Configured(TransformConfig(schemes), mapping, norms, tuple(chain(*matrices.values())))
+    given = (*chain(*matrices.values()), *chain(*permutations.values()))
+    return Configured(TransformConfig(schemes), mapping, norms, given)
+
+
+def _permuting(
+    index: Index, mapping: Mapping, permutations: MappingABC[str, tuple[Rotation, ...]]
+) -> Iterator[tuple[str, TransformScheme]]:
+    """The groups by which channels change places, before any rotation acts on them."""
+    for name, given in permutations.items():
+        permuted = SPINQUANT[name].permuted
+        if permuted is None:
+            raise RotationError(
+                f"permutations: {name} takes none; a matrix of your own may hold one (matrices)"
+            )
+        group, places = permuted
+        size = given[0].size
+        labels = tuple(order.label for order in given)
+        yield (
+            group,
+            TransformScheme(
+                PERMUTATION, places(index, mapping, size), head_dim=size, matrices=labels
+            ),
+        )
 
 
 def _fixing_ones(matrices: Iterable[Rotation]) -> tuple[Rotation, ...]:
@@ -243,5 +271,5 @@ SPINQUANT = {
     "R1": Kind(_stream_places, _check_head, per_layer=False, through_norms=True),
     "R2": Kind(_value_places, _check_values, head_dim_of),
     "R3": Kind(_key_places, _check_keys, key_dim_of),
-    "R4": Kind(_down_places, lambda index, mapping, norms: None),
+    "R4": Kind(_down_places, lambda index, mapping, norms: None, permuted=("P4", middle_places)),
 }

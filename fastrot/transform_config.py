@@ -30,7 +30,7 @@ import torch
 from fastrot.checks import check_flag
 from fastrot.errors import RotationError
 from fastrot.mapping import as_patterns
-from fastrot.rotations import KINDS, MATRIX
+from fastrot.rotations import GIVEN, KINDS, PERMUTATION
 
 FUSED_LOCATIONS = ("weight_input", "weight_output")
 ATTENTION_LOCATIONS = ("q_attn", "k_cache")
@@ -76,15 +76,16 @@ class TransformScheme:
     """One rotation and all places where it acts.
 
     Attributes:
-        type: a :data:`~fastrot.rotations.RotationKind`; ``matrix`` is beyond compressed-tensors'
-            schema.
+        type: a :data:`~fastrot.rotations.RotationKind`; ``matrix`` and ``permutation`` are beyond
+            compressed-tensors' schema.
         apply: the places.
         randomize: a rotation of its own for every decoder layer.
         requires_grad: learned transforms; refused, fastrot does not train rotations.
         head_dim: block size; None takes the whole dimension.
         precision: dtype of online arithmetic, at least that of the activations; fused arithmetic
             has a dtype of its own, float64 unless :func:`fastrot.apply` is told otherwise.
-        matrices: digests of the given matrices of type ``matrix``: one, or one for each layer.
+        matrices: digests of the given ones of type ``matrix`` or ``permutation``: one, or one for
+            each layer.
     """
 
     type: str
@@ -98,9 +99,9 @@ class TransformScheme:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "matrices", as_patterns("matrices", self.matrices))
-        if bool(self.matrices) != (self.type == MATRIX):
+        if bool(self.matrices) != (self.type in GIVEN):
             raise RotationError(f"transform type {self.type!r} with {len(self.matrices)} matrices")
-        if self.type not in (*KINDS, MATRIX):
+        if self.type not in (*KINDS, *GIVEN):
             raise RotationError(f"transform type {self.type!r} is not one of {', '.join(KINDS)}")
         check_flag("requires_grad", self.requires_grad)
         if self.requires_grad:
@@ -117,6 +118,9 @@ class TransformScheme:
             raise TypeError(f"apply must be a list, got {self.apply!r}")
         apply = tuple(_parse(TransformArgs, args, "apply") for args in self.apply)
         object.__setattr__(self, "apply", apply)
+        online = [args.location for args in apply if args.location not in FUSED_LOCATIONS]
+        if self.type == PERMUTATION and online:
+            raise RotationError(f"a permutation acts in weights alone, not at {online[0]}")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastrot.edits.plan import Plan
 from fastrot.edits.steps import FoldedNorm, OnlineSite, Part, Rotate, Scale, WeightEdit
 from fastrot.errors import RotationError
-from fastrot.rotations import MATRIX, Rotation
+from fastrot.rotations import GIVEN, Rotation
 from fastrot.transform_config import parse_precision, parse_transform_config
 
 FORMAT = 1
@@ -123,11 +123,11 @@ def plan_from_dict(data: Any, matrices: Mapping[str, Tensor]) -> Plan:
     given = _read(data, _PLAN, "plan")
     if given["format"] != FORMAT:
         raise RotationError(f"plan: format {given['format']} is not {FORMAT}, which this one reads")
-    units = {name: Rotation.from_matrix(matrix) for name, matrix in matrices.items()}
+    units = {name: _given(tensor) for name, tensor in matrices.items()}
     rotations = []
     for i, item in enumerate(given["rotations"]):
         read = Rotation(**_read(item, _ROTATION, f"plan, rotations[{i}]"))
-        rotations.append(replace(read, unit=units.get(read.label) if read.kind == MATRIX else None))
+        rotations.append(replace(read, unit=units.get(read.label) if read.kind in GIVEN else None))
 
     def rotation(number: int, where: str) -> Rotation:
         if not 0 <= number < len(rotations):
@@ -176,6 +176,11 @@ def plan_from_dict(data: Any, matrices: Mapping[str, Tensor]) -> Plan:
         by_table=given["by_table"],
         notes=tuple(map(str, given["notes"])),
     )
+
+
+def _given(tensor: Tensor) -> Rotation:
+    matrix = isinstance(tensor, Tensor) and tensor.is_floating_point()
+    return Rotation.from_matrix(tensor) if matrix else Rotation.from_permutation(tensor)
 
 
 def _written(value: Any, names: _Fields, **instead: Any) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fastrot.edits.steps import FoldedNorm, OnlineSite, Rotate, WeightEdit
-from fastrot.rotations import MATRIX
+from fastrot.rotations import GIVEN
 from fastrot.transform_config import TransformConfig
 
 
@@ -46,10 +46,10 @@ class Plan:
 
     @property
     def matrices(self) -> dict[str, Tensor]:
-        """The given matrices by their digests, which JSON data does not hold."""
+        """Given matrices and permutations by their digests, which JSON data does not hold."""
         steps = (step for edit in self.weights for step in edit.steps if isinstance(step, Rotate))
         rotations = (*(step.rotation for step in steps), *(site.rotation for site in self.online))
-        return {r.label: r.operand for r in rotations if r.kind == MATRIX and r.operand is not None}
+        return {r.label: r.operand for r in rotations if r.kind in GIVEN and r.operand is not None}
 
     @property
     def written_norms(self) -> tuple[FoldedNorm, ...]:

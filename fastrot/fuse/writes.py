@@ -13,7 +13,7 @@ from fastrot.fuse.torch_weight import TorchRotation
 from fastrot.kernels import gpu_weight
 from fastrot.kernels.gpu_weight import TritonRotation
 from fastrot.kernels.weight import Side, TwoSided, Workspace
-from fastrot.rotations.stages import Matrix, Signs, Stage, merged
+from fastrot.rotations.stages import Matrix, Permutation, Signs, Stage, merged
 
 if TYPE_CHECKING:  # it imports numba, and whoever only plans has no use for that
     from fastrot.kernels.cpu_weight import MatrixRotation
@@ -120,8 +120,8 @@ def _rotation(
     x: Tensor, out: Tensor, left: list[_Step], right: list[_Step], dtype: torch.dtype
 ) -> "MatrixRotation | TritonRotation | TorchRotation":
     """What does it by a kernel where there is one for this memory, else by torch."""
-    dense = any(isinstance(stage, Matrix) for stage in _flat([*left, *right]))
-    if x.stride(-1) == 1 and out.stride(-1) == 1 and not dense:
+    given = any(isinstance(stage, Matrix | Permutation) for stage in _flat([*left, *right]))
+    if x.stride(-1) == 1 and out.stride(-1) == 1 and not given:
         ways = _sides(left, x.shape[0]), _sides(right, x.shape[1])
         sides = zip_longest(*ways, fillvalue=(None, None))
         stages = [TwoSided(on_left, on_right, g, h) for (on_left, h), (on_right, g) in sides]
@@ -149,7 +149,7 @@ def _sides(steps: list[_Step], length: int) -> list[tuple[Side | None, Tensor | 
             sides.append((stage, diagonal))
             diagonal = None
             continue
-        assert not isinstance(stage, Matrix)
+        assert not isinstance(stage, Matrix | Permutation)
         values = stage.values.repeat(length // stage.block) if isinstance(stage, Signs) else stage
         diagonal = values if diagonal is None else diagonal * values
     return sides if diagonal is None else [*sides, (None, diagonal)]

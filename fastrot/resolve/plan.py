@@ -29,7 +29,7 @@ def resolve(
     mapping: Mapping | None = None,
     dtype: torch.dtype = torch.float64,
     by_table: bool = True,
-    matrices: Iterable[Rotation] = (),
+    given: Iterable[Rotation] = (),
 ) -> Plan:
     """The plan of a configuration, from names and shapes alone.
 
@@ -41,13 +41,13 @@ def resolve(
         mapping: if given and ``config`` has a group R1, every parameter must have a role in it.
         dtype: of the arithmetic on weights.
         by_table: see :class:`~fastrot.edits.Plan`.
-        matrices: the given matrices that the configuration names by their digests.
+        given: matrices and permutations that the configuration names by their digests.
 
     Raises:
         ValueError: anything that can't be done, naming the thing, its value and the way out.
     """
     index = Index.of(model)
-    index.units.update((matrix, matrix) for matrix in matrices)
+    index.units.update((rotation, rotation) for rotation in given)
     sites = resolve_online(index, config, seed)
     steps = Steps()
     rotate_sites(index, config, seed, steps)

@@ -1,6 +1,6 @@
 """Rotations: orthogonal matrices as products of stages."""
 
-from fastrot.rotations.base import KINDS, MATRIX, Rotation, RotationKind
+from fastrot.rotations.base import GIVEN, KINDS, MATRIX, PERMUTATION, Rotation, RotationKind
 from fastrot.rotations.operands import digest
 
-__all__ = ["KINDS", "MATRIX", "Rotation", "RotationKind", "digest"]
+__all__ = ["GIVEN", "KINDS", "MATRIX", "PERMUTATION", "Rotation", "RotationKind", "digest"]

@@ -10,10 +10,17 @@ from torch import Tensor
 from fastrot.errors import RotationError
 from fastrot.hadamard import block_sizes, factors
 from fastrot.kernels import hadamard_transform
-from fastrot.rotations.operands import digest, given_matrix, random_matrix, seeded_signs
+from fastrot.rotations.operands import (
+    digest,
+    given_matrix,
+    given_order,
+    random_matrix,
+    seeded_signs,
+)
 from fastrot.rotations.stages import (
     Hadamard,
     Matrix,
+    Permutation,
     Signs,
     Stage,
     dense,
@@ -21,9 +28,12 @@ from fastrot.rotations.stages import (
     multiply,
 )
 
-RotationKind = Literal["hadamard", "random-hadamard", "random-matrix", "matrix"]
+RotationKind = Literal["hadamard", "random-hadamard", "random-matrix", "matrix", "permutation"]
 MATRIX: RotationKind = "matrix"
-KINDS = tuple(kind for kind in get_args(RotationKind) if kind != MATRIX)
+PERMUTATION: RotationKind = "permutation"
+GIVEN = (MATRIX, PERMUTATION)
+"""The kinds that only a tensor describes."""
+KINDS = tuple(kind for kind in get_args(RotationKind) if kind not in GIVEN)
 """The kinds that a name and a seed describe."""
 
 
@@ -33,7 +43,8 @@ class Rotation:
 
     ``B`` is ``H/√b`` (``hadamard``), ``D·H/√b`` with seeded signs ``D`` (``random-hadamard``), or
     distributed uniformly over the orthogonal group (``random-matrix``), or given (``matrix``, see
-    :meth:`from_matrix`). The inverse is always the transpose.
+    :meth:`from_matrix`, and ``permutation``, see :meth:`from_permutation`). The inverse is always
+    the transpose.
 
     With ``fixes_ones`` each block maps the all-ones vector to itself, so that the rotation commutes
     with centring and thus with LayerNorm. It is ``S·H·D·Hᵀ·S/b`` then, where the signs ``S`` are
@@ -42,15 +53,16 @@ class Rotation:
     ``random-matrix`` is uniform among the orthogonal matrices that fix the ones.
 
     Attributes:
-        kind: one of the four above.
+        kind: one of the five above.
         size: order of ``Q``.
         block_size: order ``b`` of ``B``; None means ``size``.
         seed: the source of all randomness, together with ``label``.
         label: distinguishes rotations of one seed, for example ``"R2.model.layers.3"``; of a given
-            matrix its digest, by which two are equal.
+            one its digest, by which two are equal.
         fixes_ones: map the all-ones vector to itself.
         unit: a rotation with the same block, whose operand this one shares instead of its own.
-        given: the block of a ``matrix``; None where it has yet to be loaded.
+        given: the block of a ``matrix``, or the order of a ``permutation``; None where it has yet
+            to be loaded.
 
     Raises:
         RotationError: an unknown kind, a block size that does not divide, or an order for which no
@@ -67,7 +79,7 @@ class Rotation:
     given: Tensor | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.kind not in (*KINDS, MATRIX):
+        if self.kind not in (*KINDS, *GIVEN):
             raise RotationError(f"rotation kind {self.kind!r} is not one of {', '.join(KINDS)}")
         if self.size < 1:
             raise RotationError(f"rotation size {self.size} is not positive")
@@ -75,7 +87,7 @@ class Rotation:
             near = sorted(block_sizes(self.size), key=lambda size: abs(size - self.block))[:4]
             way = f"; {', '.join(map(str, sorted(near)))} would work" if near else ""
             raise RotationError(f"block_size={self.block_size} does not divide {self.size}{way}")
-        if not self.dense:
+        if not self.dense and self.kind != PERMUTATION:
             factors(self.block)
 
     @classmethod
@@ -94,6 +106,20 @@ class Rotation:
         q = given_matrix(matrix, fixes_ones)
         return cls(MATRIX, len(q), None, 0, digest(q), fixes_ones, given=q)
 
+    @classmethod
+    def from_permutation(cls, order: Any) -> "Rotation":
+        """The permutation ``y[i] = x[order[i]]``.
+
+        Args:
+            order: every number below its length once, ``(n,)``; it is copied.
+
+        Raises:
+            RotationError: a number is missing.
+            TypeError: no row of whole numbers.
+        """
+        made = given_order(order)
+        return cls(PERMUTATION, len(made), None, 0, digest(made), given=made)
+
     @property
     def dense(self) -> bool:
         """Whether the block is a dense matrix, not a Hadamard matrix and signs."""
@@ -102,7 +128,7 @@ class Rotation:
     @property
     def known(self) -> bool:
         """Whether there is an operand; the matrix of another process has yet to be loaded."""
-        return self.kind != MATRIX or (self.unit or self).given is not None
+        return self.kind not in GIVEN or (self.unit or self).given is not None
 
     @property
     def has_operand(self) -> bool:
@@ -123,15 +149,16 @@ class Rotation:
         """What defines the block besides its order, on the CPU.
 
         None for ``hadamard``, unless it fixes the ones; the signs ``D``, ``(b,)`` int8, for
-        ``random-hadamard``; the block itself, ``(b, b)`` float64, where it is dense.
+        ``random-hadamard``; the block itself, ``(b, b)`` float64, where it is dense; the order,
+        ``(b,)`` int64, of a ``permutation``.
         """
         if self.unit is not None:
             return self.unit.operand
-        if self.kind == MATRIX:
+        if self.kind in GIVEN:
             if self.given is None:
                 raise RotationError(
-                    f"the matrix {self.label[:12]}… of order {self.block} is not here; a plan that "
-                    "was read from JSON needs its matrices, Plan.from_dict(data, matrices)"
+                    f"the {self.kind} {self.label[:12]}… of order {self.block} is not here; a plan "
+                    "that was read from JSON needs its matrices, Plan.from_dict(data, matrices)"
                 )
             return self.given
         name = f"{self.seed}:{self.label}"
@@ -168,6 +195,8 @@ class Rotation:
             return (forth,)
         if self.dense:
             return (Matrix(operand),)
+        if self.kind == PERMUTATION:
+            return (Permutation(operand),)
         if not self.fixes_ones:
             return Signs(operand), forth
         first = Signs(self.column_signs.to(operand.device))

@@ -60,8 +60,28 @@ def given_matrix(matrix: Tensor, fixes_ones: bool = False) -> Tensor:
     return q
 
 
+def given_order(order: Any) -> Tensor:
+    """An int64 copy on the CPU of a permutation.
+
+    Raises:
+        RotationError: it does not name every number below its length once.
+        TypeError: something else than whole numbers.
+    """
+    numbers = torch.as_tensor(order)
+    if numbers.dtype == torch.bool or numbers.is_floating_point() or numbers.dim() != 1:
+        raise TypeError(
+            f"a permutation is a row of whole numbers, got {tuple(numbers.shape)} {numbers.dtype}"
+        )
+    made = numbers.detach().to("cpu", torch.int64, copy=True).contiguous()
+    if not len(made) or not torch.equal(made.sort().values, torch.arange(len(made))):
+        raise RotationError(
+            f"a permutation of {len(made)} must name every number from 0 to {len(made) - 1} once"
+        )
+    return made
+
+
 def digest(matrix: Tensor) -> str:
-    """Of a float64 matrix on the CPU, to tell whether two are one."""
+    """Of a float64 matrix, or of an order, on the CPU, to tell whether two are one."""
     return hashlib.sha256(matrix.contiguous().numpy().tobytes()).hexdigest()
 
 

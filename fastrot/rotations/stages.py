@@ -55,24 +55,44 @@ class Matrix(NamedTuple):
         return Matrix(self.q.to(device), self.transpose)
 
 
-Stage = Signs | Hadamard | Matrix
+class Permutation(NamedTuple):
+    """The entries of every block in another order: ``y[i] = x[order[i]]``, ``(b,)`` int64."""
+
+    order: Tensor
+
+    @property
+    def block(self) -> int:
+        """Order of the blocks."""
+        return len(self.order)
+
+    def to(self, device: torch.device) -> "Permutation":
+        """The same on a device."""
+        return Permutation(self.order.to(device))
+
+
+Stage = Signs | Hadamard | Matrix | Permutation
 
 
 def inverted(stages: Sequence[Stage]) -> tuple[Stage, ...]:
     """The stages of the inverse, which is the transpose."""
-    return tuple(
-        stage if isinstance(stage, Signs) else stage._replace(transpose=not stage.transpose)
-        for stage in reversed(stages)
-    )
+    return tuple(_inverse(stage) for stage in reversed(stages))
 
 
-def merged(stages: Iterable[Stage | T]) -> list[Side | Signs | Matrix | T]:
+def _inverse(stage: Stage) -> Stage:
+    if isinstance(stage, Signs):
+        return stage
+    if isinstance(stage, Permutation):
+        return Permutation(stage.order.argsort())
+    return stage._replace(transpose=not stage.transpose)
+
+
+def merged(stages: Iterable[Stage | T]) -> list[Side | Signs | Matrix | Permutation | T]:
     """The stages as kernels take them: signs go along with the Hadamard matrix beside them.
 
     Args:
         stages: what is no stage among them stays where it is.
     """
-    made: list[Side | Signs | Matrix | T] = []
+    made: list[Side | Signs | Matrix | Permutation | T] = []
     for stage in stages:
         last = made[-1] if made else None
         if isinstance(stage, Hadamard):
@@ -125,6 +145,8 @@ def multiply(x: Tensor, stages: Sequence[Stage], dim: int = -1, *, impl: str = "
         vectors = y.movedim(dim, -1).unflatten(-1, (-1, part.block))
         if isinstance(part, Signs):
             vectors = vectors * part.values.to(y.dtype)
+        elif isinstance(part, Permutation):
+            vectors = vectors[..., part.order]
         else:
             q = part.q.to(y.dtype)
             vectors = vectors @ (q.T if part.transpose else q)
@@ -143,6 +165,8 @@ def dense(stages: Sequence[Stage]) -> Tensor:
 def _matrix(stage: Stage) -> Tensor:
     if isinstance(stage, Signs):
         return torch.diag(stage.values.cpu().to(torch.float64))
+    if isinstance(stage, Permutation):
+        return torch.eye(stage.block, dtype=torch.float64)[:, stage.order.cpu()]
     if isinstance(stage, Hadamard):
         q = torch.from_numpy(hadamard_matrix(stage.block)).to(torch.float64) * stage.block**-0.5
     else:
