@@ -133,3 +133,22 @@ def test_a_block_without_values_that_does_not_say_why_is_refused():
     model.model.layers[1].self_attn.use_alternative_attention = False
     with pytest.raises(fastrot.RotationError, match=r"layers\.1\.self_attn needs one attn_v"):
         fastrot.plan(model, "R2")
+
+
+@pytest.mark.parametrize("name", ["gemma4_text", "gemma4_shared", "gemma3n_shared"])
+def test_what_is_online_can_be_taken_off(name):
+    model = build(FAMILIES[name])
+    given = inputs(FAMILIES[name], model)
+    before = logits(model, given)
+    handle = fastrot.apply(model, ("R2", "R3"), **OPTIONS)
+    handle.remove()
+    assert not [m for m in model.modules() if isinstance(m, OnlineRotation)]
+    assert relative_error(logits(model, given), before) <= 1e-6
+
+
+def test_heads_of_several_sizes_need_rows_of_their_own():
+    """In one matrix [q, k, v] the values' rows are found by one size."""
+    model = build(FAMILIES["phi3"])
+    model.model.layers[1].self_attn.head_dim = 8
+    with pytest.raises(fastrot.RotationError, match="head size of Phi3ForCausalLM is not one"):
+        fastrot.plan(model, "R2")

@@ -141,10 +141,33 @@ GEMMA4_EXPERTS = replace(
     GEMMA4,
     mapping=replace(
         GEMMA4.mapping,
+        mlp_in=(*GATE_UP, r"re:.*layers\.\d+\.experts\.gate_up_proj$"),
         mlp_out=(r"re:.*mlp\.down_proj$", r"re:.*layers\.\d+\.experts\.down_proj$"),
+        readers=(*GEMMA4.mapping.readers, r"re:.*\.router\.proj$"),
+        post_norm_in=(
+            *GEMMA4.mapping.post_norm_in,
+            r"re:.*layers\.\d+\.experts\.down_proj$",
+        ),
+        ignore=(
+            *GEMMA4.mapping.ignore,
+            Untouched(
+                r"re:.*\.post_feedforward_layernorm_[12]\.weight$",
+                "stands before the norm that writes into the stream",
+            ),
+            Untouched(r"re:.*\.router\.per_expert_scale$", "weighs the experts"),
+        ),
+    ),
+    norms=(
+        *GEMMA4.norms,
+        NormMapping(
+            r"re:.*\.pre_feedforward_layernorm_2$",
+            (r"re:.*layers\.\d+\.experts\.gate_up_proj$",),
+        ),
+        NormMapping(r"re:.*\.router\.norm$", (r"re:.*\.router\.proj$",)),
+        NormMapping(r"re:.*\.router\.scale$", (r"re:.*\.router\.proj$",), kind="scale"),
     ),
     when={"enable_moe_block": True},
-    refuses={"R1": "its router scales the stream channel by channel"},
+    notes=f"{GEMMA4.notes}; its router scales what it reads by a vector, which is folded too",
 )
 
 GEMMA4_UNIFIED = Architecture(
