@@ -163,15 +163,25 @@ def check_overlaps(model: nn.Module, names: tuple[str, ...]) -> None:
             last = (device, end, name)
 
 
-def check_norm_form(name: str, module: nn.Module, kind: NormKind, width: int) -> None:
+def check_norm_form(
+    name: str, module: nn.Module | nn.Parameter, kind: NormKind, width: int
+) -> None:
     """Refuse a norm whose parameters are not those of its kind.
 
     Args:
-        name: of the module.
-        module: the norm.
-        kind: ``rms`` or ``layer``.
+        name: of the module, or of a bare vector.
+        module: the norm, or the vector.
+        kind: ``rms``, ``layer``, or ``scale`` for a bare vector.
         width: size of its input.
     """
+    if isinstance(module, nn.Parameter) or kind == "scale":
+        shape = tuple(module.shape) if isinstance(module, nn.Parameter) else type(module).__name__
+        if shape != (width,) or kind != "scale":
+            raise RotationError(
+                f"{name} ({shape}) is no bare vector of size {width} of kind='scale'; correct "
+                "NormMapping.norm or kind"
+            )
+        return
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
     plain = isinstance(weight, nn.Parameter) and weight.shape == (width,)
     if (weight is not None and not plain) or any(m is not module for m in module.modules()):

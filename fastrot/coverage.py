@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from fastrot.edits import OnlineSite, Rotate, WeightEdit
 from fastrot.errors import RotationError
-from fastrot.index import Index, find_modules
+from fastrot.index import Index, find_holders
 from fastrot.mapping import STREAM, Mapping, NormMapping
 from fastrot.patterns import NoMatchError, matches, no_match_message
 from fastrot.sites import find_sites
@@ -37,8 +37,11 @@ def classify(
         *(("norm", norm.norm) for norm in norms if norm.norm is not None),
         *(("post-norm", pattern) for pattern in mapping.post_norm),
     ):
-        for owner, module in find_modules(index, (pattern,), missing_ok=True).items():
-            for leaf, _ in module.named_parameters(recurse=False):
+        for owner, holder in find_holders(index, (pattern,), missing_ok=True).items():
+            if isinstance(holder, nn.Parameter):
+                roles.setdefault(owner, role)
+                continue
+            for leaf, _ in holder.named_parameters(recurse=False):
                 roles.setdefault(f"{owner}.{leaf}", role)
     for name, _ in index.model.named_parameters(remove_duplicate=False):
         for pattern, reason in mapping.ignore:

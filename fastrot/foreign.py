@@ -113,7 +113,7 @@ def _touched(model: nn.Module, plan: Plan) -> list[str]:
         within = stream if of_stream else names
         within |= dict.fromkeys(_around(edit.parameter.rpartition(".")[0], of_stream))
     for norm in plan.written_norms:
-        stream |= dict.fromkeys(_around(norm.name, True))
+        stream |= dict.fromkeys(_around(norm.module, True))
     for name in list(stream):
         stream |= dict.fromkeys(_passed(model, name))
     names = stream | names

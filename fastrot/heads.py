@@ -28,6 +28,63 @@ def head_size(module: nn.Module, config: Any, names: tuple[str, ...] = VALUE_NAM
     return None
 
 
+def head_around(index: Index, name: str) -> int:
+    """Size of one value head in the attention block around a module.
+
+    Raises:
+        RotationError: there is none that says it.
+    """
+    for outer in reversed([*accumulate(name.split("."), "{}.{}".format)]):
+        size = head_size(index.modules.get(outer, index.model), None)
+        if size is not None:
+            return size
+    raise RotationError(f"{name} is in no attention block that says the size of its heads")
+
+
+def lenders_of(index: Index) -> dict[str, str]:
+    """The attention blocks that use keys and values of an earlier one, and which; they say so."""
+    lending: dict[tuple[type, str], str] = {}
+    found: dict[str, str] = {}
+    for name, module in index.modules.items():
+        lends = getattr(module, "store_full_length_kv", None)
+        if not isinstance(lends, bool):
+            continue
+        kind = type(module), module.config.layer_types[module.layer_idx]  # type: ignore
+        if lends:
+            lending[kind] = name
+        elif getattr(module, "is_kv_shared_layer", False) and kind in lending:
+            found[name] = lending[kind]
+    return found
+
+
+def lender_of(lenders: dict[str, str], name: str) -> str:
+    """The block that makes the keys and values which one, or a module right in it, uses."""
+    block = name if name in lenders else name.rpartition(".")[0]
+    return lenders.get(block, name)
+
+
+def takes_keys_for_values(module: nn.Module) -> bool:
+    """Whether an attention block has one projection for both; it says so."""
+    return getattr(module, "use_alternative_attention", False) is True
+
+
+def without_values(index: Index, mapping: Mapping) -> tuple[str, ...]:
+    """The ``attn_o`` of all blocks whose values come out of the projection of the keys."""
+    blocks, lenders = find_modules(index, mapping.attn), lenders_of(index)
+    found = {
+        block for block in blocks if takes_keys_for_values(index.modules[lender_of(lenders, block)])
+    }
+    outputs = _inside(found, find_sites(index, mapping.attn_o, group="R2"))
+    return tuple(name for names in outputs.values() for name in names)
+
+
+def differ(index: Index, mapping: Mapping) -> bool:
+    """Whether attention blocks differ in their values' heads, or in whether they make values."""
+    blocks = find_modules(index, mapping.attn)
+    odd = any(takes_keys_for_values(module) for module in blocks.values())
+    return odd or bool(lenders_of(index)) or head_dim_of(index, mapping) is None
+
+
 def key_dim_of(index: Index, mapping: Mapping) -> int | None:
     """Size of one key head; None if layers differ or do not say, or cache no keys but a latent."""
     if mapping.latent_writers:
@@ -38,16 +95,20 @@ def key_dim_of(index: Index, mapping: Mapping) -> int | None:
     return found.pop() if len(found) == 1 else None
 
 
-def head_dim_of(index: Index, mapping: Mapping) -> int:
+def head_dim_of(index: Index, mapping: Mapping) -> int | None:
     """Size of one value head: the mapping's, the module's or the configuration's.
 
+    None if layers differ, and every head has a projection's rows to itself.
+
     Raises:
-        RotationError: none of them has it, or layers differ.
+        RotationError: none of them has it, or layers differ otherwise.
     """
     if mapping.attn_head_dim is not None:
         return mapping.attn_head_dim
     config = index.config.get_text_config()
     found = {head_size(m, config) for m in find_modules(index, mapping.attn).values()}
+    if len(found) > 1 and None not in found and mapping.attn_v_rows == "all":
+        return None
     if len(found) != 1 or not isinstance(size := found.pop(), int):
         raise RotationError(
             f"the head size of {index.class_name} is not one number ({found}); "
@@ -137,27 +198,36 @@ def value_part(model: nn.Module, site: Site, rows: Rows) -> Part:
     return Part(1, kv_heads * size) if rows == "qkv" else Part(kv_heads, size)
 
 
-def check_heads(index: Index, mapping: Mapping, head_dim: int) -> None:
-    """Refuse R2 unless every attention block has one value and one output projection to rotate."""
+def check_heads(index: Index, mapping: Mapping, head_dim: int | None) -> None:
+    """Refuse R2 unless every attention block has one value and one output projection to rotate.
+
+    A block that takes its keys for values, or uses the values of another, needs the output alone.
+
+    Args:
+        index: the model.
+        mapping: its roles.
+        head_dim: size of a value head; None where layers differ.
+    """
     blocks = find_modules(index, mapping.attn)
     roles = [mapping.attn_o] if mapping.attn_gated else [mapping.attn_v, mapping.attn_o]
     found = [[*find_sites(index, patterns, group="R2")] for patterns in roles]
     inside = [_inside(blocks, names) for names in found]
-    config = index.config.get_text_config()
+    config, lenders = index.config.get_text_config(), lenders_of(index)
     for block, module in blocks.items():
         own = [names[block] for names in inside]
-        if any(len(names) != 1 for names in own):
+        bare = not own[0] and (block in lenders or takes_keys_for_values(module))
+        if any(len(names) != 1 for names in own[bare:]):
             raise RotationError(
                 f"R2: {block} needs one attn_v and one attn_o in mappings, "
                 f"found {' and '.join(map(str, own))}"
             )
         actual = head_size(module, config)
-        if actual not in (None, head_dim):
+        if head_dim is not None and actual not in (None, head_dim):
             raise RotationError(
                 f"R2: {block} has heads of size {actual}, mappings says attn_head_dim={head_dim}"
             )
-    if any(len(names) != len(blocks) for names in found):
-        stray = [n for names in found for n in names if n.rpartition(".")[0] not in blocks]
+    settled = {name for each in inside for names in each.values() for name in names}
+    if stray := [name for names in found for name in names if name not in settled]:
         raise RotationError(f"R2: {', '.join(stray[:4])} is in no attention block that attn names")
 
 

@@ -14,7 +14,14 @@ import torch
 
 from fastrot.ends import between_ends
 from fastrot.errors import RotationError
-from fastrot.heads import check_heads, check_latents, head_dim_of, key_dim_of
+from fastrot.heads import (
+    check_heads,
+    check_latents,
+    differ,
+    head_dim_of,
+    key_dim_of,
+    without_values,
+)
 from fastrot.index import Index, find_holders
 from fastrot.mapping import PLACES, ROTATIONS, STREAM, Mapping, NormMapping
 from fastrot.middle import middle_places
@@ -23,7 +30,7 @@ from fastrot.recipe import Recipe
 from fastrot.rotations import MATRIX, PERMUTATION, Rotation
 from fastrot.rows import UnsupportedRotationError, known_norms, roles_of
 from fastrot.sites import find_sites
-from fastrot.transform_config import TransformArgs, TransformConfig, TransformScheme
+from fastrot.transform_config import Rows, TransformArgs, TransformConfig, TransformScheme
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,7 @@ class Kind:
     """One of R1 to R4.
 
     Attributes:
-        places: where it acts, from the roles.
+        places: where it acts, from the roles and what the model has of them.
         check: refuses what is a matter of this rotation alone.
         head: the size of the head that it spans; None where it spans the whole dimension, so that
             a ``block_size`` for all is meant for it.
@@ -41,7 +48,7 @@ class Kind:
         through_norms: whether it passes the norms, and must fix the ones vector where one centres.
     """
 
-    places: Callable[[Mapping], tuple[TransformArgs, ...]]
+    places: Callable[[Index, Mapping], tuple[TransformArgs, ...]]
     check: Callable[[Index, Mapping, Sequence[NormMapping]], None]
     head: Callable[[Index, Mapping], int | None] | None = None
     per_layer: bool = True
@@ -85,7 +92,7 @@ def configured(index: Index, recipe: Recipe) -> Configured:
         name: _fixing_ones(given) if centred and SPINQUANT[name].through_norms else given
         for name, given in (recipe.matrices or {}).items()
     }
-    places = {name: SPINQUANT[name].places(mapping) for name in wanted}
+    places = {name: SPINQUANT[name].places(index, mapping) for name in wanted}
     latents = mapping.latent_writers, mapping.latent_readers
     for places_of in (mapping.between, mapping.throughout, *latents):
         find_holders(index, places_of)  # they name something, whether it is asked for or not
@@ -186,7 +193,7 @@ def _given_sizes(recipe: Recipe) -> dict[str, int]:
     return given
 
 
-def _stream_places(mapping: Mapping) -> tuple[TransformArgs, ...]:
+def _stream_places(index: Index, mapping: Mapping) -> tuple[TransformArgs, ...]:
     bare = mapping.transposed
     elsewhere = (*mapping.post_norm_in, *bare)
     places = [
@@ -217,20 +224,27 @@ def _check_head(index: Index, mapping: Mapping, norms: Sequence[NormMapping]) ->
     )
 
 
-def _value_places(mapping: Mapping) -> tuple[TransformArgs, ...]:
+def _value_places(index: Index, mapping: Mapping) -> tuple[TransformArgs, ...]:
     if mapping.attn_gated:
         return _before(mapping.attn_o)
-    return (
-        TransformArgs(mapping.attn_v, "weight_output", rows=mapping.attn_v_rows),
-        TransformArgs(mapping.attn_o, "weight_input", inverse=True),
+    uneven = differ(index, mapping)
+    rows: Rows = "heads" if uneven else mapping.attn_v_rows
+    places = (
+        TransformArgs(mapping.attn_v, "weight_output", rows=rows),
+        TransformArgs(
+            mapping.attn_o, "weight_input", inverse=True, rows="heads" if uneven else "all"
+        ),
     )
+    # Rows of a projection that makes keys, too, can't be turned for the values alone.
+    bare = without_values(index, mapping)
+    return (*places, TransformArgs(bare, "input", rows="heads")) if bare else places
 
 
 def _check_values(index: Index, mapping: Mapping, norms: Sequence[NormMapping]) -> None:
     check_heads(index, mapping, head_dim_of(index, mapping))
 
 
-def _key_places(mapping: Mapping) -> tuple[TransformArgs, ...]:
+def _key_places(index: Index, mapping: Mapping) -> tuple[TransformArgs, ...]:
     """What is cached of the keys: these, or the latent that they are made from.
 
     With ``c`` the latent, ``γ`` the scale of the norm behind it and ``B`` what reads it,
@@ -255,7 +269,7 @@ def _check_keys(index: Index, mapping: Mapping, norms: Sequence[NormMapping]) ->
         )
 
 
-def _down_places(mapping: Mapping) -> tuple[TransformArgs, ...]:
+def _down_places(index: Index, mapping: Mapping) -> tuple[TransformArgs, ...]:
     return _before(mapping.mlp_out)
 
 

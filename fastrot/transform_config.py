@@ -36,7 +36,7 @@ FUSED_LOCATIONS = ("weight_input", "weight_output")
 ATTENTION_LOCATIONS = ("q_attn", "k_cache")
 LOCATIONS = ("input", "output", *FUSED_LOCATIONS, *ATTENTION_LOCATIONS)
 PRECISIONS = (torch.float64, torch.float32)
-Rows = Literal["all", "transposed", "qkv", "grouped", "latent", "compressed"]
+Rows = Literal["all", "heads", "transposed", "qkv", "grouped", "latent", "compressed"]
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,10 @@ class TransformArgs:
         location: one of :data:`LOCATIONS`.
         inverse: use the transpose.
         ignore: patterns of modules that are left out of ``targets``.
-        rows: ``all``; ``transposed`` for bare matrices (in, out); ``compressed``, the first, which
-            are the latent of latent attention; otherwise only the values, see
-            ``Mapping.attn_v_rows``.
+        rows: ``all``; ``heads``, each head by itself, whose size is that of the attention block
+            around, and whose rotation is that of the layer the values are made in;
+            ``transposed`` for bare matrices (in, out); ``compressed``, the first, which are the
+            latent of latent attention; otherwise only the values, see ``Mapping.attn_v_rows``.
     """
 
     targets: tuple[str, ...]

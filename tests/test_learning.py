@@ -331,3 +331,65 @@ def test_the_code_in_the_document_runs(capsys):
     (code,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     exec(code, {})
     assert capsys.readouterr().out.startswith("w4a4kv4: loss ")
+
+
+def dots():
+    """Latents of two sizes."""
+    family = FAMILIES.get("dots3_note")
+    if family is None:
+        pytest.skip("this transformers has no dots3_note")
+    config = copy.deepcopy(family.config["text_config"])
+    config["per_layer_config"][1]["kv_lora_rank"] = 20
+    return build(family, torch.float32, text_config=config)
+
+
+@pytest.mark.parametrize(
+    ("make", "rotation", "message"),
+    [
+        (
+            dots,
+            "R3",
+            r"orders by layers are 28 in 0 and 20 in 1; give block_size={'R3': 4}, .* out",
+        ),
+        *(
+            (
+                lambda: build(FAMILIES["gemma4_text"], torch.float32),
+                name,
+                "16 in 0, 2 and 24 in 1, 3",
+            )
+            for name in ("R2", "R3")
+        ),
+    ],
+)
+def test_sizes_that_differ_between_layers_are_refused_before_anything_runs(
+    make, rotation, message, monkeypatch
+):
+    model = make()
+    before = fingerprint(model)
+    monkeypatch.setattr(learner, "capture", lambda *_: pytest.fail("it was too late"))
+    with pytest.raises(RotationError, match=message) as caught:
+        fastrot.learn(model, torch.arange(3, 51).reshape(8, 6), rotation, **FAST)
+    assert f"{rotation} can't be learned" in str(caught.value)
+    assert difference(before, fingerprint(model)) == []
+
+
+@pytest.mark.parametrize("name", ["R2", "R3"])
+def test_layers_that_share_keys_and_values_learn_one(name, monkeypatch):
+    """There is one for each layer that makes keys; all that use these count, and stay exact."""
+    model = build(FAMILIES["gemma4_shared"], torch.float32)
+    ids = random_ids(model, 8, 12, seed=0)
+    monkeypatch.setattr(learner, "_better", lambda *_: True)
+    learned = fastrot.learn(model, ids, name, block_size={name: 8}, refine=2, **FAST)
+    assert len(learned.matrices[name]) == 2
+    rotated = copy.deepcopy(model).double()
+    before = logits(rotated, ids)
+    fastrot.apply(rotated, learned, undo="none")
+    assert relative_error(logits(rotated, ids), before) <= 1e-6
+
+
+def test_the_output_projection_of_who_borrows_is_a_term_of_the_lender():
+    model = build(FAMILIES["gemma4_shared"], torch.float32)
+    plan = fastrot.apply(model, "R2", block_size={"R2": 8}).plan
+    captured = capture(model, random_ids(model, 2, 12, seed=0), {"o"}, 8, 0)
+    terms = terms_of(model, plan, Scheme.parse("w4a4"), captured)
+    assert {place: len(each) for place, each in terms.items()} == {("R2", 0): 5, ("R2", 1): 5}

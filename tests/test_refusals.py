@@ -809,11 +809,11 @@ MODELS = {
         {"rotations": "R2"},
         with_module(f"{LAYER}.self_attn.o_proj", LowRank),
     ),
-    "head sizes differ": Case(
+    "heads of a layer do not divide its values": Case(
         ValueError,
-        ("head size", "LlamaForCausalLM", "attn_head_dim"),
+        ("R2", "model.layers.1.self_attn.v_proj", "block_size=28", "divide 32"),
         {"rotations": "R2"},
-        changes(lambda m: setattr(m.model.layers[1].self_attn, "head_dim", 8)),
+        changes(lambda m: setattr(m.model.layers[1].self_attn, "head_dim", 28)),
     ),
     "streams of two sizes": Case(
         ValueError,

@@ -49,6 +49,7 @@ BEHIND = {  # family → rotation that its row has and a suggestion lacks
     "modernbert-decoder": {"R1": "a norm stands between the embedding and the stream"},
     "zamba2": {"R2": "the adapter of the values looks like another projection"},
     **{name: {"R2": NO_STREAM} for name in ("dory", "zaya", "inkling_text")},
+    "gemma4_experts": {"R1": "a scale of the router's is no norm", "R2": NO_STREAM},
     "doge": {"R2": NO_STREAM, "R4": "rounding may change which positions it keeps"},
     "longcat_flash": {
         "R2": NO_STREAM,
@@ -108,7 +109,8 @@ def split(model, row):
 
 def check(model):
     suggestion = suggest_mapping(model)
-    behind = BEHIND.get(model.config.model_type, {})
+    with_experts = getattr(model.config, "enable_moe_block", False)
+    behind = BEHIND.get("gemma4_experts" if with_experts else model.config.model_type, {})
     row = fastrot.rows.present(Index(model), find_architecture(model.config))
     places = {
         "R1": row.mapping.embedding,

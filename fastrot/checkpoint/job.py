@@ -181,6 +181,9 @@ def _norms(
     """The weights of all folded norms; each norm is checked to compute what its row says."""
     norms = {}
     for norm in plan.norms:
+        if norm.kind == "scale":
+            norms[norm.parameter] = _read(norm.parameter, made, entries)
+            continue
         module = model.get_submodule(norm.name)
         for leaf in ("weight", "bias"):
             name = f"{norm.name}.{leaf}"

@@ -104,9 +104,9 @@ class FoldedNorm:
     """A norm whose scale moves into its readers: its weight becomes what leaves a scale of one.
 
     Attributes:
-        name: of the module.
+        name: of the module, or of a bare vector.
         offset: what it adds to its weight.
-        kind: ``rms`` or ``layer``.
+        kind: ``rms``, ``layer``, or ``scale`` for a bare vector.
         width: size of its input.
         weighted: whether it has a weight at all; one without is only checked to be what it should.
     """
@@ -120,7 +120,12 @@ class FoldedNorm:
     @property
     def parameter(self) -> str:
         """The name of its weight."""
-        return f"{self.name}.weight"
+        return self.name if self.kind == "scale" else f"{self.name}.weight"
+
+    @property
+    def module(self) -> str:
+        """The name of the module that holds the weight."""
+        return self.name.rpartition(".")[0] if self.kind == "scale" else self.name
 
     @property
     def value(self) -> float:

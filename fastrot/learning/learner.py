@@ -23,7 +23,7 @@ from fastrot.learning.learned import Learned
 from fastrot.learning.objective import total
 from fastrot.learning.orthogonal import Walk, defect, descend, polished
 from fastrot.learning.refine import simulated
-from fastrot.learning.terms import SITES, bases, terms_of
+from fastrot.learning.terms import SITES, bases, check_one_order, terms_of
 from fastrot.recipe import Recipe, takes_recipe
 from fastrot.rotations.stages import dense
 
@@ -84,8 +84,8 @@ def learn(
         options: see :class:`fastrot.Recipe`.
 
     Raises:
-        RotationError: nothing in the recipe can be learned for this scheme, matrices are given
-            already, or the text is too short.
+        RotationError: nothing in the recipe can be learned for this scheme, a rotation differs in
+            size between layers, matrices are given already, or the text is too short.
     """
     check_model(model)
     check_flag("progress", progress)
@@ -148,6 +148,7 @@ def _fitted(
 ) -> tuple[dict[str, list[Tensor]], list[float]]:
     """The learned matrices of a model that is rotated by a plan, and the history of R1."""
     rotations = {name: each for name, each in bases(plan, rotated).items() if name in wanted}
+    check_one_order(rotations)
     counts = {name: steps if name == "R1" else -(-steps // SHORTER) for name in rotations}
     bar.reset(len(windows) + sum(counts[name] * len(each) for name, each in rotations.items()))
     bar.set_description("capture")

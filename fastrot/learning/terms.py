@@ -4,14 +4,19 @@ Everything is relative to that: a learned ``R`` comes behind the rotation that i
 ``Q R`` is what the model gets in the end.
 """
 
+import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from fastrot.coverage import some
 from fastrot.edits import Plan
 from fastrot.edits.steps import Part, Rotate
+from fastrot.errors import RotationError
+from fastrot.heads import lenders_of
+from fastrot.index import Index
 from fastrot.lab.quantized import decoder_layers, layer_of, linears_of
 from fastrot.lab.schemes import Scheme
 from fastrot.learning.capture import Captured
@@ -22,26 +27,59 @@ SITES = {"R1": ("attention", "mlp"), "R2": ("o", "values"), "R3": ("keys", "late
 """What the rotations that can be learned turn."""
 
 Place = tuple[str, int | None]
-"""A rotation: its name and, but for R1, its layer."""
+"""A rotation: its name and, but for R1, its layer; a layer that uses the keys and values of another
+has the rotations of that one."""
 
 
 def bases(plan: Plan, model: Any) -> dict[str, dict[int | None, Rotation]]:
     """The rotations of a plan by name and layer; R1 has one, of the layer None."""
-    layers = decoder_layers(model)
+    layers, lent = decoder_layers(model), _lent(model)
     found: dict[str, dict[int | None, Rotation]] = {name: {} for name in SITES}
     for edit in plan.weights:
         for step in edit.steps:
             if isinstance(step, Rotate) and step.group in found:
-                layer = None if step.group == "R1" else layer_of(edit.parameter, layers)
+                _, layer = _place(step.group, layer_of(edit.parameter, layers), lent)
                 found[step.group][layer] = step.rotation
     for site in plan.online:
         if site.group == "R3":
-            found["R3"][layer_of(site.module, layers)] = site.rotation
+            _, layer = _place("R3", layer_of(site.module, layers), lent)
+            found["R3"][layer] = site.rotation
     return {
         name: dict(sorted(each.items(), key=lambda item: item[0] or 0))
         for name, each in found.items()
         if each
     }
+
+
+def check_one_order(rotations: Mapping[str, Mapping[int | None, Rotation]]) -> None:
+    """Refuse rotations that differ in size between layers: their matrices are of one order.
+
+    Raises:
+        RotationError: names the rotation, the layers with each size, and the ways out.
+    """
+    for name, each in rotations.items():
+        layers: dict[int, list[str]] = defaultdict(list)
+        for layer, base in each.items():
+            layers[base.block].append(str(layer))
+        if len(layers) > 1:
+            found = " and ".join(f"{size} in {some(at)}" for size, at in layers.items())
+            common = math.gcd(*layers)
+            way = f"give block_size={{{name!r}: {common}}}, which divides all, or "
+            raise RotationError(
+                f"{name} can't be learned: a list of matrices has one order, and its orders by "
+                f"layers are {found}; {way if common > 1 else ''}leave {name} out"
+            )
+
+
+def _lent(model: Any) -> dict[int | None, int | None]:
+    """The layers that use the keys and values of another, and which."""
+    layers = decoder_layers(model)
+    lenders = lenders_of(Index(model)).items()
+    return {layer_of(block, layers): layer_of(lender, layers) for block, lender in lenders}
+
+
+def _place(group: str, layer: int | None, lent: Mapping[int | None, int | None]) -> Place:
+    return group, None if group == "R1" else lent.get(layer, layer)
 
 
 def terms_of(model: Any, plan: Plan, scheme: Scheme, captured: Captured) -> dict[Place, list[Term]]:
@@ -54,11 +92,12 @@ def terms_of(model: Any, plan: Plan, scheme: Scheme, captured: Captured) -> dict
         captured: of the rotated model.
     """
     found: dict[Place, list[Term]] = defaultdict(list)
+    lent = _lent(model)
     for group, sites in SITES.items():
         for (site, layer), vectors in captured.vectors.items():
             numbers = scheme.at(site)
             if site in sites and numbers is not None:
-                found[group, None if group == "R1" else layer].append(
+                found[_place(group, layer, lent)].append(
                     of_site(vectors, captured.energies[site, layer], numbers)
                 )
     if scheme.weights is not None:
@@ -90,7 +129,7 @@ class Turn(NamedTuple):
 
 def turns_of(model: Any, plan: Plan) -> Iterator[Turn]:
     """What turns the linear modules in the layers."""
-    layers = decoder_layers(model)
+    layers, lent = decoder_layers(model), _lent(model)
     edits = {edit.parameter: edit for edit in plan.weights}
     for name, module in linears_of(model).items():
         edit = edits.get(f"{name}.weight")
@@ -99,5 +138,5 @@ def turns_of(model: Any, plan: Plan) -> Iterator[Turn]:
         matrix = weight.detach() if plain else weight.detach().T
         for step in edit.steps if edit else ():
             if isinstance(step, Rotate) and step.group in SITES:
-                place = step.group, None if step.group == "R1" else layer_of(name, layers)
+                place = _place(step.group, layer_of(name, layers), lent)
                 yield Turn(name, place, step.dim == (0 if plain else 1), step.part, matrix)

@@ -104,14 +104,13 @@ GEMMA2 = replace(
     ),
 )
 
-SHARED = "some layers use the keys and values of others"
-
 GEMMA3N = Architecture(
     LLAMA.mapping,
     (),
-    when={"num_kv_shared_layers": 0},
     refuses={"R1": "LAuReL adds the scaled output of a norm to the stream"},
 )
+
+BARE = "R2 is online where a layer takes its keys for values"
 
 GEMMA4 = Architecture(
     replace(
@@ -134,26 +133,47 @@ GEMMA4 = Architecture(
         LLAMA.norms[2],
         NormMapping(None, (r"re:.*\.per_layer_input_gate$", r"re:.*\.per_layer_model_projection$")),
     ),
-    when={"enable_moe_block": False, "num_kv_shared_layers": 0},
-    refuses={"R2": "some layers take their keys for values, and their heads differ in size"},
-    notes="per-layer inputs",
+    when={"enable_moe_block": False},
+    notes=f"per-layer inputs; {BARE}",
 )
 
 GEMMA4_EXPERTS = replace(
     GEMMA4,
     mapping=replace(
         GEMMA4.mapping,
+        mlp_in=(*GATE_UP, r"re:.*layers\.\d+\.experts\.gate_up_proj$"),
         mlp_out=(r"re:.*mlp\.down_proj$", r"re:.*layers\.\d+\.experts\.down_proj$"),
+        readers=(*GEMMA4.mapping.readers, r"re:.*\.router\.proj$"),
+        post_norm_in=(
+            *GEMMA4.mapping.post_norm_in,
+            r"re:.*layers\.\d+\.experts\.down_proj$",
+        ),
+        ignore=(
+            *GEMMA4.mapping.ignore,
+            Untouched(
+                r"re:.*\.post_feedforward_layernorm_[12]\.weight$",
+                "stands before the norm that writes into the stream",
+            ),
+            Untouched(r"re:.*\.router\.per_expert_scale$", "weighs the experts"),
+        ),
     ),
-    when={"enable_moe_block": True, "num_kv_shared_layers": 0},
-    refuses={**GEMMA4.refuses, "R1": "its router scales the stream channel by channel"},
+    norms=(
+        *GEMMA4.norms,
+        NormMapping(
+            r"re:.*\.pre_feedforward_layernorm_2$",
+            (r"re:.*layers\.\d+\.experts\.gate_up_proj$",),
+        ),
+        NormMapping(r"re:.*\.router\.norm$", (r"re:.*\.router\.proj$",)),
+        NormMapping(r"re:.*\.router\.scale$", (r"re:.*\.router\.proj$",), kind="scale"),
+    ),
+    when={"enable_moe_block": True},
+    notes=f"{GEMMA4.notes}; its router scales what it reads by a vector, which is folded too",
 )
 
 GEMMA4_UNIFIED = Architecture(
     GEMMA2.mapping,
     (*GEMMA4.norms[:3],),
-    when={"num_kv_shared_layers": 0},
-    refuses=GEMMA4.refuses,
+    notes=BARE,
 )
 
 OLMO2 = Architecture(
@@ -261,23 +281,9 @@ ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     "vaultgemma": VAULT_GEMMA,
     "gemma2": GEMMA2,
     "gemma3_text": GEMMA2,
-    "gemma3n_text": (
-        GEMMA3N,
-        replace(GEMMA3N, when={}, refuses={**GEMMA3N.refuses, "R2": SHARED, "R3": SHARED}),
-    ),
-    "gemma4_text": (
-        GEMMA4,
-        GEMMA4_EXPERTS,
-        replace(
-            GEMMA4,
-            when={"enable_moe_block": False},
-            refuses={**GEMMA4.refuses, "R3": SHARED},
-        ),
-    ),
-    "gemma4_unified_text": (
-        GEMMA4_UNIFIED,
-        replace(GEMMA4_UNIFIED, when={}, refuses={**GEMMA4.refuses, "R3": SHARED}),
-    ),
+    "gemma3n_text": GEMMA3N,
+    "gemma4_text": (GEMMA4, GEMMA4_EXPERTS),
+    "gemma4_unified_text": GEMMA4_UNIFIED,
     "olmo2": OLMO2,
     "olmo3": OLMO2,
     "exaone4": OLMO2,

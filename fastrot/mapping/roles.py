@@ -13,7 +13,7 @@ from fastrot.errors import RotationError
 
 Patterns = tuple[str, ...]
 ValueRows = Literal["all", "qkv", "grouped", "latent"]
-NormKind = Literal["rms", "layer"]
+NormKind = Literal["rms", "layer", "scale"]
 
 PLACES = {"R1": "embedding", "R2": "attn_o", "R3": "attn", "R4": "mlp_out"}
 """The rotations, each with the role without which it has no place."""
@@ -156,7 +156,9 @@ class NormMapping:
             parameters.
         linears: the readers; each belongs to the norm with which its name shares most.
         offset: the norm multiplies by ``weight + offset`` (1 for Gemma's norms and LayerNorm1p).
-        kind: ``rms``, or ``layer`` for a LayerNorm: it centres, so R1 must fix the ones vector.
+        kind: ``rms``; ``layer`` for a LayerNorm: it centres, so R1 must fix the ones vector;
+            ``scale`` if ``norm`` names a bare vector that multiplies what a norm without a scale
+            makes, before the readers.
     """
 
     norm: str | None
@@ -172,7 +174,8 @@ class NormMapping:
         if not number or not abs(self.offset) < 2**63:
             raise TypeError(f"offset must be a number, got {self.offset!r}")
         if self.kind not in get_args(NormKind):
-            raise TypeError(f"kind must be 'rms' or 'layer', got {self.kind!r}")
+            known = ", ".join(get_args(NormKind))
+            raise TypeError(f"kind must be one of {known}, got {self.kind!r}")
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,15 @@
 """R3: queries are rotated by the attention function, keys on their way into the cache.
 
 Both come after RoPE. A key is rotated once, when it is new, so a cache holds rotated keys only;
-where no cache takes the keys, the attention function rotates them. What an attention module calls
-its cache does not matter: the cache is known by its type. The state lies on the attention module;
-the functions here hold none.
+where no cache takes the keys, the attention function rotates them. Keys that a layer lends to
+others are lent rotated. What an attention module calls its cache does not matter: the cache is
+known by its type. The state lies on the attention module; the functions here hold none.
 """
 
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +77,16 @@ class Keys:
     def __init__(self, rotation: nn.Module):
         self.rotation = rotation
         self.cached = False
+        self._given: Tensor | None = None
+        self._turned: Tensor | None = None
+
+    def rotated(self, key: Tensor) -> Tensor:
+        """What attention works with: ``key`` rotated, once however often it is asked for."""
+        if self.cached:
+            return key
+        if self._turned is None or key is not self._given:
+            self._given, self._turned = key, self.rotation(key)
+        return self._turned
 
 
 def rotating_interface(get_interface: Callable[..., Any]) -> Callable[..., Any]:
@@ -113,8 +123,7 @@ def _attend(
                 "keyword arguments from its attention function, so its keys would not be rotated; "
                 "call the module itself, or leave R3 out"
             )
-        if not keys.cached:
-            key = keys.rotation(key)
+        key = keys.rotated(key)
         # A paged cache of transformers 5.17 is updated by the function.
         kwargs = {name: _own(value) for name, value in kwargs.items()}
     return function(module, query, key, *args, **kwargs)
@@ -146,6 +155,33 @@ class KeyRotatingCache:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.cache, name)
+
+
+class RotatedKeys:
+    """Stands before the dict in which layers lend others ``(keys, values)``, for one such call.
+
+    What is put in is rotated, unless it came out of a cache, so that who borrows it rotates only
+    queries. Everything else is the dict's own.
+    """
+
+    def __init__(self, lent: MutableMapping[Any, Any], keys: Keys):
+        self.lent: Any = lent
+        self.keys = keys
+
+    def __setitem__(self, name: Any, states: tuple[Tensor, Tensor]) -> None:
+        key, value = states
+        self.lent[name] = self.keys.rotated(key), value
+
+    def __getitem__(self, name: Any) -> Any:
+        return self.lent[name]
+
+    def to(self, *args: Any, **kwargs: Any) -> "RotatedKeys":
+        """Move what is lent, in place; accelerate does between layers."""
+        self.lent.to(*args, **kwargs)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.lent, name)
 
 
 def _own(value: Any) -> Any:
@@ -194,5 +230,12 @@ def rotate_keys(
             "model.set_attn_implementation('sdpa')"
         )
     keys = Keys(module.fastrot_k_cache)
-    named = {name: _rotating(value, keys) for name, value in kwargs.items()}
-    return tuple(_rotating(value, keys) for value in args), {**named, KEYS: keys}
+    lends = getattr(module, "store_full_length_kv", False)
+
+    def rotating(value: Any) -> Any:
+        if lends and isinstance(value, MutableMapping):
+            return RotatedKeys(value, keys)
+        return _rotating(value, keys)
+
+    named = {name: rotating(value) for name, value in kwargs.items()}
+    return tuple(rotating(value) for value in args), {**named, KEYS: keys}

@@ -5,11 +5,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import takewhile
 
+from torch import nn
+
 from fastrot.checks import check_norm_form
 from fastrot.coverage import some
 from fastrot.edits import FoldedNorm, Rotate, Scale
 from fastrot.errors import RotationError
-from fastrot.index import Index, find_modules
+from fastrot.index import Index, find_holders
 from fastrot.mapping import NormMapping
 from fastrot.resolve.places import layer_of
 from fastrot.resolve.steps import Steps
@@ -34,7 +36,7 @@ def fold_norms(
                 _check_centred(name, steps.inputs[name])
         if mapping.norm is None:
             continue
-        found = find_modules(index, (mapping.norm,))
+        found = find_holders(index, (mapping.norm,))
         fed = _fed(found, readers)
         for norm, module in found.items():
             own = fed[norm]
@@ -42,10 +44,12 @@ def fold_norms(
                 raise RotationError(f"norm {norm} feeds none of {', '.join(mapping.linears)}")
             if not rotated.intersection(own):
                 continue
-            weighted = getattr(module, "weight", None) is not None
             width = _width(readers[own[0]])
             check_norm_form(norm, module, mapping.kind, width)
-            steps.norms.append(FoldedNorm(norm, mapping.offset, mapping.kind, width, weighted))
+            bare = isinstance(module, nn.Parameter)
+            weighted = bare or getattr(module, "weight", None) is not None
+            folded = FoldedNorm(norm, mapping.offset, mapping.kind, width, weighted)
+            steps.norms.append(folded)
             if not weighted:
                 continue
             for reader in own:
@@ -57,9 +61,9 @@ def fold_norms(
                 if site.weight in steps.scales:
                     raise RotationError(
                         f"{reader} reads two norms, {steps.scales[site.weight][0].norm} and "
-                        f"{norm}.weight; give it one in norm_mappings"
+                        f"{folded.parameter}; give it one in norm_mappings"
                     )
-                scale = Scale(dim, f"{norm}.weight", mapping.offset)
+                scale = Scale(dim, folded.parameter, mapping.offset)
                 steps.scales[site.weight] = (scale,)
             if getattr(module, "bias", None) is not None:
                 _fold_bias(norm, mapping.offset, own, steps)

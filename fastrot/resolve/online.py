@@ -7,11 +7,17 @@ from torch import nn
 
 from fastrot.edits import OnlineSite
 from fastrot.errors import RotationError
-from fastrot.heads import KEY_NAMES, head_size
+from fastrot.heads import KEY_NAMES, head_around, head_size, lender_of, lenders_of
 from fastrot.index import Index, find_holders, find_modules
 from fastrot.resolve.places import places, rotation_of
+from fastrot.rotations import Rotation
 from fastrot.sites import holds_itself, site_of
-from fastrot.transform_config import ATTENTION_LOCATIONS, TransformArgs, TransformConfig
+from fastrot.transform_config import (
+    ATTENTION_LOCATIONS,
+    TransformArgs,
+    TransformConfig,
+    TransformScheme,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,17 +28,30 @@ def resolve_online(
 ) -> list[OnlineSite]:
     """The online part alone; needs the names and sizes of modules, no weights."""
     index = Index.of(model)
+    lenders = lenders_of(index)
+
+    def rotation(
+        group: str, scheme: TransformScheme, args: TransformArgs, module: str, size: int
+    ) -> Rotation:
+        by_heads = args.rows == "heads"
+        shared = by_heads or args.location in ATTENTION_LOCATIONS
+        at = lender_of(lenders, module) if shared else module
+        head = head_around(index, module) if by_heads else None
+        return rotation_of(index, group, scheme, at, size, seed, head)
+
     sites = [
         OnlineSite(
             module=module,
             location=location,
-            rotation=rotation_of(index, group, scheme, module, size, seed),
+            rotation=rotation(group, scheme, args, module, size),
             inverse=args.inverse,
             group=group,
             dtype=scheme.precision,
         )
         for group, scheme, args in places(config, online=True)
         for module, location, size in _online_places(index, group, args)
+        # Keys that a layer takes from another are rotated where they are made.
+        if location != "k_cache" or module not in lenders
     ]
     taken: dict[tuple[str, str], str] = {}
     for site in sites:

@@ -25,15 +25,34 @@ def places(
 
 
 def rotation_of(
-    index: Index, group: str, scheme: TransformScheme, name: str, size: int, seed: int
+    index: Index,
+    group: str,
+    scheme: TransformScheme,
+    name: str,
+    size: int,
+    seed: int,
+    head: int | None = None,
 ) -> Rotation:
     """The rotation of a scheme at the module or parameter ``name``.
 
     Places whose blocks are the same share their operand, which is made but once.
 
+    Args:
+        index: where rotations are kept.
+        group: the name of the scheme.
+        scheme: what it says.
+        name: decides which layer's rotation it is.
+        size: of the dimension.
+        seed: of random rotations.
+        head: what blocks must not reach beyond; the default block.
+
     Raises:
         ValueError: the size does not allow it.
     """
+    if head is not None and scheme.head_dim is not None and head % scheme.head_dim:
+        raise RotationError(
+            f"block_size={scheme.head_dim} of {group} does not divide the heads of {name}, {head}"
+        )
     kind, label = scheme.type, group
     if scheme.matrices:
         seed, label = 0, _matrix_of(group, scheme, name)
@@ -45,7 +64,7 @@ def rotation_of(
         rotation = Rotation(
             kind,  # type: ignore[arg-type]
             size,
-            scheme.head_dim,
+            scheme.head_dim or head,
             seed,
             label,
             scheme.fixes_ones,

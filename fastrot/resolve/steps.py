@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 from fastrot.edits import FoldedNorm, Rotate, Scale
 from fastrot.errors import RotationError
-from fastrot.heads import latent_part, value_part
+from fastrot.heads import head_around, latent_part, lender_of, lenders_of, value_part
 from fastrot.index import Index
 from fastrot.resolve.places import places, rotation_of
 from fastrot.sites import find_sites
@@ -31,6 +31,7 @@ class Steps:
 
 def rotate_sites(index: Index, config: TransformConfig, seed: int, steps: Steps) -> None:
     """Note every fused rotation of a configuration in ``steps``."""
+    lenders = lenders_of(index)
     for group, scheme, args in places(config, online=False):
         bare = args.rows == "transposed"
         found = find_sites(index, args.targets, args.ignore, group=group, transposed=bare)
@@ -43,10 +44,13 @@ def rotate_sites(index: Index, config: TransformConfig, seed: int, steps: Steps)
             if outwards and args.rows == "compressed":
                 latent = latent_part(index.model, site)
                 part = latent if latent.behind else None
-            elif outwards and args.rows not in ("all", "transposed"):
+            elif outwards and args.rows not in ("all", "heads", "transposed"):
                 part = value_part(index.model, site, args.rows)
             size = site.shape[dim] if part is None else part.size
-            rotation = rotation_of(index, group, scheme, name, size, seed)
+            by_heads = args.rows == "heads"
+            head = head_around(index, name) if by_heads else None
+            at = lender_of(lenders, name) if by_heads else name
+            rotation = rotation_of(index, group, scheme, at, size, seed, head)
             inverse = args.inverse if outwards else not args.inverse
             step = Rotate(dim, rotation, inverse, group, part)
             _add(steps, site.weight, step)

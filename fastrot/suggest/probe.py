@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -302,7 +302,7 @@ def _norm(name: str, module: nn.Module) -> Norm | None:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter) or weight.dim() != 1:
         return None
-    kinds: tuple[NormKind, ...] = get_args(NormKind)
+    kinds: tuple[NormKind, ...] = ("rms", "layer")
     for kind, offset in product(kinds, (0.0, 1.0)):
         try:
             check_norm(name, module, offset, kind, weight.numel())

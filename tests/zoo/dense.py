@@ -63,6 +63,7 @@ GEMMA4 = {
     "num_global_key_value_heads": 1,
 }
 
+KEYS_AS_VALUES = {"attention_k_eq_v": (False, True)}
 
 UNIFIED = {key: value for key, value in GEMMA4.items() if not key.endswith("per_layer_input")}
 
@@ -159,8 +160,13 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": _layered("gemma3_text", "Gemma3", SLIDING | {"query_pre_attn_scalar": 16}),
     "gemma3n_text": _layered("gemma3n_text", "Gemma3n", GEMMA3N),
     "gemma3n_shared": _layered("gemma3n_text", "Gemma3n", GEMMA3N | {"num_kv_shared_layers": 2}),
-    "gemma4_text": _layered("gemma4_text", "Gemma4", GEMMA4),
-    "gemma4_shared": _layered("gemma4_text", "Gemma4", GEMMA4 | {"num_kv_shared_layers": 2}),
+    "gemma4_text": _layered("gemma4_text", "Gemma4", GEMMA4, KEYS_AS_VALUES),
+    "gemma4_shared": _layered(
+        "gemma4_text",
+        "Gemma4",
+        GEMMA4 | {"num_kv_shared_layers": 2, "attention_k_eq_v": False},
+        KEYS_AS_VALUES,
+    ),
     "gemma4_experts": _layered(
         "gemma4_text",
         "Gemma4",
@@ -174,7 +180,10 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma4_unified_text": _layered("gemma4_unified_text", "Gemma4Unified", UNIFIED),
     "gemma4_unified_shared": _layered(
-        "gemma4_unified_text", "Gemma4Unified", UNIFIED | {"num_kv_shared_layers": 2}
+        "gemma4_unified_text",
+        "Gemma4Unified",
+        UNIFIED | {"num_kv_shared_layers": 2},
+        KEYS_AS_VALUES,
     ),
     "internlm3": _family(
         "internlm3", "Llama", {"qkv_bias": True, "bias": True}, {"qkv_bias": (True, False)}
