@@ -26,7 +26,7 @@ ROOMS = (
     ("sites",),
     ("heads", "coverage", "ends"),
     ("arguments", "rows"),
-    ("recipe",),
+    ("middle", "recipe"),
     ("spinquant",),
     ("resolve",),
     ("foreign", "fuse", "online"),
