@@ -10,14 +10,13 @@ RECORDED = Path(__file__).parent / "results" / "serving-matrix.json"
 HEAD = """# The matrix of servers
 
 Each cell was served and judged by `make serving-matrix`, on the CPU, with tiny random models of
-the families ({versions}), and is compared with the unrotated checkpoint in the same server and
-numbers:
+the families, and is compared with the unrotated checkpoint in the same server and numbers:
 
 - **right**: in float32 the same greedy tokens, and log-probabilities within 2·10⁻⁵. In other
   numbers the mean distance of the log-probabilities from those without rounding is at most twice
   that of the unrotated checkpoint; the figure is that ratio. Where rotations act online, taking
   those of any one place away makes the distance more than three times the limit.
-- **refused**: fastrot says why at the start, or with the first request where a note says so.
+- **refused**: fastrot says why, at the start, or in `fastrot serve` with the first request.
 - **not run**: the server does not do it with the unrotated checkpoint either, for the reason in
   the note.
 
@@ -26,6 +25,8 @@ one by one and in float32 also with continuous batching, and its log-probabiliti
 model that it has. W8A8 and W4A16 were quantized after rotating, in the format of
 compressed-tensors, experts as well; in transformers `fastrot.restore` follows loading there. fp8
 KV is `kv_cache_dtype="fp8"` on a model in float32, so nothing but the cache is rounded.
+
+Made with {versions}.
 """
 UNSERVED = {"status": "not run", "reason": "This cell has not been served yet."}
 # What differs between cells of one kind: names of classes and layers, counts.
@@ -33,7 +34,10 @@ GENERAL = {
     r"this \w+For\w+": "this model",
     r"\blayers\.\d+": "layers.N",
     r"\b\d+ (?=of the online|such)": "N ",
-    r"^\w+Error: ": "",
+    r", R\d on the [^;]+ first;": ";",
+    r"^NotImplementedError: (?=transformers)": "",
+    r"^(?=\w+Error: )": "The server's own ",
+    r"(?<=^.{300}).+": "...",
 }
 
 

@@ -17,6 +17,7 @@ from urllib.request import Request, urlopen
 
 import torch
 from engine import PROMPTS, Answers, answers, engine, rotations, without
+from helpers import word_tokenizer
 from quantized import token_scores
 from transformers import AutoModelForCausalLM
 from transformers.cli.serve import Serve
@@ -170,9 +171,8 @@ def _serve(folder, numbers):
 
 
 def _words(tokens):
-    """As the server's text: the end (2) ends it, padding (0) is left out, and 1 has a name."""
-    until = tokens.index(2) if 2 in tokens else len(tokens)
-    return " ".join("<s>" if token == 1 else f"w{token}" for token in tokens[:until] if token)
+    """As the server's text, without padding (0) and the end (2), which ends nothing here."""
+    return " ".join("<s>" if token == 1 else f"w{token}" for token in tokens if token not in (0, 2))
 
 
 @contextmanager
@@ -186,6 +186,8 @@ def _listening(folder, numbers, **options):
     name = manager.process_model_name(str(folder))
     model = manager.load_model_and_processor(name)[0]
     model.generation_config.eos_token_id = None
+    # For some families transformers would read the file as a tokenizer of another kind.
+    manager.loaded_models[name].processor = word_tokenizer(256)
 
     def ask(prompt):
         body = {"model": str(folder), "prompt": _words(prompt), "max_tokens": 16, "temperature": 0}

@@ -5,12 +5,14 @@
 
 import json
 import os
+import signal
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 import torch
-from cells import CELLS, judge
+from cells import CELLS, Cell, judge
+from servers import SERVERS
 
 RECORDED = Path(__file__).parents[2] / "benchmarks/results/serving-matrix.json"
 SOME = {
@@ -65,3 +67,29 @@ def test_a_cell(cell):
 
 def test_only_cells_are_recorded():
     assert set(known(RECORDED)) <= {str(cell) for cell in CELLS}
+
+
+@pytest.mark.parametrize("numbers", ["float32", "bfloat16"])
+def test_a_server_that_leaves_a_rotation_out_is_wrong(numbers, monkeypatch):
+    whole = SERVERS["transformers"]
+
+    def lacking(folder, numbers):
+        got, without = whole(folder, numbers)
+        return next(iter(without.values()), got), {}
+
+    monkeypatch.setitem(SERVERS, "transformers", lacking)
+    assert judge(Cell("transformers", "Llama", "R4", numbers))["status"] == "wrong"
+
+
+def test_what_fails_unrotated_is_not_run_and_what_fails_rotated_is_wrong(monkeypatch):
+    whole = SERVERS["fastrot serve"]
+
+    def failing(folder, numbers):
+        if numbers == "bfloat16" or "fastrot" in (folder / "config.json").read_text():
+            os.kill(os.getpid(), signal.SIGILL)
+        return whole(folder, numbers)
+
+    monkeypatch.setitem(SERVERS, "fastrot serve", failing)
+    found = [judge(Cell("fastrot serve", "Qwen3", "R4", n)) for n in ("float32", "bfloat16")]
+    reason = "its process dies by SIGILL"
+    assert found == [{"status": s, "reason": reason} for s in ("wrong", "not run")]
