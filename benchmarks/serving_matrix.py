@@ -18,7 +18,7 @@ the families, and is compared with the unrotated checkpoint in the same server a
   those of any one place away makes the distance more than three times the limit.
 - **refused**: fastrot says why, at the start, or in `fastrot serve` with the first request.
 - **not run**: the server does not do it with the unrotated checkpoint either, for the reason in
-  the note.
+  the note; or the note says that the cell has not been served.
 
 "vLLM, models of transformers" is `model_impl="transformers"`; `fastrot serve` is asked over HTTP,
 one by one and in float32 also with continuous batching, and its log-probabilities are those of the
