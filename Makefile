@@ -15,7 +15,7 @@ MEETS_TRANSFORMERS := tests/test_contract.py tests/test_attention.py tests/test_
 FAST := "not slow and not exhaustive"
 THEIRS := "not slow and not exhaustive and not ours"
 
-.PHONY: demo test lint fast-test exhaustive test-oldest test-newest test-serving test-tools test-serve attack \
+.PHONY: demo test lint fast-test exhaustive test-oldest test-newest test-serving serving-matrix test-tools test-serve attack \
     smollm2 clean
 
 demo: $(READY)
@@ -49,6 +49,14 @@ test-serve: $(READY)
 # vLLM on the CPU, in an environment of its own: it pins other versions. Minutes, no part of `make test`.
 test-serving: $(SERVING)/.ready
 	$(SERVING)/bin/python -m pytest -q tests/serving
+
+# Every server, family, rotation and kind of numbers, and the page of them. Most of an hour; what was broken
+# off goes on where it was.
+serving-matrix: $(SERVING)/.ready
+	FASTROT_MATRIX=$(VENV)/serving-matrix.json $(SERVING)/bin/python -m pytest -q -m '' \
+	    tests/serving/test_matrix.py -k test_a_cell
+	mv $(VENV)/serving-matrix.json benchmarks/results/serving-matrix.json
+	$(SERVING)/bin/python benchmarks/serving_matrix.py > docs/serving-matrix.md
 
 fast-test: $(READY)
 	$(BIN)/python -m pytest -q -n 2 -m $(FAST)

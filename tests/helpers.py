@@ -135,9 +135,9 @@ def cached(model: nn.Module, ids: list[Tensor], cache: Any):
     return cache.layers
 
 
-def word_tokenizer() -> PreTrainedTokenizerFast:
+def word_tokenizer(vocab: int = 64) -> PreTrainedTokenizerFast:
     """Of a tiny model: a word ``w7`` for every id but those of padding and the end."""
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{number}": number for number in range(3, 64)}
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{number}": number for number in range(3, vocab)}
     core = Tokenizer(WordLevel(words, "<pad>"))
     core.pre_tokenizer = WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="</s>")

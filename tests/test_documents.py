@@ -1,6 +1,8 @@
 """The documents say what the tables, the rooms and the files say."""
 
+import json
 import re
+import runpy
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -37,6 +39,14 @@ def read(document):
 def test_the_list_of_architectures_is_current():
     """`fastrot architectures > docs/architectures.md` makes it so."""
     assert read("docs/architectures.md") == architectures_document()
+
+
+def test_the_matrix_of_servers_is_current():
+    """`make serving-matrix` makes it so, from what its cells came to."""
+    made = runpy.run_path(str(ROOT / "benchmarks/serving_matrix.py"))
+    recorded = json.loads(made["RECORDED"].read_text(encoding="utf-8"))
+    assert read("docs/serving-matrix.md") == made["document"](recorded)
+    assert not {cell["status"] for cell in recorded["cells"].values()} & {"wrong", "unproven"}
 
 
 def test_the_readme_counts_the_same():

@@ -13,11 +13,10 @@ TOKENS = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, "str
 GROUP = 32
 
 
-def scores(folder, tokens):
-    """Log-probabilities of tokens, as transformers computes them."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    with torch.no_grad():
-        logprobs = model(torch.tensor([tokens])).logits[0].log_softmax(-1)
+@torch.no_grad()
+def token_scores(model, tokens):
+    """Log-probabilities of all tokens but the first, as a model of transformers computes them."""
+    logprobs = model(torch.tensor([tokens])).logits[0].float().log_softmax(-1)
     return logprobs[:-1].gather(-1, torch.tensor(tokens)[1:, None])[:, 0]
 
 
@@ -31,7 +30,7 @@ def quantize(folder, bits):
     coded = {name.removesuffix("weight"): _codes(tensors.pop(name), bits) for name in names}
     values = {f"{stem}weight": _values(*codes) for stem, codes in coded.items()}
     save_file(tensors | values, folder / "model.safetensors", metadata={"format": "pt"})
-    expected = scores(folder, PROMPTS[-1])
+    expected = token_scores(AutoModelForCausalLM.from_pretrained(folder), PROMPTS[-1])
     for stem, codes in coded.items():
         tensors |= {f"{stem}{leaf}": value for leaf, value in _stored(*codes, bits).items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -77,5 +76,5 @@ def _description(bits):
         "format": "int-quantized" if bits == 8 else "pack-quantized",
         "quantization_status": "compressed",
         "config_groups": {"group_0": group},
-        "ignore": ["lm_head"],
+        "ignore": ["lm_head", "re:.*mlp.gate$"],
     }
