@@ -1,5 +1,7 @@
 """``fastrot learn``, and what takes the file that it writes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import logits, random_ids, relative_error, tiny, word_tokenizer
@@ -7,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import fastrot
 from fastrot.cli import main
+from fastrot.cli.arguments import parser
 from fastrot.learning.learned import Learned
 
 OPTIONS = ("--steps", "10", "--tokens", "256")
@@ -86,9 +89,44 @@ def test_rotate_plan_and_verify_take_it(source, written, tmp_path, capsys):
     assert "not that of the recipe" in err
 
 
+def test_permutations_from_text_to_checkpoint(source, text, tmp_path, capsys):
+    out, rotated = tmp_path / "R.safetensors", tmp_path / "rotated"
+    options = ("--scheme", "a4", "--text", text, *OPTIONS, "--rotations", "R4", "--permute")
+    status, _, err = run(capsys, "learn", source, out, *options, "--block-size", "R4=28")
+    assert (status, err) == (0, "")
+    learned = Learned.load(out)
+    assert learned.block_size == {"R4": 28}
+    order = torch.arange(112).flip(0)  # whatever the gate said, here is one
+    replace(learned, permutations={"R4": order}).save(out)
+    assert run(capsys, "rotate", source, rotated, "--learned", out)[0] == 0
+    assert run(capsys, "verify", source, rotated, "--learned", out, "--full")[0] == 0
+    moved, before = (AutoModelForCausalLM.from_pretrained(f) for f in (rotated, source))
+    gates = [m.model.layers[1].mlp.gate_proj.weight for m in (moved, before)]
+    assert torch.equal(gates[0], gates[1].flip(0))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ((), None),
+        (("--block-size", "32"), 32),
+        (("--block-size", "r4=28"), {"R4": 28}),
+        (("--block-size", "R4=28", "--block-size", "R1=32"), {"R4": 28, "R1": 32}),
+    ],
+)
+def test_block_sizes(given, expected):
+    assert parser().parse_args(["plan", "MODEL", *given]).block_size == expected
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("plan", "{source}", "--block-size", "R4=0"), "'0' is not a positive integer"),
+        (("plan", "{source}", "--block-size", "R9=8"), "block_size names 'R9', not one of"),
+        (("plan", "{source}", "--block-size", "8", "--block-size", "R4=8"), "one size for all"),
+        (("plan", "{source}", "--block-size", "8", "--block-size", "16"), "one size for all"),
+        (("learn", "{source}", "{new}", "--permute"), "R4 (hadamard 112) has one block"),
+        (("learn", "{source}", "{new}", "--permute", "--block-size", "R4=9"), "does not divide"),
         (("rotate", "{source}", "{new}", "--learned", "{file}", "--seed", "3"), "whole recipe"),
         (("rotate", "{source}", "{new}", "--learned", "{text}"), "no learned recipe"),
         (("rotate", "{source}", "{new}", "--learned", "{new}"), "No such file"),

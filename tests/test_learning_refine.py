@@ -117,7 +117,6 @@ def uneven():
 def test_it_goes_down(uneven, monkeypatch):
     """On one window, from random signs; the matrices that come out have the loss they promise."""
     monkeypatch.setattr(learner, "compare", lambda *_: Difference(-1.0, 0.0))
-    monkeypatch.setattr(learner, "REFINING", 1.0)
     text = random_ids(uneven, 3, 24, seed=3)
     learned = fastrot.learn(
         uneven,
@@ -167,8 +166,16 @@ def test_refusals(uneven):
     for options, message in (
         ({"steps": -1}, "steps=-1"),
         ({"refine": 1.5}, "refine=1.5"),
-        ({"steps": 0}, "steps=0 and refine=0"),
+        ({"steps": 0, "refine": 0}, "steps=0 and refine=0"),
         ({"vectors": 0}, "vectors=0"),
     ):
         with pytest.raises(fastrot.RotationError, match=message):
             fastrot.learn(uneven, text, ("R1",), **options)
+
+
+@pytest.mark.parametrize(("scheme", "count"), [("w4a4kv4", 3), ("a4kv4", 2), ("w4gptq-a4", 2)])
+def test_by_default_where_weights_are_rounded_to_nearest(uneven, monkeypatch, scheme, count):
+    monkeypatch.setattr(learner, "REFINED", 1)
+    text = random_ids(uneven, 8, 24, seed=3)
+    learned = fastrot.learn(uneven, text, ("R1",), scheme=scheme, steps=2, vectors=64)
+    assert len(learned.history) == count

@@ -210,11 +210,15 @@ def _add_learn(actions: Any, parents: list[_Parser]) -> None:
     )
     learning.add_argument(
         "--refine",
-        type=_positive,
-        default=0,
+        type=_count,
         metavar="N",
         help="steps of a second descent, on the loss of the quantized model itself, which each run "
-        "it forwards and backwards; default: none",
+        "it forwards and backwards; default: 60 if the scheme rounds weights to nearest, else 0",
+    )
+    learning.add_argument(
+        "--permute",
+        action="store_true",
+        help="first let channels change places, so that all blocks of R4 hold as much",
     )
     learning.set_defaults(command=learn)
 
@@ -240,7 +244,13 @@ def _rotation_options(rotations: tuple[str, ...] = ("R1", "R2")) -> _Parser:
         help="R1 leaves embedding, last norm and head alone, and acts online at both ends: tied "
         "embeddings stay tied",
     )
-    options.add_argument("--block-size", type=_positive, help="block-diagonal R1 and R4")
+    options.add_argument(
+        "--block-size",
+        type=_block_size,
+        action=_BlockSize,
+        metavar="N",
+        help="block-diagonal R1 and R4; or R4=N, for R4 alone, once for every rotation",
+    )
     options.add_argument("--seed", type=int, default=0, help="of everything random; default: 0")
     options.add_argument(
         "--precision",
@@ -293,6 +303,27 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
     return int(text)
+
+
+def _count(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
+
+
+def _block_size(text: str) -> int | dict[str, int]:
+    name, named, size = text.rpartition("=")
+    return {name.upper(): _positive(size)} if named else _positive(size)
+
+
+class _BlockSize(argparse.Action):
+    """One size for all, or a dict of those that were named."""
+
+    def __call__(self, parser: Any, args: Any, value: Any, option: str | None = None) -> None:
+        old = getattr(args, self.dest)
+        if isinstance(old, dict) and isinstance(value, dict):
+            value = old | value
+        elif old is not None:
+            parser.error(f"{option}: one size for all, or one for each rotation by its name")
+        setattr(args, self.dest, value)
 
 
 def _bytes(text: str) -> int:

@@ -32,6 +32,7 @@ def learn(args: Namespace) -> int:
         heldout=heldout,
         steps=args.steps,
         refine=args.refine,
+        permute=args.permute,
         progress=sys.stderr.isatty(),
     )
     learned.save(args.out)

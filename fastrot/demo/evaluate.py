@@ -157,7 +157,7 @@ def _learned(model: Any, transform_type: str, seed: int, steps: int) -> fastrot.
     stream = torch.tensor(read_bytes(training_files())).long()
     windows = cut(stream, CONTEXT, LEARN_FROM * CONTEXT)
     recipe = fastrot.Recipe(ALL, transform_type, seed=seed)
-    return fastrot.learn(model, windows, recipe, scheme=SCHEME, steps=steps)
+    return fastrot.learn(model, windows, recipe, scheme=SCHEME, steps=steps, refine=0)
 
 
 def heldout_windows(nbytes: int, context: int = CONTEXT) -> Tensor:

@@ -18,15 +18,15 @@ FORMAT = "1"
 class Learned(Recipe):
     """A recipe that :func:`fastrot.plan` and :func:`fastrot.apply` take, of :func:`fastrot.learn`.
 
-    Its matrices are the learned ones; there are none if they were not better than those of the
-    recipe from which they were learned, so that a learned recipe is never worse than that.
+    Its matrices are the learned ones, and its permutations; there are none if they were not better
+    than the recipe from which they were learned, so that a learned recipe is never worse than that.
 
     Attributes:
         scheme: for which it was learned.
         steps: of descent.
         text: SHA-256 of the token ids that it was learned from.
         before: mean loss of the quantized model with the recipe, on the held-out text, in nats.
-        gain: loss with the learned matrices minus that, with its standard error.
+        gain: loss with what was learned minus that, with its standard error.
         defect: the largest entry of ``|QᵀQ - I|`` of all matrices that were learned.
         history: the loss that was descended on, of R1, for every step.
     """
@@ -41,14 +41,15 @@ class Learned(Recipe):
 
     @property
     def accepted(self) -> bool:
-        """Whether the learned matrices were better, and are in the recipe."""
-        return bool(self.matrices)
+        """Whether something learned was better, and is in the recipe."""
+        return bool(self.matrices or self.permutations)
 
     def __str__(self) -> str:
-        verdict = "taken" if self.accepted else "left: the recipe alone is as good"
+        what = [name for name in GIVEN if getattr(self, name)]
+        verdict = f"{' and '.join(what)} taken" if what else "left: the recipe alone is as good"
         return (
             f"{self.scheme}: loss {self.before:.4f} with the recipe, {self.gain.mean:+.4f} ± "
-            f"{self.gain.error:.4f} with learned matrices; {verdict}"
+            f"{self.gain.error:.4f} with what was learned; {verdict}"
         )
 
     def save(self, path: str | Path) -> None:
@@ -63,9 +64,10 @@ class Learned(Recipe):
         if self.mappings is not None or self.norm_mappings is not None:
             raise RotationError("a learned recipe with mappings of your own can't be saved")
         tensors = {
-            f"{name}.{number}" if len(given) > 1 else name: matrix.matrix()
-            for name, given in (self.matrices or {}).items()
-            for number, matrix in enumerate(given)
+            f"{prefix}{name}.{number}" if len(given) > 1 else f"{prefix}{name}": item.operand
+            for field, prefix in GIVEN.items()
+            for name, given in (getattr(self, field) or {}).items()
+            for number, item in enumerate(given)
         }
         described = {name: getattr(self, name) for name in (*_PLAIN, *_MEASURED)}
         described |= {
@@ -102,22 +104,28 @@ class Learned(Recipe):
             precision = described["precision"]
             if precision is not None:
                 described["precision"] = precision.removeprefix("torch.")
-            return cls(**described, matrices=_matrices(tensors))
+            described |= {field: _given(tensors, prefix) for field, prefix in GIVEN.items()}
+            return cls(**described)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise RotationError(f"{path}: {error}") from None
 
 
+GIVEN = {"matrices": "", "permutations": "before."}
+"""What is learned, and how the names of its tensors begin in a file."""
 _PLAIN = ("rotations", "transform_type", "randomize", "block_size", "seed", "keep_head")
 _MEASURED = ("scheme", "steps", "text", "before", "defect", "history")
 
 
-def _matrices(tensors: dict[str, Any]) -> dict[str, Any] | None:
+def _given(tensors: dict[str, Any], prefix: str) -> dict[str, Any] | None:
+    """The tensors of a prefix by the name of the rotation: one, or one for each layer."""
     found: dict[str, Any] = {}
     for name, tensor in tensors.items():
-        group, _, number = name.partition(".")
+        if name == "none" or bool(prefix) != name.startswith(GIVEN["permutations"]):
+            continue
+        group, _, number = name.removeprefix(prefix).partition(".")
         if number:
             found.setdefault(group, {})[int(number)] = tensor
-        elif group != "none":
+        else:
             found[group] = tensor
     return {
         group: [each[number] for number in range(len(each))] if isinstance(each, dict) else each

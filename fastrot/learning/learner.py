@@ -18,6 +18,7 @@ from fastrot.errors import RotationError
 from fastrot.lab.evaluate import Losses, compare, evaluate
 from fastrot.lab.quantized import quantized
 from fastrot.lab.schemes import Scheme
+from fastrot.learning.balance import check_permutable, orders_of
 from fastrot.learning.capture import capture
 from fastrot.learning.learned import Learned
 from fastrot.learning.objective import total
@@ -35,8 +36,8 @@ VECTORS = 512
 """Of a site, in one step."""
 TAKEN = 20
 """Terms of R1 in one step; there are several for each layer."""
-REFINING = 0.2
-"""The rates of the second descent, as a share of the first's."""
+REFINED = 60
+"""Steps of the second descent where weights are rounded to nearest: there it gains most."""
 HELD_OUT = 4
 """Of so many windows one decides whether what was learned from the others is taken."""
 
@@ -51,7 +52,8 @@ def learn(
     scheme: str | Scheme = "w4a4kv4",
     heldout: Tensor | Iterable[Any] | None = None,
     steps: int = 300,
-    refine: int = 0,
+    refine: int | None = None,
+    permute: bool = False,
     vectors: int = 4096,
     progress: bool = False,
     **options: Any,
@@ -77,7 +79,10 @@ def learn(
         refine: steps of a second descent, of all together, on the loss of the quantized model
             itself (SpinQuant's way); each runs the model forwards and backwards on one window, and
             needs memory for that. Its matrices are taken if they are better than the first by more
-            than the standard error.
+            than the standard error. Default: 60 if the scheme rounds weights to nearest, else none.
+        permute: first let channels change places before R4's blocks, so that each block holds as
+            much as any other (PeRQ); taken, as matrices are, if it is better. R4 must have blocks:
+            ``block_size={"R4": 32}``.
         vectors: kept of each site, in float32; with fewer, what is learned is of this text alone
             (of SmolLM2, 1024 gained nothing on another kind of text, 4096 as much as on this one).
         progress: show a bar.
@@ -89,10 +94,13 @@ def learn(
     """
     check_model(model)
     check_flag("progress", progress)
-    _check_counts(steps, refine, vectors)
+    check_flag("permute", permute)
     recipe = Recipe.of(rotations, options)
     scheme = Scheme.parse(scheme)
-    wanted = _learnable(recipe, scheme)
+    if refine is None:
+        refine = REFINED if scheme.weights and not scheme.weights.gptq else 0
+    _check_counts(steps, refine, vectors, permute)
+    wanted = _learnable(recipe, scheme, permute) if steps or refine else ()
     windows = _windows(batches, "batches")
     if heldout is None:
         inside = torch.arange(len(windows)) % HELD_OUT == HELD_OUT - 1
@@ -105,33 +113,46 @@ def learn(
             f"{2 * HELD_OUT} or more in batches, or two or more in heldout"
         )
     wishes = {f.name: getattr(recipe, f.name) for f in fields(Recipe)}
+    if permute:
+        check_permutable(model, recipe)
+    found: dict[str, list[Tensor]] = {}
+    history: list[float] = []
     rotated, plan = _rotated(model, wishes)
+    check_one_order({name: each for name, each in bases(plan, rotated).items() if name in wanted})
     with tqdm(disable=not progress) as bar:
-        found, history = _fitted(rotated, plan, wanted, scheme, windows, steps, vectors, bar)
-        before = _quantized_losses(rotated, scheme, judges, windows)
-        del rotated
-        learned, plan = _rotated(model, {**wishes, "matrices": found})
-        after = _quantized_losses(learned, scheme, judges, windows)
-        if refine:
-            bar.reset(refine)
-            bar.set_description("refine")
-            other, losses = _refined(learned, plan, found, scheme, windows, refine, bar)
-            del learned
-            learned, _ = _rotated(model, {**wishes, "matrices": other})
-            refined = _quantized_losses(learned, scheme, judges, windows)
-            history += losses
-            if _better(refined, after):
-                found, after = other, refined
-    gain = compare(after, before)
-    better = _better(after, before)
+        before = best = _quantized_losses(rotated, scheme, judges, windows)
+        if permute:
+            permuted = {**wishes, "permutations": {"R4": orders_of(rotated, plan, windows)}}
+            other = _rotated(model, permuted)
+            after = _quantized_losses(other[0], scheme, judges, windows)
+            if _better(after, best):
+                wishes, best, (rotated, plan) = permuted, after, other
+            del other
+        if wanted:
+            found, history = _fitted(rotated, plan, wanted, scheme, windows, steps, vectors, bar)
+            del rotated
+            learned, plan = _rotated(model, {**wishes, "matrices": found})
+            after = _quantized_losses(learned, scheme, judges, windows)
+            if refine:
+                bar.reset(refine)
+                bar.set_description("refine")
+                refined, losses = _refined(learned, plan, found, scheme, windows, refine, bar)
+                del learned
+                learned, _ = _rotated(model, {**wishes, "matrices": refined})
+                then = _quantized_losses(learned, scheme, judges, windows)
+                history += losses
+                if _better(then, after):
+                    found, after = refined, then
+            if _better(after, best):
+                wishes, best = {**wishes, "matrices": found}, after
     return Learned(
-        **{**wishes, "matrices": found if better else None},
+        **wishes,
         scheme=str(scheme),
         steps=steps,
         text=hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
         before=before.mean,
-        gain=gain,
-        defect=max(defect(matrix) for each in found.values() for matrix in each),
+        gain=compare(best, before),
+        defect=max((defect(matrix) for each in found.values() for matrix in each), default=0.0),
         history=tuple(history),
     )
 
@@ -148,7 +169,6 @@ def _fitted(
 ) -> tuple[dict[str, list[Tensor]], list[float]]:
     """The learned matrices of a model that is rotated by a plan, and the history of R1."""
     rotations = {name: each for name, each in bases(plan, rotated).items() if name in wanted}
-    check_one_order(rotations)
     counts = {name: steps if name == "R1" else -(-steps // SHORTER) for name in rotations}
     bar.reset(len(windows) + sum(counts[name] * len(each) for name, each in rotations.items()))
     bar.set_description("capture")
@@ -189,7 +209,7 @@ def _refined(
     rotations = {name: each for name, each in bases(plan, learned).items() if name in found}
     places = [(name, layer) for name, each in rotations.items() for layer in each]
     walks = [
-        Walk(base.block, REFINING * RATES[name], fixes_ones=base.fixes_ones)
+        Walk(base.block, RATES[name], fixes_ones=base.fixes_ones)
         for name, each in rotations.items()
         for base in each.values()
     ]
@@ -232,15 +252,15 @@ def _quantized_losses(model: Any, scheme: Scheme, judges: Tensor, windows: Tenso
         return evaluate(model, judges)
 
 
-def _check_counts(steps: int, refine: int, vectors: int) -> None:
+def _check_counts(steps: int, refine: int, vectors: int, permute: bool) -> None:
     for name, value, least in (("steps", steps, 0), ("refine", refine, 0), ("vectors", vectors, 1)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise RotationError(f"{name}={value!r} is no whole number from {least} on")
-    if not steps and not refine:
+    if not (steps or refine or permute):
         raise RotationError("steps=0 and refine=0 learn nothing; give one of them")
 
 
-def _learnable(recipe: Recipe, scheme: Scheme) -> tuple[str, ...]:
+def _learnable(recipe: Recipe, scheme: Scheme, permute: bool) -> tuple[str, ...]:
     if recipe.matrices:
         raise RotationError("the recipe has matrices already; leave matrices out to learn them")
     if recipe.transform_config is not None:
@@ -252,7 +272,7 @@ def _learnable(recipe: Recipe, scheme: Scheme) -> tuple[str, ...]:
             kinds.add(scheme.weights)
         if kinds - {None}:
             wanted.append(name)
-    if not wanted:
+    if not wanted and not permute:
         raise RotationError(
             f"of {', '.join(recipe.rotations)} none can be learned for {scheme}; R1 and R2 can for "
             "weights and activations, R2 and R3 for keys and values"
