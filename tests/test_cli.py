@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 import fastrot
 from fastrot.checkpoint.pipeline import Pipeline, StoppedError
 from fastrot.cli import main
+from fastrot.demo import evaluate
 
 ROTATIONS = ("R1", "R2", "R3", "R4")
 
@@ -610,7 +611,8 @@ def test_settings_of_transformers_come_back(checkpoints, capsys):
     assert after == before
 
 
-def test_demo_prints_a_table_and_writes_json(tmp_path, capsys):
+def test_demo_prints_a_table_and_writes_json(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(evaluate.run.__kwdefaults__, "steps", 5)
     status, out, err = run(capsys, "demo", "--bytes", 512, "--json", tmp_path / "demo.json")
     assert (status, err) == (0, "")
     data = json.loads((tmp_path / "demo.json").read_text())

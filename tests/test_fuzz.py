@@ -18,7 +18,7 @@ from zoo import FAMILIES, build, inputs
 import fastrot
 from fastrot.rotations import KINDS
 
-EXAMPLES = int(os.environ.get("FASTROT_FUZZ_EXAMPLES", "3"))
+EXAMPLES = int(os.environ.get("FASTROT_FUZZ_EXAMPLES", "2"))
 IMPOSSIBLE = (
     ValueError,
     RuntimeError,
