@@ -15,8 +15,8 @@ MEETS_TRANSFORMERS := tests/test_contract.py tests/test_attention.py tests/test_
 FAST := "not slow and not exhaustive"
 THEIRS := "not slow and not exhaustive and not ours"
 
-.PHONY: demo test lint fast-test exhaustive test-oldest test-newest test-serving serving-matrix test-tools test-serve attack \
-    smollm2 clean
+.PHONY: demo test lint fast-test exhaustive test-oldest test-newest test-serving exhaustive-serving serving-matrix \
+    test-tools test-serve attack smollm2 clean
 
 demo: $(READY)
 	$(BIN)/fastrot demo
@@ -46,9 +46,13 @@ test-serve: $(READY)
 	    --target $(SERVE) -c constraints.txt fastapi uvicorn openai
 	PYTHONPATH=$(SERVE) $(BIN)/python -m pytest -q tests/test_serve.py
 
-# vLLM on the CPU, in an environment of its own: it pins other versions. Minutes, no part of `make test`.
+# vLLM on the CPU, in an environment of its own: it pins other versions. Some of each kind of test.
 test-serving: $(SERVING)/.ready
 	$(SERVING)/bin/python -m pytest -q tests/serving
+
+# The rest of them, but for the cells of the matrix.
+exhaustive-serving: $(SERVING)/.ready
+	$(SERVING)/bin/python -m pytest -q -m exhaustive tests/serving --deselect tests/serving/test_matrix.py::test_a_cell
 
 # Every server, family, rotation and kind of numbers, and the page of them. Most of an hour; what was broken
 # off goes on where it was.
@@ -100,12 +104,16 @@ $(TOOLS)/.ready: constraints-tools.txt $(READY)
 	touch $@
 
 # The list is complete: vLLM asks for torchvision, torchaudio and torchcodec, which no text model uses.
+# Without it nothing is served, so what is missing must stop here: its tests pass by where vLLM is not.
 $(SERVING)/.ready: constraints-serving.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vLLM needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(SERVING)
 	$(SERVING)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
-	    -r constraints-serving.txt
+	    -r constraints-serving.txt \
+	    || { echo "$(SERVING): constraints-serving.txt can't be installed; see above" >&2; exit 1; }
 	$(SERVING)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	    --no-build-isolation -e .
+	$(SERVING)/bin/python -c 'import vllm, fastrot.integrations.vllm'
 	touch $@
 
 clean:

@@ -23,8 +23,8 @@ the families, and is compared with the unrotated checkpoint in the same server a
 "vLLM, models of transformers" is `model_impl="transformers"`; `fastrot serve` is asked over HTTP,
 one by one and in float32 also with continuous batching, and its log-probabilities are those of the
 model that it has. W8A8 and W4A16 were quantized after rotating, in the format of
-compressed-tensors, experts as well; in transformers `fastrot.restore` follows loading there. fp8
-KV is `kv_cache_dtype="fp8"` on a model in float32, so nothing but the cache is rounded.
+compressed-tensors, experts as well. fp8 KV is `kv_cache_dtype="fp8"` on a model in float32, so
+nothing but the cache is rounded.
 
 Made with {versions}.
 """

@@ -313,9 +313,6 @@ def test_a_checkpoint_of_llmcompressor(tmp_path):
     quantized.save_pretrained(tmp_path, save_compressed=True)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     ids = random_ids(model, 2, 12, seed=0)
-    with pytest.raises(fastrot.RecordError, match=r"call fastrot\.restore\(model\)"):
-        loaded(ids)
-    fastrot.restore(loaded)
     assert torch.equal(logits(loaded, ids), logits(quantized, ids))
 
 

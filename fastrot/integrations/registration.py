@@ -91,6 +91,34 @@ def _quantizer(module: Any) -> None:
         importlib.import_module(name)
 
 
+def _halves(module: Any) -> None:
+    quantizer = module.HfQuantizer
+    prepare, finish = quantizer.preprocess_model, quantizer.postprocess_model
+    if hasattr(prepare, "fastrot"):
+        return
+
+    @functools.wraps(prepare)
+    def preparing(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        result = prepare(self, model, *args, **kwargs)
+        if getattr(model.config, "fastrot", None) is not None:
+            from fastrot.integrations.loading import before_weights
+
+            before_weights(model)
+        return result
+
+    @functools.wraps(finish)
+    def finishing(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        result = finish(self, model, *args, **kwargs)
+        if getattr(model.config, "fastrot", None) is not None:
+            from fastrot.integrations.loading import after_weights
+
+            after_weights(model)
+        return result
+
+    preparing.fastrot = True  # type: ignore[attr-defined]
+    quantizer.preprocess_model, quantizer.postprocess_model = preparing, finishing
+
+
 def _adapters(module: Any) -> None:
     load = module.set_peft_model_state_dict
     if hasattr(load, "fastrot"):
@@ -109,13 +137,15 @@ REGISTRIES: dict[str, Callable[[Any], None]] = {
     "transformers.modeling_utils": _models,
     "transformers.integrations.moe": _experts,
     "transformers.quantizers.auto": _quantizer,
+    "transformers.quantizers.base": _halves,
     "peft.utils.save_and_load": _adapters,
 }
 """Modules that hold a registry, and what registers there.
 
 The class of all models is none, but there is no other place that every model passes while it is
-built; one without a record pays for a look at its configuration. Nor is PEFT's function by which
-all weights of adapters are loaded.
+built; one without a record pays for a look at its configuration. Nor is the class of all
+quantizers, whose two halves stand around the loading of weights, nor PEFT's function by which all
+weights of adapters are loaded.
 """
 
 

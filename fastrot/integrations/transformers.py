@@ -17,9 +17,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fastrot.errors import RecordError
 from fastrot.integrations.guard import lift
+from fastrot.integrations.loading import put_on
 from fastrot.integrations.marks import mark
-from fastrot.journal import Journal
-from fastrot.online import OnlineRotation, attach, check_parts, check_site, make
+from fastrot.online import OnlineRotation, check_parts
 from fastrot.record import QUANT_METHOD, check_online, online_sites
 
 if TYPE_CHECKING:
@@ -49,12 +49,7 @@ class FastrotQuantizer(HfQuantizer):
                 "config.json says that this model has online rotations (quant_method=fastrot), but "
                 "its record ('fastrot') names none; take the checkpoint as it was written"
             )
-        for site in sites:
-            check_site(model, site)
-        with Journal() as journal:
-            rotations = make(model, sites)
-            attach(model, sites, rotations, journal)
-        self._rotations = rotations
+        self._rotations = put_on(model, sites)
         _watch_keys(model)
         return model
 

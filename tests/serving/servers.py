@@ -24,7 +24,6 @@ from transformers.cli.serve import Serve
 from vllm.platforms.cpu import CpuPlatform
 
 import fastrot
-from fastrot.record import has_online
 
 VLLM_NUMBERS = {
     "float32": {},
@@ -116,8 +115,6 @@ def _dtype(numbers):
 
 def _transformers(folder, numbers):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype(numbers))
-    if hasattr(model, "hf_quantizer") and has_online(model.config):
-        fastrot.restore(model)  # as docs/tools.md says of what was quantized after rotating
     return _all(model)
 
 
