@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 import fastrot
 from fastrot.cli import main
 from fastrot.cli.arguments import parser
+from fastrot.learning import descents
 from fastrot.learning.learned import Learned
 
 OPTIONS = ("--steps", "10", "--tokens", "256")
@@ -103,6 +104,30 @@ def test_permutations_from_text_to_checkpoint(source, text, tmp_path, capsys):
     moved, before = (AutoModelForCausalLM.from_pretrained(f) for f in (rotated, source))
     gates = [m.model.layers[1].mlp.gate_proj.weight for m in (moved, before)]
     assert torch.equal(gates[0], gates[1].flip(0))
+
+
+def test_a_run_that_was_stopped_goes_on(source, text, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "R.safetensors"
+    command = ("learn", source, out, "--scheme", "a4", "--text", text, *OPTIONS)
+    descend = descents.descend
+
+    def once(*args):
+        monkeypatch.setattr(descents, "descend", interrupted)
+        return descend(*args)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(descents, "descend", once)
+    with pytest.raises(KeyboardInterrupt):
+        run(capsys, *command)
+    assert [f.name for f in tmp_path.iterdir()] == ["R.safetensors.part"]
+    monkeypatch.setattr(descents, "descend", descend)
+    status, _, err = run(capsys, *command, "--seed", 1)
+    assert status == 2
+    assert "R.safetensors.part was kept by a run with another" in err
+    assert run(capsys, *command)[0] == 0
+    assert [f.name for f in tmp_path.iterdir()] == ["R.safetensors"]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from fastrot.lab.corpus import cut
 from fastrot.lab.evaluate import Difference
 from fastrot.lab.outliers import observed
 from fastrot.lab.schemes import Numbers, Scheme
-from fastrot.learning import learner
+from fastrot.learning import descents, learner
 from fastrot.learning.capture import capture
 from fastrot.learning.objective import Vectors, Weight, spread, total
 from fastrot.learning.orthogonal import Walk, cayley, defect, descend, polished
@@ -206,7 +206,7 @@ def test_the_model_is_left_alone_and_runs_repeat(model, text):
 
 def test_the_gate(trained, monkeypatch):
     """Matrices that are made worse are not taken; the recipe is what it was."""
-    monkeypatch.setattr(learner, "RATES", {"R1": -0.05})
+    monkeypatch.setattr(descents, "RATES", {"R1": -0.05})
     worse = fastrot.learn(*trained, ("R1", "R4"), scheme="a4", seed=1, **FAST)
     assert not worse.accepted
     assert worse.gain.mean >= 0
@@ -366,7 +366,7 @@ def test_sizes_that_differ_between_layers_are_refused_before_anything_runs(
 ):
     model = make()
     before = fingerprint(model)
-    monkeypatch.setattr(learner, "capture", lambda *_: pytest.fail("it was too late"))
+    monkeypatch.setattr(descents, "capture", lambda *_: pytest.fail("it was too late"))
     with pytest.raises(RotationError, match=message) as caught:
         fastrot.learn(model, torch.arange(3, 51).reshape(8, 6), rotation, **FAST)
     assert f"{rotation} can't be learned" in str(caught.value)

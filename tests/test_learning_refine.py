@@ -150,7 +150,7 @@ def test_the_gate_takes_the_best(uneven, monkeypatch, losses, taken):
     )
     noise = iter((1, 2, 3))
     other = torch.eye(96, dtype=torch.float64)
-    monkeypatch.setattr(learner, "_refined", lambda *_: ({"R1": [other]}, [0.5]))
+    monkeypatch.setattr(learner, "refined", lambda *_: ({"R1": [other]}, [0.5]))
     text = random_ids(uneven, 8, 24, seed=3)
     learned = fastrot.learn(uneven, text, ("R1",), scheme="a4", steps=5, vectors=64, refine=1)
     assert learned.accepted == (taken != "none")

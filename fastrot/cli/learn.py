@@ -33,6 +33,7 @@ def learn(args: Namespace) -> int:
         steps=args.steps,
         refine=args.refine,
         permute=args.permute,
+        keep=args.out.with_name(f"{args.out.name}.part"),
         progress=sys.stderr.isatty(),
     )
     learned.save(args.out)

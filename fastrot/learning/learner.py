@@ -3,8 +3,9 @@
 import copy
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,23 +20,13 @@ from fastrot.lab.evaluate import Losses, compare, evaluate
 from fastrot.lab.quantized import quantized
 from fastrot.lab.schemes import Scheme
 from fastrot.learning.balance import check_permutable, orders_of
-from fastrot.learning.capture import capture
+from fastrot.learning.descents import fitted, refined
+from fastrot.learning.kept import Kept, run_of
 from fastrot.learning.learned import Learned
-from fastrot.learning.objective import total
-from fastrot.learning.orthogonal import Walk, defect, descend, polished
-from fastrot.learning.refine import simulated
-from fastrot.learning.terms import SITES, bases, check_one_order, terms_of
+from fastrot.learning.orthogonal import defect
+from fastrot.learning.terms import SITES, bases, check_one_order
 from fastrot.recipe import Recipe, takes_recipe
-from fastrot.rotations.stages import dense
 
-RATES = {"R1": 0.005, "R2": 0.01, "R3": 0.01}
-"""Radians that an entry turns in a step, at most."""
-SHORTER = 5
-"""R2 and R3 take so many times fewer steps: they are small, and there is one for each layer."""
-VECTORS = 512
-"""Of a site, in one step."""
-TAKEN = 20
-"""Terms of R1 in one step; there are several for each layer."""
 REFINED = 60
 """Steps of the second descent where weights are rounded to nearest: there it gains most."""
 HELD_OUT = 4
@@ -55,6 +46,7 @@ def learn(
     refine: int | None = None,
     permute: bool = False,
     vectors: int = 4096,
+    keep: str | Path | None = None,
     progress: bool = False,
     **options: Any,
 ) -> Learned:
@@ -85,12 +77,15 @@ def learn(
             ``block_size={"R4": 32}``.
         vectors: kept of each site, in float32; with fewer, what is learned is of this text alone
             (of SmolLM2, 1024 gained nothing on another kind of text, 4096 as much as on this one).
+        keep: a file in which what is found is kept as soon as it is; the same call goes on from
+            there after it was stopped, with the same result, and removes it in the end.
         progress: show a bar.
         options: see :class:`fastrot.Recipe`.
 
     Raises:
-        RotationError: nothing in the recipe can be learned for this scheme, a rotation differs in
-            size between layers, matrices are given already, or the text is too short.
+        RotationError: nothing in the recipe can be learned for this scheme, matrices are given
+            already, orders differ between layers, the text is too short, or the file in ``keep`` is
+            of another run.
     """
     check_model(model)
     check_flag("progress", progress)
@@ -115,6 +110,8 @@ def learn(
     wishes = {f.name: getattr(recipe, f.name) for f in fields(Recipe)}
     if permute:
         check_permutable(model, recipe)
+    decides = recipe, str(scheme), steps, refine, permute, vectors, windows, judges
+    kept = Kept(None if keep is None else Path(keep), run_of(model, *decides))
     found: dict[str, list[Tensor]] = {}
     history: list[float] = []
     rotated, plan = _rotated(model, wishes)
@@ -123,28 +120,31 @@ def learn(
         before = best = _quantized_losses(rotated, scheme, judges, windows)
         if permute:
             permuted = {**wishes, "permutations": {"R4": orders_of(rotated, plan, windows)}}
-            other = _rotated(model, permuted)
-            after = _quantized_losses(other[0], scheme, judges, windows)
+            candidate, made = _rotated(model, permuted)
+            after = _quantized_losses(candidate, scheme, judges, windows)
             if _better(after, best):
-                wishes, best, (rotated, plan) = permuted, after, other
-            del other
+                wishes, best, rotated, plan = permuted, after, candidate, made
+            del candidate
         if wanted:
-            found, history = _fitted(rotated, plan, wanted, scheme, windows, steps, vectors, bar)
+            found, history = fitted(
+                rotated, plan, wanted, scheme, windows, steps, vectors, bar, kept
+            )
             del rotated
             learned, plan = _rotated(model, {**wishes, "matrices": found})
             after = _quantized_losses(learned, scheme, judges, windows)
             if refine:
                 bar.reset(refine)
                 bar.set_description("refine")
-                refined, losses = _refined(learned, plan, found, scheme, windows, refine, bar)
+                other, losses = refined(learned, plan, found, scheme, windows, refine, bar, kept)
                 del learned
-                learned, _ = _rotated(model, {**wishes, "matrices": refined})
+                learned, _ = _rotated(model, {**wishes, "matrices": other})
                 then = _quantized_losses(learned, scheme, judges, windows)
                 history += losses
                 if _better(then, after):
-                    found, after = refined, then
+                    found, after = other, then
             if _better(after, best):
                 wishes, best = {**wishes, "matrices": found}, after
+    kept.close()
     return Learned(
         **wishes,
         scheme=str(scheme),
@@ -155,84 +155,6 @@ def learn(
         defect=max((defect(matrix) for each in found.values() for matrix in each), default=0.0),
         history=tuple(history),
     )
-
-
-def _fitted(
-    rotated: Any,
-    plan: Plan,
-    wanted: Sequence[str],
-    scheme: Scheme,
-    windows: Tensor,
-    steps: int,
-    vectors: int,
-    bar: Any,
-) -> tuple[dict[str, list[Tensor]], list[float]]:
-    """The learned matrices of a model that is rotated by a plan, and the history of R1."""
-    rotations = {name: each for name, each in bases(plan, rotated).items() if name in wanted}
-    counts = {name: steps if name == "R1" else -(-steps // SHORTER) for name in rotations}
-    bar.reset(len(windows) + sum(counts[name] * len(each) for name, each in rotations.items()))
-    bar.set_description("capture")
-    sites = {site for name in wanted for site in SITES[name]}
-    captured = capture(rotated, windows, sites, vectors, plan.seed, lambda _: bar.update())
-    terms = terms_of(rotated, plan, scheme, captured)
-    rotations = {name: each for name, each in rotations.items() if any(n == name for n, _ in terms)}
-    if not rotations:
-        raise RotationError(
-            f"{' and '.join(wanted)} of {type(rotated).__name__} turn nothing that {scheme} "
-            "rounds; name R3 too, which turns the latents that it caches"
-        )
-    found: dict[str, list[Tensor]] = {}
-    history: list[float] = []
-    for name, each in rotations.items():
-        bar.set_description(name)
-        for layer, base in each.items():
-            mine = terms[name, layer]
-            generator = torch.Generator().manual_seed(plan.seed)
-            walk = Walk(base.block, RATES[name], fixes_ones=base.fixes_ones)
-            cost = total(mine, VECTORS, min(len(mine), TAKEN), generator)
-            losses = descend([walk], cost, counts[name], bar.update)
-            found.setdefault(name, []).append(polished(dense(base.stages()) @ walk.q))
-            history = losses if layer is None else history
-    return found, history
-
-
-def _refined(
-    learned: Any,
-    plan: Plan,
-    found: Mapping[str, Sequence[Tensor]],
-    scheme: Scheme,
-    windows: Tensor,
-    steps: int,
-    bar: Any,
-) -> tuple[dict[str, list[Tensor]], list[float]]:
-    """Better matrices than a model was rotated with, by the loss of what is quantized."""
-    rotations = {name: each for name, each in bases(plan, learned).items() if name in found}
-    places = [(name, layer) for name, each in rotations.items() for layer in each]
-    walks = [
-        Walk(base.block, RATES[name], fixes_ones=base.fixes_ones)
-        for name, each in rotations.items()
-        for base in each.values()
-    ]
-    order = _shuffled(len(windows), steps, plan.seed)
-    with simulated(learned, plan, scheme) as loss:
-        history = descend(
-            walks,
-            lambda turns: loss(dict(zip(places, turns, strict=True)), windows[next(order), None]),
-            steps,
-            bar.update,
-        )
-    turns = iter(walks)
-    better = {
-        name: [polished(matrix @ next(turns).q) for matrix in each] for name, each in found.items()
-    }
-    return better, history
-
-
-def _shuffled(count: int, wanted: int, seed: int) -> Iterator[int]:
-    """So many numbers below ``count``, all of them before one comes again."""
-    generator = torch.Generator().manual_seed(seed)
-    rounds = [torch.randperm(count, generator=generator) for _ in range(-(-wanted // count))]
-    return iter(torch.cat(rounds).tolist())
 
 
 def _rotated(model: Any, wishes: dict[str, Any]) -> tuple[Any, Plan]:

@@ -79,7 +79,8 @@ def descend(
     walks: Sequence[Walk],
     loss: Callable[[Sequence[Tensor]], Tensor],
     steps: int,
-    done: Callable[[], object] | None = None,
+    done: Callable[[list[float]], object] | None = None,
+    history: list[float] | None = None,
 ) -> list[float]:
     """Let orthogonal matrices walk to where a loss of them all is small.
 
@@ -87,13 +88,14 @@ def descend(
         walks: the matrices, which are moved.
         loss: of the matrices in float32; may draw other samples in every step.
         steps: how many.
-        done: called after each step.
+        done: called after each step with the loss of every step so far.
+        history: the steps that the matrices have gone already; grows.
 
     Returns:
         The loss of every step.
     """
-    history = []
-    for step in range(steps):
+    history = [] if history is None else history
+    for step in range(len(history), steps):
         leaves = [walk.q.float().requires_grad_() for walk in walks]
         with torch.enable_grad():
             value = loss(leaves)
@@ -102,7 +104,7 @@ def descend(
         for walk, gradient in zip(walks, gradients, strict=True):
             walk.turn(gradient, step, steps)
         if done is not None:
-            done()
+            done(history)
     return history
 
 

@@ -1,0 +1,134 @@
+"""A run that was stopped goes on from its file, to the bit where it would have come to."""
+
+import pytest
+import torch
+from helpers import random_ids, tiny
+from safetensors.torch import save_file
+
+import fastrot
+from fastrot.learning import descents
+from fastrot.learning.kept import Kept
+
+OPTIONS = {"scheme": "w4a4kv4", "steps": 10, "refine": 12, "vectors": 32}
+
+
+@pytest.fixture(scope="module")
+def model():
+    made = tiny("llama", dtype=torch.float32)
+    with torch.no_grad():
+        made.get_input_embeddings().weight[:, 5] *= 20
+    return made
+
+
+@pytest.fixture(scope="module")
+def text(model):
+    return random_ids(model, 8, 16, seed=3)
+
+
+@pytest.fixture(scope="module")
+def whole(model, text):
+    return fastrot.learn(model, text, **OPTIONS)
+
+
+def stopping(function, after):
+    """The function, but its call of this number and all later ones are an interrupt."""
+    calls = []
+
+    def stopped(*args, **kwargs):
+        calls.append(1)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
+
+    stopped.calls = calls
+    return stopped
+
+
+@pytest.mark.parametrize("after", [0, 1, 2, 5])
+def test_stopped_between_descents(model, text, whole, after, tmp_path, monkeypatch):
+    file = tmp_path / "run.part"
+    with monkeypatch.context() as patch:
+        patch.setattr(descents, "descend", stopping(descents.descend, after))
+        with pytest.raises(KeyboardInterrupt):
+            fastrot.learn(model, text, keep=file, **OPTIONS)
+    assert file.exists() == (after > 0)
+    counted = stopping(descents.descend, 99)
+    monkeypatch.setattr(descents, "descend", counted)
+    again = fastrot.learn(model, text, keep=file, **OPTIONS)
+    first = 1 + 2 + 2  # R1, R2 and R3 of two layers
+    assert len(counted.calls) == first - min(after, first) + 1
+    assert again == whole
+    assert again.history == whole.history
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_stopped_in_the_second_descent(model, text, whole, tmp_path, monkeypatch):
+    file = tmp_path / "run.part"
+    turn = descents.Walk.turn
+    # 10 steps of R1 and 2 of each of the others, then all five in each of 11 steps.
+    with monkeypatch.context() as patch:
+        patch.setattr(descents.Walk, "turn", stopping(turn, 10 + 4 * 2 + 5 * 11))
+        with pytest.raises(KeyboardInterrupt):
+            fastrot.learn(model, text, keep=file, **OPTIONS)
+    counted = stopping(turn, 999)
+    monkeypatch.setattr(descents.Walk, "turn", counted)
+    monkeypatch.setattr(descents, "capture", lambda *_: pytest.fail("nothing is left to fit"))
+    again = fastrot.learn(model, text, keep=file, **OPTIONS)
+    assert len(counted.calls) == 5 * (12 - descents.KEPT_EVERY)
+    assert again == whole
+    assert again.history == whole.history
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": 11},
+        {"refine": 13},
+        {"vectors": 33},
+        {"scheme": "a4"},
+        {"seed": 1},
+        {"rotations": ("R1", "R2")},
+        {"flipped": True},
+        {"model": 1},
+    ],
+    ids=str,
+)
+def test_another_run_is_refused(change, model, text, tmp_path, monkeypatch):
+    file = tmp_path / "run.part"
+    with monkeypatch.context() as patch:
+        patch.setattr(descents, "descend", stopping(descents.descend, 1))
+        with pytest.raises(KeyboardInterrupt):
+            fastrot.learn(model, text, keep=file, **OPTIONS)
+    before = file.read_bytes()
+    options = OPTIONS | change
+    if options.pop("model", None):
+        model = tiny("llama", dtype=torch.float32)
+    if options.pop("flipped", False):
+        text = text.flip(0)
+    with pytest.raises(fastrot.RotationError, match="another model, text, recipe or option"):
+        fastrot.learn(model, text, keep=file, **options)
+    assert file.read_bytes() == before
+
+
+def test_files_that_no_run_kept(model, text, tmp_path):
+    file = tmp_path / "run.part"
+    file.write_bytes(b"none of ours")
+    with pytest.raises(fastrot.RotationError, match=r"run\.part was not kept by a run.*remove it"):
+        fastrot.learn(model, text, keep=file, **OPTIONS)
+    save_file({"a": torch.zeros(1)}, file)
+    with pytest.raises(fastrot.RotationError, match="another model, text"):
+        fastrot.learn(model, text, keep=file, **OPTIONS)
+
+
+def test_sets_by_their_names(tmp_path):
+    file = tmp_path / "sets"
+    kept = Kept(file, "run")
+    assert kept.get("a") is None
+    kept.put("a", {"x": torch.ones(2), "y": torch.zeros(3)})
+    kept.put("ab", {"x": torch.ones(1)})
+    kept.put("a", {"x": torch.zeros(2)})
+    again = Kept(file, "run")
+    assert {name: t.tolist() for name, t in again.get("a").items()} == {"x": [0, 0], "y": [0, 0, 0]}
+    assert again.get("ab").keys() == {"x"}
+    again.close()
+    assert not file.exists()
