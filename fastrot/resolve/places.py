@@ -49,7 +49,7 @@ def rotation_of(
     Raises:
         ValueError: the size does not allow it.
     """
-    if head is not None and scheme.head_dim is not None and head % scheme.head_dim:
+    if head is not None and scheme.head_dim and head % scheme.head_dim:
         raise RotationError(
             f"block_size={scheme.head_dim} of {group} does not divide the heads of {name}, {head}"
         )
@@ -64,7 +64,7 @@ def rotation_of(
         rotation = Rotation(
             kind,  # type: ignore[arg-type]
             size,
-            scheme.head_dim or head,
+            head if scheme.head_dim is None else scheme.head_dim,
             seed,
             label,
             scheme.fixes_ones,
