@@ -59,7 +59,7 @@ def learn(
 
     Args:
         model: as for :func:`fastrot.apply`, not rotated; it is left as it is. Memory for a copy of
-            it in float32 is needed.
+            it in float32 is needed, for two with ``permute``.
         batches: token ids to learn from: ``(n, length)``, or an iterable of such or of dicts with
             ``input_ids``, all of one length; without padding.
         rotations: the rotations, or a whole recipe; R4 stays as it is there, since a learned one
