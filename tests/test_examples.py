@@ -36,6 +36,14 @@ def test_quanto(source, tmp_path):
     assert (tmp_path / "out" / "quanto.safetensors").exists()
 
 
+@pytest.mark.skipif(find_spec("torchao") is None, reason="torchao is not installed")
+def test_torchao(source, tmp_path):
+    printed = run("torchao_int8", source, tmp_path / "out")
+    assert "the same tokens: True" in printed
+    assert printed.strip().endswith("after loading: 0.0e+00")
+    assert (tmp_path / "out" / "torchao.pt").exists()
+
+
 @pytest.mark.skipif(find_spec("llmcompressor") is None, reason="llm-compressor is not installed")
 @pytest.mark.parametrize("scheme", ["W8A8", "W4A16"])
 def test_llm_compressor(source, tmp_path, scheme):

@@ -1,5 +1,6 @@
 """Tiny checkpoints."""
 
+import pytest
 import torch
 from helpers import tiny
 from zoo import FAMILIES, build
@@ -30,6 +31,11 @@ POST_NORMS = {
     "gemma3_text": GEMMA,
     "olmo2": SHAPES,
 }
+
+
+def first(*names):
+    """Parameters of which all but the first are exhaustive: each start of vLLM takes seconds."""
+    return [names[0], *(pytest.param(name, marks=pytest.mark.exhaustive) for name in names[1:])]
 
 
 def model(family, **kwargs):

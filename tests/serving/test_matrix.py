@@ -17,6 +17,7 @@ from servers import SERVERS
 RECORDED = Path(__file__).parents[2] / "benchmarks/results/serving-matrix.json"
 SOME = {
     "vLLM/Llama/R2 online/float32",
+    "vLLM/Qwen3-MoE/R1-R4/float32",
     "vLLM/Llama/R1-R4/W4A16",
     "vLLM/Gemma 3/R1-R4/fp8 KV",
     "transformers/Qwen3-MoE/R1-R4/bfloat16",

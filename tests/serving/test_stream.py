@@ -22,6 +22,7 @@ RECIPES = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", POST_NORMS)
 def test_behind_post_norms(family, plain, tmp_path):
     with engine(checkpoint(tmp_path, family, RECIPES[family])) as llm:
@@ -32,6 +33,7 @@ def test_behind_post_norms(family, plain, tmp_path):
             assert without(llm, "fastrot_output", layer).tokens != plain(family).tokens
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("impl", ["vllm", "transformers"])
 def test_the_head_is_kept(impl, plain, tmp_path):
     with engine(checkpoint(tmp_path, "llama", KEPT), model_impl=impl) as llm:
@@ -41,6 +43,7 @@ def test_the_head_is_kept(impl, plain, tmp_path):
             assert without(llm, "fastrot_input", end).tokens != plain("llama").tokens
 
 
+@pytest.mark.exhaustive
 def test_the_stream_is_whole_on_every_rank(plain, tmp_path, monkeypatch):
     """R1 of one block of all 128 channels, where each of the two ranks has half of the weights."""
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
@@ -49,6 +52,7 @@ def test_the_stream_is_whole_on_every_rank(plain, tmp_path, monkeypatch):
         assert_same(answers(llm), plain("llama"))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("family", ["gemma3_text"])
 def test_compiled(family, plain, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_DISABLE_COMPILE_CACHE", "1")
