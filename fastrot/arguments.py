@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Mapping as MappingABC
 from difflib import get_close_matches
+from numbers import Integral
 from typing import Any
 
 from fastrot.errors import RotationError
@@ -62,7 +63,9 @@ def parse_given(what: str, value: Any, rotations: Sequence[str]) -> dict[str, tu
         if upper not in rotations or upper in found:
             wrong = "named twice" if upper in found else f"not one of {', '.join(rotations)}"
             raise RotationError(f"{what}: {name!r} is {wrong}")
-        several = isinstance(given, (list, tuple)) and not isinstance(next(iter(given), None), int)
+        several = isinstance(given, (list, tuple)) and not isinstance(
+            next(iter(given), None), Integral
+        )
         items = tuple(given) if several else (given,)
         if not items:
             raise RotationError(f"{what}: the list of {upper} is empty")

@@ -23,6 +23,7 @@ from fastrot.memory import check_memory
 from fastrot.online import check_site
 from fastrot.record import applied_groups
 from fastrot.resolve import on_meta
+from fastrot.rotations import PERMUTATION
 from fastrot.transform_config import TransformConfig
 from fastrot.values import notes
 
@@ -85,6 +86,12 @@ def check_first_time(model: "PreTrainedModel", config: TransformConfig) -> None:
     """Refuse rotations of which one is on the model already."""
     there = applied_groups(model.config)
     twice = [name for name in config.config_groups if name in there]
+    moved = [name for name in twice if config.config_groups[name].type == PERMUTATION]
+    if moved == twice != []:
+        raise AlreadyRotatedError(
+            f"the channels of this {type(model).__name__} have changed places already "
+            f"({' and '.join(moved)}); leave permutations out, their order stays"
+        )
     if twice:
         raise AlreadyRotatedError(
             f"{' and '.join(twice)} is already on this {type(model).__name__}; a second time "

@@ -13,9 +13,10 @@ from typing import Any
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from fastrot.edits import Plan
+from fastrot.edits import Plan, Rotate
 from fastrot.errors import RotationError
 from fastrot.mapping import STREAM
+from fastrot.rotations import PERMUTATION
 
 KNOWN = ("torch", "transformers", "accelerate", "fastrot")
 """Packages whose forwards and hooks are those of the tables, or only move data."""
@@ -111,7 +112,13 @@ def _touched(model: nn.Module, plan: Plan) -> list[str]:
     for edit in plan.weights:
         of_stream = STREAM in edit.groups
         within = stream if of_stream else names
-        within |= dict.fromkeys(_around(edit.parameter.rpartition(".")[0], of_stream))
+        holder = edit.parameter.rpartition(".")[0]
+        within |= dict.fromkeys(_around(holder, of_stream))
+        if any(isinstance(s, Rotate) and s.rotation.kind == PERMUTATION for s in edit.steps):
+            # Every channel takes its number along, through all that is between.
+            block = holder.rpartition(".")[0]
+            inside = model.get_submodule(block).named_modules(prefix=block)
+            names |= dict.fromkeys(name for name, _ in inside)
     for norm in plan.written_norms:
         stream |= dict.fromkeys(_around(norm.module, True))
     for name in list(stream):

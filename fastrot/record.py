@@ -49,12 +49,24 @@ def applications(config: Any) -> list[tuple[int, TransformConfig]]:
         return []
     _check(record)
     try:
-        return [
-            (operator.index(item["seed"]), parse_transform_config(item["transform_config"]))
-            for item in record["applied"]
-        ]
+        return [(operator.index(item["seed"]), _in_order(item)) for item in record["applied"]]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise RecordError(f"{BROKEN}: {type(error).__name__}: {error}") from error
+
+
+def ordered(config: Any) -> bool:
+    """Whether the record says in which order its rotations act where several do."""
+    return all("order" in item for item in config.fastrot["applied"])
+
+
+def _in_order(item: dict[str, Any]) -> TransformConfig:
+    """The configuration, its rotations as they were applied: JSON files sort their names."""
+    found = parse_transform_config(item["transform_config"])
+    groups = found.config_groups
+    order = item.get("order", [*groups])
+    if sorted(order) != sorted(groups):
+        raise ValueError(f"order {order!r:.60} is not that of {', '.join(groups)}")
+    return TransformConfig({name: groups[name] for name in order})
 
 
 def _check(record: Any) -> None:
@@ -167,9 +179,9 @@ def with_application(config: Any, plan: Plan) -> dict[str, Any]:
     """A copy of the record in ``config``, with ``plan`` added."""
     old = getattr(config, "fastrot", None)
     record: dict[str, Any] = {"applied": []} if old is None else copy.deepcopy(old)
-    record["applied"].append(
-        {"seed": plan.seed, "transform_config": plan.transform_config.to_dict()}
-    )
+    groups = plan.transform_config.to_dict()
+    order = [*groups["config_groups"]]
+    record["applied"].append({"seed": plan.seed, "transform_config": groups, "order": order})
     return record
 
 
@@ -179,6 +191,8 @@ def without_groups(config: Any, groups: Iterable[str]) -> dict[str, Any]:
     for item in record["applied"]:
         for name in groups:
             item["transform_config"]["config_groups"].pop(name, None)
+        if "order" in item:
+            item["order"] = [name for name in item["order"] if name not in groups]
     record["applied"] = [
         item for item in record["applied"] if item["transform_config"]["config_groups"]
     ]

@@ -18,7 +18,7 @@ from fastrot.integrations.marks import unmark
 from fastrot.journal import Journal, Undo, exclusive
 from fastrot.mapping import STREAM, NormMapping
 from fastrot.online import installed, rotation_at, uninstall
-from fastrot.record import applications, own_config, retrace, sealed, without_groups
+from fastrot.record import applications, ordered, own_config, retrace, sealed, without_groups
 from fastrot.resolve import resolve
 from fastrot.rotations import MATRIX, Rotation
 from fastrot.rows import known_norms
@@ -43,7 +43,7 @@ def remove(
     Args:
         model: rotated by :func:`fastrot.apply`, or loaded from such a checkpoint.
         groups: names of the rotations to take off, for example ``"R4"``; default, all that are
-            online but R1.
+            online but R1, and R2 where it is in the weights of some layers and online in others.
         undo: copies of the weights, as for :func:`fastrot.apply`.
 
     Raises:
@@ -82,7 +82,12 @@ def _remove(model: "PreTrainedModel", groups: str | Iterable[str] | None, undo: 
     online = [name for name, plan in plans if plan.online]
     given = (groups,) if isinstance(groups, str) else groups
     by_case = {name.upper(): name for name in online}
-    others = [name for name in online if name != STREAM]
+    # Values that some layers turn online (Gemma 4) were turned in the weights of others.
+    others = [
+        name
+        for name, plan in plans
+        if name in online and name != STREAM and not _turns_outputs(plan, name)
+    ]
     wanted = others if given is None else [by_case.get(name.upper(), name) for name in given]
     missing = [name for name in wanted if name not in online]
     if missing or not wanted:
@@ -91,7 +96,8 @@ def _remove(model: "PreTrainedModel", groups: str | Iterable[str] | None, undo: 
         raise RotationError(f"{what} online on this {type(model).__name__} (online: {there})")
     if STREAM in wanted and any(s.rotation.fixes_ones for s in dict(plans)[STREAM].online):
         _check_described(model, norms)
-    _check_commutes(plans, wanted)
+    _check_commutes(plans, wanted, ordered(model.config))
+    _check_known(plans, wanted)
     for name, plan in plans:
         if name in wanted:
             check_weights(model, plan)
@@ -148,7 +154,23 @@ def _inverse(plans: list[Plan]) -> Plan:
     return replace(plans[0], weights=tuple(edits.values()), norms=(), online=())
 
 
-def _check_commutes(plans: list[tuple[str, Plan]], wanted: list[str]) -> None:
+def _turns_outputs(plan: Plan, name: str) -> bool:
+    places = plan.transform_config.config_groups[name].apply
+    return any(args.location == "weight_output" for args in places)
+
+
+def _check_known(plans: list[tuple[str, Plan]], wanted: list[str]) -> None:
+    """What is taken out of weights must be there; only online rotations bring theirs along."""
+    for name, plan in plans:
+        for edit in plan.weights if name in wanted else ():
+            if any(isinstance(s, Rotate) and not s.rotation.known for s in edit.steps):
+                raise RotationError(
+                    f"{name} can't be taken off: of its matrix in {edit.parameter} the model has "
+                    "the digest alone; start from the original weights"
+                )
+
+
+def _check_commutes(plans: list[tuple[str, Plan]], wanted: list[str], ordered: bool) -> None:
     """What is taken off must have come last, wherever it acts."""
     sides: dict[tuple[str, int], str] = {}
     for name, plan in plans:
@@ -158,7 +180,9 @@ def _check_commutes(plans: list[tuple[str, Plan]], wanted: list[str]) -> None:
                     continue
                 side = edit.parameter, step.dim
                 other, sides[side] = sides.get(side, name), name
-                if other != name and other in wanted and name not in wanted:
+                late = other in wanted and name not in wanted
+                unsure = not ordered and (other in wanted or name in wanted)
+                if other != name and (late or unsure):
                     raise RotationError(
                         f"{other} and {name} both rotated dimension {step.dim} of "
                         f"{edit.parameter}; {other} can't be taken off alone"

@@ -32,6 +32,10 @@ from fastrot.rows import UnsupportedRotationError, known_norms, roles_of
 from fastrot.sites import find_sites
 from fastrot.transform_config import Rows, TransformArgs, TransformConfig, TransformScheme
 
+Permuting = Callable[[Index, Mapping, int, bool], tuple[TransformArgs, ...]]
+"""Where channels change places: of a model, its roles, how many there are, and whether the roles
+are those of the table."""
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -52,7 +56,7 @@ class Kind:
     check: Callable[[Index, Mapping, Sequence[NormMapping]], None]
     head: Callable[[Index, Mapping], int | None] | None = None
     per_layer: bool = True
-    permuted: tuple[str, Callable[[Index, Mapping, int], tuple[TransformArgs, ...]]] | None = None
+    permuted: tuple[str, Permuting] | None = None
     through_norms: bool = False
 
 
@@ -99,7 +103,7 @@ def configured(index: Index, recipe: Recipe) -> Configured:
     if recipe.keep_head:
         places[STREAM] = between_ends(index, mapping, norms, places[STREAM])
     permutations = recipe.permutations or {}
-    schemes = dict(_permuting(index, mapping, permutations))
+    schemes = dict(_permuting(index, mapping, permutations, recipe.by_table))
     schemes |= {
         name: TransformScheme(
             type=MATRIX if name in matrices else recipe.transform_type,
@@ -118,7 +122,10 @@ def configured(index: Index, recipe: Recipe) -> Configured:
 
 
 def _permuting(
-    index: Index, mapping: Mapping, permutations: MappingABC[str, tuple[Rotation, ...]]
+    index: Index,
+    mapping: Mapping,
+    permutations: MappingABC[str, tuple[Rotation, ...]],
+    by_table: bool,
 ) -> Iterator[tuple[str, TransformScheme]]:
     """The groups by which channels change places, before any rotation acts on them."""
     for name, given in permutations.items():
@@ -133,7 +140,7 @@ def _permuting(
         yield (
             group,
             TransformScheme(
-                PERMUTATION, places(index, mapping, size), head_dim=size, matrices=labels
+                PERMUTATION, places(index, mapping, size, by_table), head_dim=size, matrices=labels
             ),
         )
 

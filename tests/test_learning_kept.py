@@ -1,5 +1,7 @@
 """A run that was stopped goes on from its file, to the bit where it would have come to."""
 
+import copy
+
 import pytest
 import torch
 from helpers import random_ids, tiny
@@ -51,7 +53,7 @@ def test_stopped_between_descents(model, text, whole, after, tmp_path, monkeypat
         patch.setattr(descents, "descend", stopping(descents.descend, after))
         with pytest.raises(KeyboardInterrupt):
             fastrot.learn(model, text, keep=file, **OPTIONS)
-    assert file.exists() == (after > 0)
+    assert file.exists()
     counted = stopping(descents.descend, 99)
     monkeypatch.setattr(descents, "descend", counted)
     again = fastrot.learn(model, text, keep=file, **OPTIONS)
@@ -59,7 +61,7 @@ def test_stopped_between_descents(model, text, whole, after, tmp_path, monkeypat
     assert len(counted.calls) == first - min(after, first) + 1
     assert again == whole
     assert again.history == whole.history
-    assert [*tmp_path.iterdir()] == []
+    assert [*tmp_path.iterdir()] == [file]
 
 
 def test_stopped_in_the_second_descent(model, text, whole, tmp_path, monkeypatch):
@@ -89,7 +91,11 @@ def test_stopped_in_the_second_descent(model, text, whole, tmp_path, monkeypatch
         {"seed": 1},
         {"rotations": ("R1", "R2")},
         {"flipped": True},
-        {"model": 1},
+        {"model": "other weights"},
+        {"model": "channels in another order"},
+        {"model": "another epsilon"},
+        {"windows": (16, 8)},
+        {"heldout": True},
     ],
     ids=str,
 )
@@ -101,8 +107,18 @@ def test_another_run_is_refused(change, model, text, tmp_path, monkeypatch):
             fastrot.learn(model, text, keep=file, **OPTIONS)
     before = file.read_bytes()
     options = OPTIONS | change
-    if options.pop("model", None):
-        model = tiny("llama", dtype=torch.float32)
+    changed = options.pop("model", None)
+    model = copy.deepcopy(model)
+    if changed == "other weights":
+        model.model.norm.weight.data[0] += 1
+    if changed == "channels in another order":
+        weight = model.model.layers[0].mlp.down_proj.weight
+        weight.data = weight.data.flip(1)
+    if changed == "another epsilon":
+        model.config.rms_norm_eps *= 2
+    text = text.view(options.pop("windows", text.shape))
+    if options.pop("heldout", False):
+        options["heldout"] = text[3::4]
     if options.pop("flipped", False):
         text = text.flip(0)
     with pytest.raises(fastrot.RotationError, match="another model, text, recipe or option"):
@@ -120,6 +136,14 @@ def test_files_that_no_run_kept(model, text, tmp_path):
         fastrot.learn(model, text, keep=file, **OPTIONS)
 
 
+def test_files_that_can_not_be_written(model, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(descents, "capture", lambda *_: pytest.fail("it was too late"))
+    with pytest.raises(OSError, match="missing"):
+        fastrot.learn(model, text, keep=tmp_path / "missing" / "run.part", **OPTIONS)
+    with pytest.raises(fastrot.RotationError, match="is a folder; name a file"):
+        fastrot.learn(model, text, keep=tmp_path, **OPTIONS)
+
+
 def test_sets_by_their_names(tmp_path):
     file = tmp_path / "sets"
     kept = Kept(file, "run")
@@ -130,5 +154,3 @@ def test_sets_by_their_names(tmp_path):
     again = Kept(file, "run")
     assert {name: t.tolist() for name, t in again.get("a").items()} == {"x": [0, 0], "y": [0, 0, 0]}
     assert again.get("ab").keys() == {"x"}
-    again.close()
-    assert not file.exists()

@@ -169,7 +169,8 @@ def test_save_and_load(learned, uneven, tmp_path):
     path = tmp_path / "orders.safetensors"
     width = uneven.config.hidden_size
     matrices = {"R1": Rotation("random-matrix", width, seed=1).operand}
-    both = Learned(("R1", "R4"), matrices=matrices, permutations=learned.permutations)
+    given = {"matrices": matrices, "permutations": learned.permutations}
+    both = Learned(("R1", "R4"), **given, taken=("matrices",))
     for recipe in (learned, both):
         recipe.save(path)
         loaded = Learned.load(path)

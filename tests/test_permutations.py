@@ -10,10 +10,11 @@ from helpers import difference, fingerprint, relative_error, tiny
 from test_checkpoint_rotate import tensors
 from test_zoo import logits, original
 from transformers import AutoModelForCausalLM
-from zoo import FAMILIES
+from zoo import FAMILIES, build
 
 import fastrot
 from fastrot import Rotation
+from fastrot.mapping import find_architecture
 
 SOME = ("llama", "phi3", "opt", "gpt2", "gpt_neox", "falcon", "gemma3_text", "bitnet", "mixtral")
 REFUSED = {"bitnet": "ffn_sub_norm", "mixtral": "not in an MLP of linear modules"}
@@ -165,3 +166,77 @@ def test_it_acts_in_weights_alone():
     }
     with pytest.raises(fastrot.RotationError, match="acts in weights alone, not at input"):
         fastrot.apply(tiny("llama"), transform_config={"config_groups": {"P4": group}})
+
+
+def scaled(_, __, output):
+    return output * torch.linspace(1, 2, output.shape[-1])
+
+
+class Activation(torch.nn.Module):
+    """As SiLU, but every channel has its own factor, or its own group."""
+
+    def __init__(self, factors):
+        super().__init__()
+        self.factors = factors
+
+    def forward(self, x):
+        x = torch.nn.functional.silu(x)
+        if self.factors is None:
+            groups = x.unflatten(-1, (4, -1))
+            return (groups / groups.abs().amax(-1, keepdim=True)).flatten(-2)
+        return x * self.factors.flatten()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda mlp: mlp.act_fn.register_forward_hook(scaled),
+        lambda mlp: setattr(mlp, "act_fn", Activation(torch.linspace(1, 2, 112))),
+        lambda mlp: setattr(
+            mlp, "act_fn", Activation(torch.nn.Parameter(torch.linspace(1, 2, 112).view(4, 28)))
+        ),
+        lambda mlp: setattr(mlp, "act_fn", Activation(None)),
+    ],
+    ids=["hook", "tensor", "parameter", "groups"],
+)
+def test_what_stands_between_is_looked_at(change):
+    """R4 alone does not mind it: it acts on what goes into the down projection."""
+    model = tiny("llama")
+    change(model.model.layers[1].mlp)
+    before, given = logits(model, ids_of(model)), {"R4": ORDER.flip(0)}
+    fresh = fingerprint(model)
+    with pytest.raises(fastrot.RotationError, match=r"act_fn|factors"):
+        fastrot.apply(model, "R4", permutations=given)
+    assert difference(fresh, fingerprint(model)) == []
+    fastrot.apply(model, "R4")
+    assert relative_error(logits(model, ids_of(model)), before) < 1e-5
+
+
+def test_gate_and_up_in_one_matrix_by_the_table_alone():
+    family = FAMILIES["phi3"]
+    model = build(family, torch.float32)
+    row = find_architecture(model.config)
+    options = {"mappings": row.mapping, "norm_mappings": row.norms}
+    order = orders(model)
+    with pytest.raises(fastrot.UnsupportedRotationError, match=r"gate_up_proj has \d+ channels"):
+        fastrot.apply(model, "R4", permutations={"R4": order}, **options)
+    fastrot.apply(model, "R4", permutations={"R4": order})
+
+
+def test_a_second_order_is_refused_by_its_name(pair):
+    _, rotated, _, recipe = pair
+    fastrot.remove(rotated)
+    before = logits(rotated, ids_of(rotated))
+    with pytest.raises(fastrot.AlreadyRotatedError, match=r"changed places already.*order stays"):
+        fastrot.apply(rotated, "R4", permutations=recipe.permutations)
+    fastrot.apply(rotated, "R4", block_size={"R4": 28}, precision="float64")
+    assert relative_error(logits(rotated, ids_of(rotated)), before) < 1e-6
+
+
+def test_a_plan_takes_what_has_the_digest(pair):
+    _, _, handle, _ = pair
+    data, given = handle.plan.to_dict(), handle.plan.matrices
+    first, second = given
+    for wrong in ({first: given[second], second: given[first]}, {first: torch.eye(112).double()}):
+        with pytest.raises(fastrot.RotationError, match="has another digest"):
+            fastrot.Plan.from_dict(data, {**given, **wrong})

@@ -319,7 +319,7 @@ class _BlockSize(argparse.Action):
 
     def __call__(self, parser: Any, args: Any, value: Any, option: str | None = None) -> None:
         old = getattr(args, self.dest)
-        if isinstance(old, dict) and isinstance(value, dict):
+        if isinstance(old, dict) and isinstance(value, dict) and not old.keys() & value.keys():
             value = old | value
         elif old is not None:
             parser.error(f"{option}: one size for all, or one for each rotation by its name")

@@ -24,6 +24,7 @@ def learn(args: Namespace) -> int:
     heldout = None
     if args.heldout:
         heldout = windows_of(args.model, args.heldout, args.tokens // 4, FEWEST // 4)
+    kept = args.out.with_name(f"{args.out.name}.part")
     learned = fitted(
         load(args.model, "float32"),
         windows,
@@ -33,9 +34,10 @@ def learn(args: Namespace) -> int:
         steps=args.steps,
         refine=args.refine,
         permute=args.permute,
-        keep=args.out.with_name(f"{args.out.name}.part"),
+        keep=kept,
         progress=sys.stderr.isatty(),
     )
     learned.save(args.out)
+    kept.unlink()
     announce(f"{learned}\nwritten to {args.out}; fastrot rotate SRC DST --learned {args.out}")
     return 0

@@ -123,7 +123,7 @@ def plan_from_dict(data: Any, matrices: Mapping[str, Tensor]) -> Plan:
     given = _read(data, _PLAN, "plan")
     if given["format"] != FORMAT:
         raise RotationError(f"plan: format {given['format']} is not {FORMAT}, which this one reads")
-    units = {name: _given(tensor) for name, tensor in matrices.items()}
+    units = {name: _given(name, tensor) for name, tensor in matrices.items()}
     rotations = []
     for i, item in enumerate(given["rotations"]):
         read = Rotation(**_read(item, _ROTATION, f"plan, rotations[{i}]"))
@@ -178,9 +178,12 @@ def plan_from_dict(data: Any, matrices: Mapping[str, Tensor]) -> Plan:
     )
 
 
-def _given(tensor: Tensor) -> Rotation:
+def _given(name: str, tensor: Tensor) -> Rotation:
     matrix = isinstance(tensor, Tensor) and tensor.is_floating_point()
-    return Rotation.from_matrix(tensor) if matrix else Rotation.from_permutation(tensor)
+    found = Rotation.from_matrix(tensor) if matrix else Rotation.from_permutation(tensor)
+    if found.label != name:
+        raise RotationError(f"plan: the {found.kind} under {name:.12}… has another digest")
+    return found
 
 
 def _written(value: Any, names: _Fields, **instead: Any) -> dict[str, Any]:

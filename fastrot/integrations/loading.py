@@ -6,9 +6,11 @@ of the modules, so that its patterns of names do not find them, and before the w
 so that the file's operands are.
 """
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from fastrot.checks import quant_method
+from fastrot.errors import RecordError
 from fastrot.integrations.guard import DRAFTS, lift
 from fastrot.integrations.marks import mark
 from fastrot.journal import Journal
@@ -35,6 +37,20 @@ def put_on(model: "PreTrainedModel", sites: "list[OnlineSite]") -> list[OnlineRo
     return rotations
 
 
+def check_named(unexpected: Iterable[str]) -> None:
+    """Refuse operands that a checkpoint has and its record does not ask for.
+
+    Raises:
+        RecordError: names the first.
+    """
+    lost = [name for name in unexpected if ".fastrot_" in name]
+    if lost:
+        raise RecordError(
+            f"the checkpoint has online rotations that its record does not name, {lost[0]} "
+            f"({len(lost)}); take the checkpoint as it was written"
+        )
+
+
 def before_weights(model: "PreTrainedModel") -> None:
     """Put the recorded rotations on a model that a quantizer has prepared for its weights.
 
@@ -56,6 +72,7 @@ def before_weights(model: "PreTrainedModel") -> None:
                 info.missing_keys.remove(name)
                 rotation.operand = make(model, [site], rotation.operand.device)[0].operand
         model._adjust_missing_and_unexpected_keys(info)
+        check_named(info.unexpected_keys)
 
     model._adjust_missing_and_unexpected_keys = adjust  # type: ignore[method-assign, assignment]
 

@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from fastrot.errors import RecordError
 from fastrot.integrations.guard import lift
-from fastrot.integrations.loading import put_on
+from fastrot.integrations.loading import check_named, put_on
 from fastrot.integrations.marks import mark
 from fastrot.online import OnlineRotation, check_parts
 from fastrot.record import QUANT_METHOD, check_online, online_sites
@@ -91,12 +91,7 @@ def _watch_keys(model: "PreTrainedModel") -> None:
     def adjust(info: Any) -> None:
         del model._adjust_missing_and_unexpected_keys
         model._adjust_missing_and_unexpected_keys(info)
-        lost = [name for name in info.unexpected_keys if ".fastrot_" in name]
-        if lost:
-            raise RecordError(
-                f"the checkpoint has online rotations that its record does not name, {lost[0]} "
-                f"({len(lost)}); take the checkpoint as it was written"
-            )
+        check_named(info.unexpected_keys)
         base = model.base_model_prefix
         inside = f"{base}." if hasattr(model, base) else ""
         wrong = {*info.missing_keys, *(name for name, *_ in info.mismatched_keys)}

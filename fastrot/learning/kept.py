@@ -21,13 +21,17 @@ class Kept:
 
     Raises:
         RotationError: the file is of another run, or none of these.
+        OSError: it can't be written.
     """
 
     def __init__(self, path: Path | None, run: str) -> None:
         self._path, self._run = path, run
-        self._sets: dict[str, Tensor] = {}
+        self._sets: dict[str, Tensor] = {"run": torch.zeros(1)}
+        if path is not None and path.is_dir():
+            raise RotationError(f"{path} is a folder; name a file to keep the run in")
         if path is not None and path.exists():
             self._sets = self._read(path)
+        self.put("", {})  # what can't be written is known before hours are spent
 
     def _read(self, path: Path) -> dict[str, Tensor]:
         from safetensors import SafetensorError, safe_open
@@ -56,24 +60,22 @@ class Kept:
         self._sets |= {f"{name}/{n}": t.detach().clone() for n, t in tensors.items()}
         if self._path is None:
             return
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
-        fresh = self._path.with_name(f"{self._path.name}.new")
-        save_file(self._sets, str(fresh), {"run": self._run})
+        fresh = self._path.with_name(f"{self._path.name}.{os.getpid()}")
+        fresh.write_bytes(save(self._sets, {"run": self._run}))
         os.replace(fresh, self._path)
-
-    def close(self) -> None:
-        """Remove the file: the run has ended."""
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
 
 
 def run_of(model: Any, *others: Any) -> str:
-    """A digest of a model, to the sums of its weights, and of whatever else decides a run."""
-    found = hashlib.sha256()
-    for other in others:
-        found.update(other.numpy().tobytes() if isinstance(other, Tensor) else repr(other).encode())
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            found.update(f"{name}{tuple(weight.shape)}{float(weight.double().sum())}".encode())
+    """A digest of a model, its configuration and weights, and of whatever else decides a run."""
+    found = hashlib.sha256(model.config.to_json_string().encode())
+    tensors = dict(model.state_dict())
+    for name, other in [*tensors.items(), *enumerate(others)]:
+        if not isinstance(other, Tensor):
+            found.update(repr(other).encode())
+            continue
+        found.update(f"{name}{tuple(other.shape)}{other.dtype}".encode())
+        numbers = other.detach().cpu().contiguous().flatten()
+        found.update(numbers.view(torch.uint8).numpy().data)
     return found.hexdigest()

@@ -29,6 +29,7 @@ class Learned(Recipe):
         gain: loss with what was learned minus that, with its standard error.
         defect: the largest entry of ``|QᵀQ - I|`` of all matrices that were learned.
         history: the loss that was descended on, of R1, for every step.
+        taken: what was learned and is in the recipe, ``matrices`` and ``permutations``.
     """
 
     scheme: str = field(default="", compare=False)
@@ -38,15 +39,17 @@ class Learned(Recipe):
     gain: Difference = field(default=Difference(0.0, 0.0), compare=False)
     defect: float = field(default=0.0, compare=False)
     history: tuple[float, ...] = field(default=(), compare=False)
+    taken: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def accepted(self) -> bool:
         """Whether something learned was better, and is in the recipe."""
-        return bool(self.matrices or self.permutations)
+        return bool(self.taken)
 
     def __str__(self) -> str:
-        what = [name for name in GIVEN if getattr(self, name)]
-        verdict = f"{' and '.join(what)} taken" if what else "left: the recipe alone is as good"
+        verdict = "left: the recipe alone is as good"
+        if self.taken:
+            verdict = f"{' and '.join(self.taken)} taken"
         return (
             f"{self.scheme}: loss {self.before:.4f} with the recipe, {self.gain.mean:+.4f} ± "
             f"{self.gain.error:.4f} with what was learned; {verdict}"
@@ -64,7 +67,7 @@ class Learned(Recipe):
         if self.mappings is not None or self.norm_mappings is not None:
             raise RotationError("a learned recipe with mappings of your own can't be saved")
         tensors = {
-            f"{prefix}{name}.{number}" if len(given) > 1 else f"{prefix}{name}": item.operand
+            f"{prefix}{name}{f'.{number}' if len(given) > 1 else ''}": item.operand.clone()
             for field, prefix in GIVEN.items()
             for name, given in (getattr(self, field) or {}).items()
             for number, item in enumerate(given)
@@ -99,7 +102,7 @@ class Learned(Recipe):
         try:
             described: dict[str, Any] = json.loads(metadata["fastrot"])
             described["gain"] = Difference(*described["gain"])
-            for name in ("rotations", "history"):
+            for name in ("rotations", "history", "taken"):
                 described[name] = tuple(described[name])
             precision = described["precision"]
             if precision is not None:
@@ -113,7 +116,7 @@ class Learned(Recipe):
 GIVEN = {"matrices": "", "permutations": "before."}
 """What is learned, and how the names of its tensors begin in a file."""
 _PLAIN = ("rotations", "transform_type", "randomize", "block_size", "seed", "keep_head")
-_MEASURED = ("scheme", "steps", "text", "before", "defect", "history")
+_MEASURED = ("scheme", "steps", "text", "before", "defect", "history", "taken")
 
 
 def _given(tensors: dict[str, Any], prefix: str) -> dict[str, Any] | None:

@@ -78,7 +78,7 @@ def learn(
         vectors: kept of each site, in float32; with fewer, what is learned is of this text alone
             (of SmolLM2, 1024 gained nothing on another kind of text, 4096 as much as on this one).
         keep: a file in which what is found is kept as soon as it is; the same call goes on from
-            there after it was stopped, with the same result, and removes it in the end.
+            there after it was stopped, with the same result. It is yours to remove.
         progress: show a bar.
         options: see :class:`fastrot.Recipe`.
 
@@ -86,6 +86,7 @@ def learn(
         RotationError: nothing in the recipe can be learned for this scheme, matrices are given
             already, orders differ between layers, the text is too short, or the file in ``keep`` is
             of another run.
+        OSError: that file can't be written.
     """
     check_model(model)
     check_flag("progress", progress)
@@ -111,9 +112,10 @@ def learn(
     if permute:
         check_permutable(model, recipe)
     decides = recipe, str(scheme), steps, refine, permute, vectors, windows, judges
-    kept = Kept(None if keep is None else Path(keep), run_of(model, *decides))
+    kept = Kept(None, "") if keep is None else Kept(Path(keep), run_of(model, *decides))
     found: dict[str, list[Tensor]] = {}
     history: list[float] = []
+    taken: list[str] = []
     rotated, plan = _rotated(model, wishes)
     check_one_order({name: each for name, each in bases(plan, rotated).items() if name in wanted})
     with tqdm(disable=not progress) as bar:
@@ -124,6 +126,7 @@ def learn(
             after = _quantized_losses(candidate, scheme, judges, windows)
             if _better(after, best):
                 wishes, best, rotated, plan = permuted, after, candidate, made
+                taken.append("permutations")
             del candidate
         if wanted:
             found, history = fitted(
@@ -144,9 +147,10 @@ def learn(
                     found, after = other, then
             if _better(after, best):
                 wishes, best = {**wishes, "matrices": found}, after
-    kept.close()
+                taken.append("matrices")
     return Learned(
         **wishes,
+        taken=tuple(taken),
         scheme=str(scheme),
         steps=steps,
         text=hashlib.sha256(windows.numpy().tobytes()).hexdigest(),

@@ -85,7 +85,7 @@ def _matrix_of(group: str, scheme: TransformScheme, name: str) -> str:
     number = layer_of(name).rpartition(".")[2]
     if not number.isdigit() or int(number) >= len(scheme.matrices):
         raise RotationError(
-            f"{group} has {len(scheme.matrices)} matrices, one for each layer, but none for {name}"
+            f"{group}: there are {len(scheme.matrices)}, one for each layer, but none for {name}"
         )
     return scheme.matrices[int(number)]
 
