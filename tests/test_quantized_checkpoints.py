@@ -193,3 +193,13 @@ def test_fused_rotations_alone_need_nothing(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert relative_error(logits(model, ids), expected) < 1e-5
     assert not any(installed(model))
+
+
+def test_operands_that_the_record_does_not_name_are_refused(tmp_path):
+    """A record of R3 beside a file that was rotated by R4, too."""
+    saved("llama", tmp_path, rotations=("R3", "R4"))
+    model = build(FAMILIES["llama"], torch.float32)
+    fastrot.apply(model, "R3")
+    edit(tmp_path, fastrot=model.config.fastrot)
+    with pytest.raises(fastrot.RecordError, match="rotations that its record does not name"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
