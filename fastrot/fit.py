@@ -87,7 +87,7 @@ def check_first_time(model: "PreTrainedModel", config: TransformConfig) -> None:
     there = applied_groups(model.config)
     twice = [name for name in config.config_groups if name in there]
     moved = [name for name in twice if config.config_groups[name].type == PERMUTATION]
-    if moved == twice != []:
+    if twice and moved == twice:
         raise AlreadyRotatedError(
             f"the channels of this {type(model).__name__} have changed places already "
             f"({' and '.join(moved)}); leave permutations out, their order stays"

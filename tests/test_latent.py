@@ -235,15 +235,20 @@ def test_latents_of_several_sizes_are_refused():
     refused("has a latent of size 24, .* one of 28; leave R3 out", model)
 
 
-def test_layers_may_differ():
-    """Each with a rotation of its own size; dots3 has them."""
+def of_two_sizes(dtype=torch.float64):
+    """A model of dots3 whose two layers have latents of 28 and 20."""
     family = FAMILIES.get("dots3_note")
     if family is None:
         pytest.skip("this transformers has no dots3_note")
     changes = copy.deepcopy(family.config["text_config"])
     changes["per_layer_config"][1]["kv_lora_rank"] = 20
-    model = build(family, text_config=changes)
-    given = inputs(family, model)
+    return build(family, dtype, text_config=changes)
+
+
+def test_layers_may_differ():
+    """Each with a rotation of its own size."""
+    model = of_two_sizes()
+    given = inputs(FAMILIES["dots3_note"], model)
     with WithoutCasts():
         before = logits(model, given)
         plan = fastrot.apply(model, ("R2", "R3"), randomize=True, **SIGNED).plan

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers import difference, fingerprint, logits, random_ids, relative_error, tiny
 from safetensors.torch import save_file
+from test_latent import of_two_sizes
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 from zoo import FAMILIES, build, inputs
@@ -333,21 +334,11 @@ def test_the_code_in_the_document_runs(capsys):
     assert capsys.readouterr().out.startswith("w4a4kv4: loss ")
 
 
-def dots():
-    """Latents of two sizes."""
-    family = FAMILIES.get("dots3_note")
-    if family is None:
-        pytest.skip("this transformers has no dots3_note")
-    config = copy.deepcopy(family.config["text_config"])
-    config["per_layer_config"][1]["kv_lora_rank"] = 20
-    return build(family, torch.float32, text_config=config)
-
-
 @pytest.mark.parametrize(
     ("make", "rotation", "message"),
     [
         (
-            dots,
+            lambda: of_two_sizes(torch.float32),
             "R3",
             r"orders by layers are 28 in 0 and 20 in 1; give block_size={'R3': 4}, .* out",
         ),

@@ -93,30 +93,27 @@ def _quantizer(module: Any) -> None:
 
 def _halves(module: Any) -> None:
     quantizer = module.HfQuantizer
-    prepare, finish = quantizer.preprocess_model, quantizer.postprocess_model
-    if hasattr(prepare, "fastrot"):
-        return
+    halves = {"preprocess_model": "before_weights", "postprocess_model": "after_weights"}
+    for name, ours in halves.items():
+        half = getattr(quantizer, name)
+        if not hasattr(half, "fastrot"):
+            setattr(quantizer, name, _followed(half, ours))
 
-    @functools.wraps(prepare)
-    def preparing(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-        result = prepare(self, model, *args, **kwargs)
+
+def _followed(half: Callable[..., Any], ours: str) -> Callable[..., Any]:
+    """A method of a quantizer, and behind it a function for models with a record."""
+
+    @functools.wraps(half)
+    def both(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        result = half(self, model, *args, **kwargs)
         if getattr(model.config, "fastrot", None) is not None:
-            from fastrot.integrations.loading import before_weights
+            from fastrot.integrations import loading
 
-            before_weights(model)
+            getattr(loading, ours)(model)
         return result
 
-    @functools.wraps(finish)
-    def finishing(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
-        result = finish(self, model, *args, **kwargs)
-        if getattr(model.config, "fastrot", None) is not None:
-            from fastrot.integrations.loading import after_weights
-
-            after_weights(model)
-        return result
-
-    preparing.fastrot = True  # type: ignore[attr-defined]
-    quantizer.preprocess_model, quantizer.postprocess_model = preparing, finishing
+    both.fastrot = True  # type: ignore[attr-defined]
+    return both
 
 
 def _adapters(module: Any) -> None:

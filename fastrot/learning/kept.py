@@ -57,9 +57,9 @@ class Kept:
 
     def put(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep a set, in the place of an older one of this name."""
-        self._sets |= {f"{name}/{n}": t.detach().clone() for n, t in tensors.items()}
         if self._path is None:
             return
+        self._sets |= {f"{name}/{n}": t.detach().clone() for n, t in tensors.items()}
         from safetensors.torch import save
 
         fresh = self._path.with_name(f"{self._path.name}.{os.getpid()}")
