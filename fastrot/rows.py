@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping as MappingABC
 from collections.abc import Sequence
-from dataclasses import fields, replace
 from typing import Any
 
 from torch import nn
@@ -10,10 +9,11 @@ from torch import nn
 from fastrot.errors import RotationError
 from fastrot.index import Index, find_holders
 from fastrot.mapping import (
+    ROLES,
     Architecture,
     Mapping,
+    Norm,
     NormMapping,
-    Patterns,
     as_mapping,
     find_architecture,
     with_head,
@@ -73,15 +73,11 @@ def present(index: Index, row: Architecture) -> Architecture:
         return tuple(p for p in patterns if find_holders(index, (p,), missing_ok=True))
 
     names = [name for name, _ in index.model.named_parameters(remove_duplicate=False)]
-    roles: dict[str, Any] = {
-        field.name: kept(getattr(mapping, field.name))
-        for field in fields(mapping)
-        if field.type == Patterns
-    }
+    roles = {role: kept(getattr(mapping, role)) for role in ROLES}
     ignore = tuple(u for u in mapping.ignore if any(matches(name, u.pattern) for name in names))
-    norms = tuple(
-        replace(norm, linears=kept(norm.linears))
+    feeds = {
+        Norm(norm.norm, norm.offset, norm.kind): kept(norm.linears)
         for norm in row.norms
-        if kept(norm.linears) and (norm.norm is None or kept((norm.norm,)))
-    )
-    return replace(row, mapping=replace(mapping, **roles, ignore=ignore), norms=norms)
+        if norm.norm is None or kept((norm.norm,))
+    }
+    return row.replace(feeds=feeds, ignore=ignore, **roles)

@@ -19,7 +19,7 @@ from fastrot.index import Index
 from fastrot.mapping import (
     Architecture,
     Mapping,
-    NormMapping,
+    Norm,
     Untouched,
     find_architecture,
 )
@@ -32,7 +32,7 @@ from fastrot.suggest.tiny import tiny_copy
 NAMES = {
     "Architecture": Architecture,
     "Mapping": Mapping,
-    "NormMapping": NormMapping,
+    "Norm": Norm,
     "Untouched": Untouched,
 }
 INDEXER = "the indexer picks positions, so no gradient passes through it"

@@ -265,7 +265,8 @@ def test_no_row_and_no_rule_is_unused():
         used = set(patterns_of(fastrot.rows.present(Index(original(name)[0]), row)))
         shell = SHELLS.get(config.model_type)
         # The patterns of a language model in a shell are tried without it.
-        rules = set(patterns_of(row)) if shell is None else set(rules_of(shell))
+        fed = {("norm", getattr(norm, "norm", norm)) for norm in row.feeds}
+        rules = fed.union(patterns_of(row)) if shell is None else set(rules_of(shell))
         unused.setdefault(frozenset(rules), set(rules)).difference_update(used)
     assert {name for name in (*ARCHITECTURES, *SHELLS) if name in CONFIG_MAPPING} <= types
     assert [left for left in unused.values() if left] == []

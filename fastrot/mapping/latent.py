@@ -1,11 +1,8 @@
 """Multi-head latent attention: keys and values are made from a latent, and the latent is cached."""
 
-from dataclasses import replace
-
+from fastrot.mapping.dense import INPUT_NORM, LAST_NORM, MLP_NORM
 from fastrot.mapping.experts import MOE
-from fastrot.mapping.roles import Architecture, NormMapping, Untouched
-
-LATENT_IN = (r"re:.*self_attn\.(q_proj|q_a_proj|kv_a_proj_with_mqa)$",)
+from fastrot.mapping.roles import Architecture, Untouched
 
 LATENT_INSIDE = Untouched(
     r"re:.*self_attn\.(q_a_layernorm|q_b_proj)\.weight$",
@@ -14,53 +11,43 @@ LATENT_INSIDE = Untouched(
 
 KV_A = (r"re:.*self_attn\.kv_a_proj_with_mqa$",)
 KV_B = (r"re:.*self_attn\.kv_b_proj$",)
-LATENT_NORM = NormMapping(r"re:.*self_attn\.kv_a_layernorm$", KV_B)
-"""What writes the latent that is cached, the norm behind it, and what reads that."""
+LATENT_NORM = r"re:.*self_attn\.kv_a_layernorm$"
+"""What writes the latent that is cached, what reads it, and the norm between them."""
 
-LATENT = Architecture(
-    replace(
-        MOE.mapping,
-        attn_q=(r"re:.*self_attn\.(q_proj|q_a_proj)$",),
-        attn_k=KV_A,
-        attn_v=KV_B,
-        attn_v_rows="latent",
-        latent_writers=KV_A,
-        latent_readers=KV_B,
-        ignore=(LATENT_INSIDE,),
-    ),
-    (NormMapping(r"re:.*\.input_layernorm$", LATENT_IN), LATENT_NORM, *MOE.norms[1:]),
+LATENT = MOE.replace(
+    attn_q=(r"re:.*self_attn\.(q_proj|q_a_proj)$",),
+    attn_k=KV_A,
+    attn_v=KV_B,
+    attn_v_rows="latent",
+    latent_writers=KV_A,
+    latent_readers=KV_B,
+    ignore=(LATENT_INSIDE,),
+    feeds={
+        INPUT_NORM: ("attn_q", "attn_k", "readers"),
+        LATENT_NORM: "latent_readers",
+        MLP_NORM: "mlp_in",
+        LAST_NORM: "lm_head",
+    },
     notes="R2 on the value rows of kv_b_proj",
 )
 
 INDEXER_IN = r"re:.*self_attn\.indexer\.(wk|weights_proj)$"
 
-SPARSE = replace(
-    LATENT,
-    mapping=replace(
-        LATENT.mapping,
-        readers=(INDEXER_IN,),
-        ignore=(
-            LATENT_INSIDE,
-            Untouched(
-                r"re:.*self_attn\.indexer\.(wq_b|k_norm)\.\w+$",
-                "acts inside the indexer, which chooses the keys that are seen",
-            ),
+SPARSE = LATENT.replace(
+    readers=(INDEXER_IN,),
+    ignore=(
+        LATENT_INSIDE,
+        Untouched(
+            r"re:.*self_attn\.indexer\.(wq_b|k_norm)\.\w+$",
+            "acts inside the indexer, which chooses the keys that are seen",
         ),
-    ),
-    norms=(
-        NormMapping(r"re:.*\.input_layernorm$", (*LATENT_IN, INDEXER_IN)),
-        *LATENT.norms[1:],
     ),
     notes="as DeepSeek-V3, and the indexer reads the stream too",
 )
 
-AXK1 = replace(
-    LATENT,
-    mapping=replace(
-        LATENT.mapping,
-        post_norm=(r"re:.*mlp\.post_mlp_layernorm$",),
-        post_norm_in=(r"re:.*mlp\.(shared_)?experts\.down_proj$",),
-    ),
+AXK1 = LATENT.replace(
+    post_norm=(r"re:.*mlp\.post_mlp_layernorm$",),
+    post_norm_in=(r"re:.*mlp\.(shared_)?experts\.down_proj$",),
     notes="as DeepSeek-V3, and a norm behind the experts",
 )
 

@@ -1,9 +1,7 @@
 """Models that see, hear or read proteins, around language models of a shape of their own."""
 
-from dataclasses import replace
-
 from fastrot.mapping.dense import GRANITE, PHI3, QWEN3
-from fastrot.mapping.experts import MOE, pre_norms
+from fastrot.mapping.experts import MOE
 from fastrot.mapping.roles import Architecture, Shell, Untouched
 from fastrot.mapping.sight import BEFORE_LAST, UNROTATED
 from fastrot.mapping.vision import QWEN3_VL, TOWER
@@ -31,21 +29,14 @@ ARIA = Shell(
     ),
 )
 
-ARIA_IN = (
-    r"re:.*mlp\.router$",
-    r"re:.*mlp\.experts\.gate_up_proj$",
-    r"re:.*mlp\.shared_experts\.(gate|up)_proj$",
-)
-
-ARIA_TEXT = replace(
-    MOE,
-    mapping=replace(
-        MOE.mapping,
-        mlp_in=ARIA_IN,
-        mlp_out=(r"re:.*mlp\.(shared_)?experts\.down_proj$",),
-        ignore=(),
+ARIA_TEXT = MOE.replace(
+    mlp_in=(
+        r"re:.*mlp\.router$",
+        r"re:.*mlp\.experts\.gate_up_proj$",
+        r"re:.*mlp\.shared_experts\.(gate|up)_proj$",
     ),
-    norms=pre_norms(ARIA_IN),
+    mlp_out=(r"re:.*mlp\.(shared_)?experts\.down_proj$",),
+    ignore=(),
     notes="experts are (in, out); the router reads the stream too",
 )
 
@@ -62,20 +53,14 @@ ERNIE = Shell(
     notes="the resampler ends in a norm",
 )
 
-ERNIE_IN = (
-    r"re:.*mlp\.(shared_experts\.)?(gate|up)_proj$",
-    r"re:.*mlp\.(text|vision)_moe\.gate$",
-    r"re:.*mlp\.(text|vision)_moe\.experts\.gate_up_proj$",
-)
-
-ERNIE_TEXT = Architecture(
-    replace(
-        MOE.mapping,
-        mlp_in=ERNIE_IN,
-        mlp_out=(r"re:.*mlp\.((shared_experts|(text|vision)_moe\.experts)\.)?down_proj$",),
-        ignore=(Untouched(r"re:.*moe_statics\.e_score_correction_bias$", "biases the router"),),
+ERNIE_TEXT = MOE.replace(
+    mlp_in=(
+        r"re:.*mlp\.(shared_experts\.)?(gate|up)_proj$",
+        r"re:.*mlp\.(text|vision)_moe\.gate$",
+        r"re:.*mlp\.(text|vision)_moe\.experts\.gate_up_proj$",
     ),
-    pre_norms(ERNIE_IN),
+    mlp_out=(r"re:.*mlp\.((shared_experts|(text|vision)_moe\.experts)\.)?down_proj$",),
+    ignore=(Untouched(r"re:.*moe_statics\.e_score_correction_bias$", "biases the router"),),
     notes="text and images have experts of their own; bias of the router's choice is a parameter",
 )
 
@@ -90,26 +75,22 @@ NEMOTRON = Shell(
     head="language_model.lm_head",
 )
 
-PHI4 = replace(
-    PHI3,
-    mapping=replace(
-        PHI3.mapping,
-        embedding=(r"re:model\.embed_tokens$",),
-        attn=(r"re:model\.layers\.\d+\.self_attn$",),
-        attn_o=(r"re:model\.layers\.\d+\.self_attn\.o_proj$",),
-        mlp_in=(r"re:model\.layers\.\d+\.mlp\.gate_up_proj$",),
-        mlp_out=(r"re:model\.layers\.\d+\.mlp\.down_proj$",),
-        writers=(
-            r"re:.*image_embed\.img_projection_down$",
-            r"re:.*audio_embed\.down_proj_for_(vision_)?speech$",
+PHI4 = PHI3.replace(
+    embedding=(r"re:model\.embed_tokens$",),
+    attn=(r"re:model\.layers\.\d+\.self_attn$",),
+    attn_o=(r"re:model\.layers\.\d+\.self_attn\.o_proj$",),
+    mlp_in=(r"re:model\.layers\.\d+\.mlp\.gate_up_proj$",),
+    mlp_out=(r"re:model\.layers\.\d+\.mlp\.down_proj$",),
+    writers=(
+        r"re:.*image_embed\.img_projection_down$",
+        r"re:.*audio_embed\.down_proj_for_(vision_)?speech$",
+    ),
+    ignore=(
+        Untouched(
+            r"re:.*image_embed\.(img_processor\.|img_projection_up\.|\w+_img_feature_extensor$)",
+            BEFORE_LAST,
         ),
-        ignore=(
-            Untouched(
-                r"re:.*image_embed\.(img_processor\.|img_projection_up\.|\w+_img_feature_extensor$)",
-                BEFORE_LAST,
-            ),
-            Untouched(r"re:.*audio_embed\.(encoder|up_proj_for_(vision_)?speech)\.", BEFORE_LAST),
-        ),
+        Untouched(r"re:.*audio_embed\.(encoder|up_proj_for_(vision_)?speech)\.", BEFORE_LAST),
     ),
     notes="one matrix [gate, up]; it sees and hears",
 )

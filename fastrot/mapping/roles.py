@@ -7,6 +7,7 @@ full name, or a class name (as in llm-compressor and compressed-tensors).
 from collections.abc import Iterable, Sequence
 from collections.abc import Mapping as MappingABC
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from typing import Any, Literal, NamedTuple, get_args
 
 from fastrot.errors import RotationError
@@ -116,10 +117,8 @@ class Mapping:
     throughout: Patterns = ()
 
     def __post_init__(self) -> None:
-        for role in fields(self):
-            if role.type == Patterns:
-                patterns = as_patterns(role.name, getattr(self, role.name))
-                object.__setattr__(self, role.name, patterns)
+        for role in ROLES:
+            object.__setattr__(self, role, as_patterns(role, getattr(self, role)))
         object.__setattr__(self, "ignore", _as_untouched(self.ignore))
         size = self.attn_head_dim
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
@@ -145,6 +144,10 @@ class Mapping:
     def stream_writers(self) -> Patterns:
         """Everything that writes it, or writes into a norm that does."""
         return (*self.embedding, *self.attn_o, *self.mlp_out, *self.writers)
+
+
+ROLES = tuple(role.name for role in fields(Mapping) if role.type == Patterns)
+"""The fields of a mapping that name modules."""
 
 
 @dataclass(frozen=True)
@@ -179,12 +182,28 @@ class NormMapping:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """A norm of a row that differs from the row's others; the fields are ``NormMapping``'s."""
+
+    norm: str | None
+    offset: float = 0.0
+    kind: NormKind = "rms"
+
+
+Feeds = MappingABC[str | Norm | None, str | Patterns]
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One row: everything a rotation must know about a family of models.
 
     Attributes:
         mapping: the roles.
-        norms: which norm feeds which readers.
+        feeds: norm → the roles that read its output, in ``mapping``; a norm is named as in
+            :class:`NormMapping`. If norms divide a role among themselves, one of them names its
+            readers by pattern, and the role stands for the rest of its patterns.
+        offset: of the norms, as in :class:`NormMapping`; one that differs is a :class:`Norm`.
+        kind: of the norms, likewise.
         when: attributes of the (text) configuration and the values for which the row holds; a model
             type may have several rows, of which the first that fits is taken.
         refuses: rotation → why it can't be done.
@@ -192,10 +211,41 @@ class Architecture:
     """
 
     mapping: Mapping
-    norms: tuple[NormMapping, ...]
+    feeds: Feeds = field(default_factory=dict)
+    offset: float = 0.0
+    kind: NormKind = "rms"
     when: MappingABC[str, Any] = field(default_factory=dict)
     refuses: MappingABC[str, str] = field(default_factory=dict)
     notes: str = ""
+
+    def __post_init__(self) -> None:
+        feeds = {norm: as_patterns("feeds", readers) for norm, readers in self.feeds.items()}
+        object.__setattr__(self, "feeds", feeds)
+
+    @property
+    def norms(self) -> tuple[NormMapping, ...]:
+        """``feeds`` norm by norm, in patterns; a norm that has no readers is left out."""
+        apart = {name for readers in self.feeds.values() for name in readers if name not in ROLES}
+
+        def patterns(reader: str) -> Patterns:
+            if reader not in ROLES:
+                return (reader,)
+            return tuple(p for p in getattr(self.mapping, reader) if p not in apart)
+
+        norms = []
+        for key, readers in self.feeds.items():
+            norm = key if isinstance(key, Norm) else Norm(key, self.offset, self.kind)
+            linears = tuple(chain.from_iterable(map(patterns, readers)))
+            if linears:
+                norms.append(NormMapping(norm.norm, linears, norm.offset, norm.kind))
+        return tuple(norms)
+
+    def replace(self, **changes: Any) -> "Architecture":
+        """The row with other fields, or with other roles in its mapping, by their names."""
+        names = (role.name for role in fields(Mapping) if role.name in changes)
+        roles = {name: changes.pop(name) for name in names}
+        mapping = replace(changes.pop("mapping", self.mapping), **roles)
+        return replace(self, mapping=mapping, **changes)
 
 
 @dataclass(frozen=True)
@@ -232,13 +282,7 @@ class Shell:
 
 def with_head(row: Architecture, head: str) -> Architecture:
     """The row of a model that has another head in the place of the language model's."""
-    old = row.mapping.lm_head
-
-    def changed(patterns: Patterns) -> Patterns:
-        return tuple(head if pattern in old else pattern for pattern in patterns)
-
-    norms = tuple(replace(norm, linears=changed(norm.linears)) for norm in row.norms)
-    return replace(row, mapping=replace(row.mapping, lm_head=changed(old)), norms=norms)
+    return row.replace(lm_head=tuple(head for _ in row.mapping.lm_head))
 
 
 def as_mapping(value: Mapping | MappingABC[str, Any] | Any) -> Mapping:

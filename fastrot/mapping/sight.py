@@ -2,10 +2,21 @@
 
 from dataclasses import replace
 
-from fastrot.mapping.dense import GATE_UP, GEMMA2, GRANITE, LLAMA, NANOCHAT, OLMO2, QKV, QWEN3
+from fastrot.mapping.dense import (
+    ATTENTION,
+    FEED_FORWARD_NORM,
+    GEMMA2,
+    GRANITE,
+    INPUT_NORM,
+    LAST_NORM,
+    LLAMA,
+    NANOCHAT,
+    OLMO2,
+    QWEN3,
+)
 from fastrot.mapping.experts import HEAD_GATE, LAGUNA, MOE, QUERY_KEY_NORMS
-from fastrot.mapping.latent import INDEXER_IN, LATENT_IN, SPARSE
-from fastrot.mapping.roles import Architecture, NormMapping, Shell, Untouched
+from fastrot.mapping.latent import INDEXER_IN, SPARSE
+from fastrot.mapping.roles import Architecture, Norm, Shell, Untouched
 from fastrot.mapping.vision import LLAVA, QWEN2_VL, QWEN_TOWER, TOWER
 
 BEFORE_LAST = "stands before the projector's last layer"
@@ -268,56 +279,38 @@ SHELLS: dict[str, Shell] = {
     "deepseek_ocr2": DEEPSEEK_OCR2,
 }
 
-MUSE_GATE = r"re:.*self_attn\.gate_proj$"
-
-MUSE_TEXT = Architecture(
-    replace(GEMMA2.mapping, attn_gated=True, readers=(MUSE_GATE,), ignore=()),
-    (
-        NormMapping(r"re:.*\.input_layernorm$", (*QKV, MUSE_GATE), offset=1.0),
-        NormMapping(r"re:.*\.pre_feedforward_layernorm$", GATE_UP, offset=1.0),
-        LLAMA.norms[2],
-    ),
+MUSE_TEXT = GEMMA2.replace(
+    attn_gated=True,
+    readers=(r"re:.*self_attn\.gate_proj$",),
+    ignore=(),
+    feeds={INPUT_NORM: ATTENTION, FEED_FORWARD_NORM: "mlp_in", Norm(LAST_NORM): "lm_head"},
     notes="norms before and after attention and MLP; a gate between values and output",
 )
 
-MOLMO_POST = replace(
-    OLMO2,
-    mapping=replace(OLMO2.mapping, post_norm=(r"re:.*\.(input|post_attention)_layernorm$",)),
-    when={"norm_after": True},
+MOLMO_POST = OLMO2.replace(
+    post_norm=(r"re:.*\.(input|post_attention)_layernorm$",), when={"norm_after": True}
 )
 
-STEP_TEXT = replace(
-    LAGUNA,
-    mapping=replace(
-        LAGUNA.mapping,
-        mlp_out=(r"re:.*mlp\.(shared_experts\.)?down_proj$",),
-        writers=(r"re:.*mlp\.experts\.down_proj$",),
-        ignore=(QUERY_KEY_NORMS,),
-    ),
-    norms=tuple(replace(norm, offset=1.0) for norm in LAGUNA.norms),
+STEP_TEXT = LAGUNA.replace(
+    mlp_out=(r"re:.*mlp\.(shared_experts\.)?down_proj$",),
+    writers=(r"re:.*mlp\.experts\.down_proj$",),
+    ignore=(QUERY_KEY_NORMS,),
+    offset=1.0,
     when={},
     notes="each head has a gate; R4 in MLPs and shared experts, not in experts",
 )
 
-DOTS_TEXT = replace(
-    SPARSE,
-    mapping=replace(
-        SPARSE.mapping,
-        attn_v=(),
-        attn_v_rows="all",
-        attn_gated=True,
-        readers=(INDEXER_IN, HEAD_GATE),
-        ignore=(
-            *SPARSE.mapping.ignore,
-            Untouched(
-                r"re:.*self_attn\.k_rope_only_layernorm\.weight$",
-                "acts on the key that has a position, not on the stream",
-            ),
+DOTS_TEXT = SPARSE.replace(
+    attn_v=(),
+    attn_v_rows="all",
+    attn_gated=True,
+    readers=(INDEXER_IN, HEAD_GATE),
+    ignore=(
+        *SPARSE.mapping.ignore,
+        Untouched(
+            r"re:.*self_attn\.k_rope_only_layernorm\.weight$",
+            "acts on the key that has a position, not on the stream",
         ),
-    ),
-    norms=(
-        NormMapping(r"re:.*\.input_layernorm$", (*LATENT_IN, INDEXER_IN, HEAD_GATE)),
-        *SPARSE.norms[1:],
     ),
     notes="each head has a gate, and layers differ in their heads; some have an indexer, which "
     "reads the stream too",
@@ -325,7 +318,7 @@ DOTS_TEXT = replace(
 
 ROWS: dict[str, Architecture | tuple[Architecture, ...]] = {
     "paddleocr_vl_text": LLAMA,
-    "cosmos3_edge_text": replace(NANOCHAT, notes="MLP without a gate"),
+    "cosmos3_edge_text": NANOCHAT.replace(notes="MLP without a gate"),
     "muse_glimmer_text": MUSE_TEXT,
     "granite_docling_text": GRANITE,
     "qwen2_5_omni_text": LLAMA,

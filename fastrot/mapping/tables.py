@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping as MappingABC
-from dataclasses import fields, replace
+from dataclasses import replace
 from difflib import get_close_matches
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ from fastrot.mapping import (
     vision,
 )
 from fastrot.mapping.refused import REFUSED, reasons_of
-from fastrot.mapping.roles import Architecture, Mapping, Patterns, Shell, Untouched
+from fastrot.mapping.roles import ROLES, Architecture, Norm, Shell, Untouched
 
 ARCHITECTURES: dict[str, Architecture | tuple[Architecture, ...]] = {
     **dense.ROWS,
@@ -113,34 +113,34 @@ def _inside(row: Architecture, shell: Shell) -> Architecture:
     """The row of a language model, sought only where its shell keeps it."""
     mapping = row.mapping
     scoped: dict[str, Any] = {
-        field.name: tuple(_scoped(pattern, shell) for pattern in getattr(mapping, field.name))
-        for field in fields(Mapping)
-        if field.type == Patterns
+        role: tuple(_scoped(pattern, shell) for pattern in getattr(mapping, role)) for role in ROLES
     }
     inner = (Untouched(_scoped(u.pattern, shell), u.reason) for u in mapping.ignore)
     mapping = replace(mapping, **scoped, ignore=(*inner, *shell.ignore))
-    norms = tuple(
-        replace(
-            norm,
-            norm=norm.norm and _scoped(norm.norm, shell),
-            linears=(
-                *(_scoped(pattern, shell) for pattern in norm.linears),
-                *(shell.readers if set(row.mapping.lm_head) & set(norm.linears) else ()),
-            ),
+    feeds = {
+        _scoped_norm(norm, shell): (
+            *(reader if reader in ROLES else _scoped(reader, shell) for reader in readers),
+            *(shell.readers if "lm_head" in readers else ()),
         )
-        for norm in row.norms
-    )
-    mapping = replace(
-        mapping,
+        for norm, readers in row.feeds.items()
+    }
+    return row.replace(
+        mapping=mapping,
+        feeds=feeds,
         readers=(*mapping.readers, *shell.readers),
         writers=(*mapping.writers, *shell.writers),
         transposed=(*mapping.transposed, *shell.transposed),
         between=(*mapping.between, *shell.between),
         throughout=(*mapping.throughout, *shell.throughout),
         post_norm=(*mapping.post_norm, *shell.post_norm),
+        notes="; ".join(note for note in (row.notes, shell.notes) if note),
     )
-    notes = "; ".join(note for note in (row.notes, shell.notes) if note)
-    return replace(row, mapping=mapping, norms=norms, notes=notes)
+
+
+def _scoped_norm(norm: str | Norm | None, shell: Shell) -> str | Norm | None:
+    if isinstance(norm, Norm):
+        return replace(norm, norm=norm.norm and _scoped(norm.norm, shell))
+    return norm and _scoped(norm, shell)
 
 
 def _scoped(pattern: str, shell: Shell) -> str:

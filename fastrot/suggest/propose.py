@@ -1,8 +1,8 @@
 """From what was measured, and the names it was measured at, to a row of the tables."""
 
 import re
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import permutations, product
 from typing import get_args
@@ -13,7 +13,15 @@ from transformers import PreTrainedModel
 from fastrot.coverage import classify
 from fastrot.edits import Part
 from fastrot.heads import head_size, value_part
-from fastrot.mapping import Architecture, Mapping, NormMapping, Untouched
+from fastrot.mapping import (
+    ROLES,
+    Architecture,
+    Mapping,
+    Norm,
+    NormMapping,
+    Patterns,
+    Untouched,
+)
 from fastrot.mapping.roles import NormKind, ValueRows
 from fastrot.online import check_attention
 from fastrot.sites import Site
@@ -64,7 +72,7 @@ def propose(model: PreTrainedModel, findings: Findings, charges: Charges) -> Arc
     placed = classify(model, mapping, norms).keys() | findings.unclear.keys()
     rest = [name for name, _ in model.named_parameters() if name not in placed]
     ignore = tuple(Untouched(pattern, MEASURED) for pattern in names.patterns(rest, leaves=True))
-    return Architecture(replace(mapping, ignore=ignore), norms)
+    return _row(replace(mapping, ignore=ignore), norms)
 
 
 def _ends(findings: Findings, roles: Roles) -> tuple[Sites, Sites]:
@@ -225,6 +233,28 @@ def _norms(
         yield NormMapping(
             None, names.patterns([*unfed]), kind="layer" if findings.centred else "rms"
         )
+
+
+def _row(mapping: Mapping, norms: Sequence[NormMapping]) -> Architecture:
+    """The row: a role is named where every norm feeds all of it or nothing of it."""
+    forms = Counter((norm.offset, norm.kind) for norm in norms)
+    usual: tuple[float, NormKind] = max(forms, key=forms.__getitem__, default=(0.0, "rms"))
+    roles = {role: {*getattr(mapping, role)} for role in ROLES}
+    whole = {
+        role: patterns
+        for role, patterns in roles.items()
+        if patterns and all({*norm.linears} & patterns in (set(), patterns) for norm in norms)
+    }
+    feeds: dict[str | Norm | None, Patterns] = {}
+    for norm in norms:
+        readers, left = [], dict.fromkeys(norm.linears)
+        for role, patterns in whole.items():
+            if patterns <= left.keys():
+                readers.append(role)
+                left = {pattern: None for pattern in left if pattern not in patterns}
+        form = (norm.offset, norm.kind)
+        feeds[norm.norm if form == usual else Norm(norm.norm, *form)] = (*readers, *left)
+    return Architecture(mapping, feeds, *usual)
 
 
 def _below(name: str, owners: Collection[str]) -> bool:
