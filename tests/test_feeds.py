@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from fastrot.mapping import ARCHITECTURES, ROLES, Architecture, Mapping, Norm, NormMapping
+from fastrot.suggest.propose import row_of
 
 ROW = Architecture(
     Mapping(attn_q="q", mlp_in=("gate", "up"), readers=("router", "side"), lm_head="lm_head"),
@@ -61,15 +62,32 @@ def test_what_is_no_field_is_refused():
         ROW.replace(feeds={"first": 3})
 
 
+def rows():
+    for found in ARCHITECTURES.values():
+        yield from found if isinstance(found, tuple) else (found,)
+
+
 def test_tables_name_no_norm_twice():
     """A norm under its name and as a ``Norm`` would scale its readers twice."""
-    found = (
-        row
-        for rows in ARCHITECTURES.values()
-        for row in (rows if isinstance(rows, tuple) else (rows,))
-    )
-    for row in found:
+    for row in rows():
         names = [getattr(norm, "norm", norm) for norm in row.feeds]
         assert len({*names}) == len(names)
         words = {reader for readers in row.feeds.values() for reader in readers}
         assert {word for word in words if word.isidentifier()} <= {*ROLES}
+
+
+def pairs(row):
+    return {(n.norm, p, n.offset, n.kind) for n in row.norms for p in n.linears}
+
+
+SPLIT = ROW.replace(feeds={"first": ("q", "gate"), "second": ("up", "gate"), None: "router"})
+
+
+@pytest.mark.parametrize("row", [*rows(), SPLIT])
+def test_roles_are_found_again_in_norms(row):
+    """As a suggestion does, which knows norms and patterns."""
+    assert pairs(row_of(row.mapping, row.norms)) == pairs(row)
+
+
+def test_a_suggestion_speaks_of_roles():
+    assert row_of(ROW.mapping, ROW.norms) == ROW

@@ -72,7 +72,7 @@ def propose(model: PreTrainedModel, findings: Findings, charges: Charges) -> Arc
     placed = classify(model, mapping, norms).keys() | findings.unclear.keys()
     rest = [name for name, _ in model.named_parameters() if name not in placed]
     ignore = tuple(Untouched(pattern, MEASURED) for pattern in names.patterns(rest, leaves=True))
-    return _row(replace(mapping, ignore=ignore), norms)
+    return row_of(replace(mapping, ignore=ignore), norms)
 
 
 def _ends(findings: Findings, roles: Roles) -> tuple[Sites, Sites]:
@@ -235,7 +235,7 @@ def _norms(
         )
 
 
-def _row(mapping: Mapping, norms: Sequence[NormMapping]) -> Architecture:
+def row_of(mapping: Mapping, norms: Sequence[NormMapping]) -> Architecture:
     """The row: a role is named where every norm feeds all of it or nothing of it."""
     forms = Counter((norm.offset, norm.kind) for norm in norms)
     usual: tuple[float, NormKind] = max(forms, key=forms.__getitem__, default=(0.0, "rms"))
