@@ -11,7 +11,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fastrot.kernels._cpu_vectors import I8, I32, I64, VECTOR_BYTES, Vector
+from fastrot.kernels._cpu_vectors import I8, I32, I64, ITEMS, LOG_RADIX, VECTOR_BYTES, Vector
 
 COLUMNS = 2
 """Vectors side by side in a dense factor."""
@@ -21,6 +21,20 @@ TABLES = 8
 
 def _literal(value: types.Type) -> int:
     return int(value.literal_value)
+
+
+def _choose(builder, value, cases, emit):
+    """Run ``emit(case)`` for the one of the constants that ``value`` is; it is no other."""
+    blocks = [builder.append_basic_block() for _ in cases]
+    end = builder.append_basic_block()
+    switch = builder.switch(value, blocks[-1])
+    for case, block in zip(cases, blocks, strict=True):
+        if block is not blocks[-1]:
+            switch.add_case(I64(case), block)
+        builder.position_at_end(block)
+        emit(case)
+        builder.branch(end)
+    builder.position_at_end(end)
 
 
 @intrinsic
@@ -45,36 +59,47 @@ def address_of(typing_context, array):
 
 
 @intrinsic(prefer_literal=True)
-def widen(typing_context, src, dst, kind, factor, weights, lanes, one):
-    """Store ``widen(src) · factor · weights`` for one vector of ``lanes`` (0: full) elements."""
-    width = _literal(lanes)
+def widen(typing_context, src, dst, kind, factor, weights, step, count, one):
+    """Store ``widen(src) · factor · weights`` for ``count`` vectors (0: one element).
+
+    The vectors of weights lie ``step`` apart.
+    """
+    many = _literal(count)
 
     def emit(context, builder, signature, args):
-        source, target, kind, factor, weights, *_ = args
-        vector = Vector(builder, one, width)
-        for value in range(4):
-            with builder.if_then(builder.icmp_signed("==", kind, I64(value))):
-                v = builder.fmul(vector.widen(source, value), vector.splat(factor))
-                vector.store(builder.fmul(v, vector.load(weights)), target)
+        source, target, kind, factor, weights, step, *_ = args
+        vector = Vector(builder, one, 0 if many else 1)
+        splat = vector.splat(factor)
 
-    return types.void(*[types.int64] * 3, one, types.int64, lanes, one), emit
+        def load(kind):
+            for i in range(max(many, 1)):
+                v = vector.widen(vector.address(source, i, vector.lanes * ITEMS[kind]), kind)
+                weight = vector.load(vector.address(weights, i, step))
+                v = builder.fmul(builder.fmul(v, splat), weight)
+                vector.store(v, vector.address(target, i, VECTOR_BYTES))
+
+        _choose(builder, kind, range(4), load)
+
+    return types.void(*[types.int64] * 3, one, types.int64, types.int64, count, one), emit
 
 
 @intrinsic(prefer_literal=True)
-def narrow(typing_context, src, dst, kind, factor, weights, lanes, one):
-    """Store ``round(src · factor · weights)`` for one vector of ``lanes`` (0: full) elements."""
-    width = _literal(lanes)
+def narrow(typing_context, src, dst, kind, factor, weights, step, count, one):
+    """Store ``round(src · factor · weights)`` likewise."""
+    many = _literal(count)
 
     def emit(context, builder, signature, args):
-        source, target, kind, factor, weights, *_ = args
-        vector = Vector(builder, one, width)
-        v = builder.fmul(vector.load(source), vector.splat(factor))
-        v = builder.fmul(v, vector.load(weights))
-        for value in range(4):
-            with builder.if_then(builder.icmp_signed("==", kind, I64(value))):
-                vector.narrow(v, target, value)
+        source, target, kind, factor, weights, step, *_ = args
+        vector = Vector(builder, one, 0 if many else 1)
+        splat = vector.splat(factor)
+        values = []
+        for i in range(max(many, 1)):
+            v = vector.load(vector.address(source, i, VECTOR_BYTES))
+            weight = vector.load(vector.address(weights, i, step))
+            values.append(builder.fmul(builder.fmul(v, splat), weight))
+        _choose(builder, kind, range(4), lambda kind: vector.narrow_all(values, target, kind))
 
-    return types.void(*[types.int64] * 3, one, types.int64, lanes, one), emit
+    return types.void(*[types.int64] * 3, one, types.int64, types.int64, count, one), emit
 
 
 @intrinsic
@@ -84,31 +109,85 @@ def butterfly(typing_context, base, step, radix, one):
     def emit(context, builder, signature, args):
         base, step, radix, _ = args
         vector = Vector(builder, one)
-        for size in (2, 4, 8, 16):
-            with builder.if_then(builder.icmp_signed("==", radix, I64(size))):
-                places = [vector.address(base, i, step) for i in range(size)]
-                values = vector.butterfly([vector.load(place) for place in places])
-                for value, place in zip(values, places, strict=True):
-                    vector.store(value, place)
+
+        def work(size):
+            places = [vector.address(base, i, step) for i in range(size)]
+            values = vector.butterfly([vector.load(place) for place in places])
+            for value, place in zip(values, places, strict=True):
+                vector.store(value, place)
+
+        _choose(builder, radix, [1 << bits for bits in range(1, LOG_RADIX + 1)], work)
 
     return types.void(*[types.int64] * 3, one), emit
 
 
-@intrinsic
-def chunk(typing_context, base, radix, one):
-    """Transform of radix · lanes consecutive elements, in place."""
+def _slots(builder, vector, count):
+    """Places for vectors that the compiler keeps in registers; not zeroed, unlike Numba's."""
+    with builder.goto_entry_block():
+        return [builder.alloca(vector.type(vector.element)) for _ in range(count)]
+
+
+def _weigh(builder, vector, slots, weights, step):
+    """Multiply by the vectors at ``weights``, ``step`` apart, unless that is null."""
+    with builder.if_then(builder.icmp_signed("!=", weights, I64(0))):
+        for i, slot in enumerate(slots):
+            weight = vector.load(vector.address(weights, i, step))
+            builder.store(builder.fmul(builder.load(slot), weight), slot)
+
+
+@intrinsic(prefer_literal=True)
+def finish(typing_context, src, kind, before, dst, dst_kind, after, factor, radix, full, one):
+    """Transform radix · lanes consecutive elements, or as many as are whole in 2^LOG_RADIX vectors.
+
+    ``dst = round(H (src · before) · factor · after)``. Null is no weights. With ``full`` = 1 it is
+    2^LOG_RADIX vectors, whatever the radix, else ``radix`` of them.
+    """
+    whole = _literal(full)
 
     def emit(context, builder, signature, args):
-        base, radix, _ = args
+        source, kind, before, target, target_kind, after, factor, radix, *_ = args
         vector = Vector(builder, one)
-        for size in (1, 2, 4, 8, 16):
-            with builder.if_then(builder.icmp_signed("==", radix, I64(size))):
-                places = [vector.address(base, i, VECTOR_BYTES) for i in range(size)]
-                values = vector.butterfly([vector.load(place) for place in places])
-                for value, place in zip(values, places, strict=True):
-                    vector.store(vector.across_lanes(value), place)
+        splat = vector.splat(factor)
 
-    return types.void(types.int64, types.int64, one), emit
+        def work(count):
+            slots = _slots(builder, vector, count)
+
+            def load(kind):
+                for i, slot in enumerate(slots):
+                    place = vector.address(source, i, vector.lanes * ITEMS[kind])
+                    builder.store(vector.widen(place, kind), slot)
+
+            def stage(half):
+                values = vector.stage([builder.load(slot) for slot in slots], half)
+                for slot, value in zip(slots, values, strict=True):
+                    builder.store(value, slot)
+
+            def save(kind):
+                values = [builder.load(slot) for slot in slots]
+                vector.narrow_all(values, target, kind)
+
+            _choose(builder, kind, range(4), load)
+            _weigh(builder, vector, slots, before, VECTOR_BYTES)
+            half = 1
+            while half < count:
+                if whole:
+                    with builder.if_then(builder.icmp_signed("<", I64(half), radix)):
+                        stage(half)
+                else:
+                    stage(half)
+                half *= 2
+            for slot in slots:
+                value = vector.across_lanes(builder.load(slot))
+                builder.store(builder.fmul(value, splat), slot)
+            _weigh(builder, vector, slots, after, VECTOR_BYTES)
+            _choose(builder, target_kind, range(4), save)
+
+        if whole:
+            work(1 << LOG_RADIX)
+        else:
+            _choose(builder, radix, [1 << bits for bits in range(LOG_RADIX)], work)
+
+    return types.void(*[types.int64] * 6, one, types.int64, full, one), emit
 
 
 @intrinsic(prefer_literal=True)

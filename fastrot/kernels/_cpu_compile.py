@@ -15,11 +15,12 @@ from numba.core.compiler import compile_internal
 from numba.core.targetconfig import ConfigStack
 from numba.extending import lower_builtin, type_callable
 
-from fastrot.kernels import _cpu_blocks, _cpu_vectors
+from fastrot.kernels import _cpu_blocks
 
 
 def _digest() -> str:
-    sources = (Path(module.__file__).read_bytes() for module in (_cpu_blocks, _cpu_vectors))
+    folder = Path(_cpu_blocks.__file__).parent
+    sources = ((folder / f"_cpu_{name}.py").read_bytes() for name in ("blocks", "parts", "vectors"))
     return hashlib.sha256(b"".join(sources)).hexdigest()[:12]
 
 

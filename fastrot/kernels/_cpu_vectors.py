@@ -9,10 +9,14 @@ from numba import types
 
 _FEATURES = llvm.get_host_cpu_features()
 VECTOR_BYTES = 64 if _FEATURES.get("avx512f") else 32 if _FEATURES.get("avx") else 16
+HALVES = bool(_FEATURES.get("f16c"))
+"""Whether the machine converts float16 itself."""
 LOG_RADIX = 3 if VECTOR_BYTES == 32 else 4
 """A radix-r butterfly keeps r vectors in registers: AVX has 16, AVX-512 and NEON 32."""
 
 FLOAT64, FLOAT32, BFLOAT16, FLOAT16 = range(4)
+ITEMS = 8, 4, 2, 2
+"""Bytes of an element of each."""
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F32, F64 = ir.FloatType(), ir.DoubleType()
@@ -56,11 +60,16 @@ class Vector:
         """Sylvester's transform across the vectors of ``v``, in place."""
         half = 1
         while half < len(v):
-            for i in range(len(v)):
-                if not i & half:
-                    a, b = v[i], v[i + half]
-                    v[i], v[i + half] = self.builder.fadd(a, b), self.builder.fsub(a, b)
+            v = self.stage(v, half)
             half *= 2
+        return v
+
+    def stage(self, v: list[ir.Value], half: int) -> list[ir.Value]:
+        """One stage of it, in place: sums and differences of vectors ``half`` apart."""
+        for i in range(len(v)):
+            if not i & half:
+                a, b = v[i], v[i + half]
+                v[i], v[i + half] = self.builder.fadd(a, b), self.builder.fsub(a, b)
         return v
 
     def across_lanes(self, v: ir.Value) -> ir.Value:
@@ -83,6 +92,8 @@ class Vector:
             return v if self.element == F64 else b.fptrunc(v, self.type(F32))
         if kind == FLOAT32:
             v = self.load(address, F32)
+        elif kind == FLOAT16 and HALVES:
+            v = b.fpext(self.load(address, ir.HalfType()), self.type(F32))
         else:
             word = b.zext(self.load(address, I16), bits)
             if kind == BFLOAT16:
@@ -102,9 +113,29 @@ class Vector:
         if kind == FLOAT32:
             self.store(v, address)
             return
-        word = b.bitcast(v, self.type(I32))
-        rounded = self._to_bfloat(word) if kind == BFLOAT16 else self._to_half(word)
-        self.store(b.trunc(rounded, self.type(I16)), address)
+        if kind == BFLOAT16:
+            words = b.lshr(self._to_bfloat(v), self.splat(16, I32))
+        elif HALVES:
+            words = b.bitcast(b.fptrunc(v, self.type(ir.HalfType())), self.type(I16))
+            self.store(words, address)
+            return
+        else:
+            words = self._to_half(b.bitcast(v, self.type(I32)))
+        self.store(b.trunc(words, self.type(I16)), address)
+
+    def narrow_all(self, v: list[ir.Value], address: ir.Value, kind: int) -> None:
+        """:meth:`narrow` of vectors side by side; pairs of bfloat16 are stored as one."""
+        b, step = self.builder, self.lanes * ITEMS[kind]
+        paired = kind == BFLOAT16 and self.element == F32 and len(v) % 2 == 0
+        halves = ir.VectorType(I16, 2 * self.lanes)
+        upper = ir.Constant(ir.VectorType(I32, 2 * self.lanes), [*range(1, 4 * self.lanes, 2)])
+        for i in range(0, len(v), 1 + paired):
+            place = self.address(address, i, step)
+            if paired:
+                words = (b.bitcast(self._to_bfloat(each), halves) for each in v[i : i + 2])
+                self.store(b.shuffle_vector(*words, upper), place)
+            else:
+                self.narrow(v[i], place, kind)
 
     def _round_to_odd(self, v: ir.Value) -> ir.Value:
         # Of the 29 bits that float32 lacks only "was any set" may matter to a later rounding.
@@ -115,13 +146,13 @@ class Vector:
         kept = b.and_(word, self.splat(-1 << 29, I64))
         return b.bitcast(b.or_(kept, b.shl(sticky, self.splat(29, I64))), v.type)
 
-    def _to_bfloat(self, word: ir.Value) -> ir.Value:
+    def _to_bfloat(self, v: ir.Value) -> ir.Value:
+        """Words of float32 whose upper halves are ``v`` rounded."""
         b, c = self.builder, lambda value: self.splat(value, I32)
-        magnitude = b.and_(word, c(0x7FFFFFFF))
+        word = b.bitcast(v, self.type(I32))
         even = b.and_(b.lshr(word, c(16)), c(1))
-        rounded = b.lshr(b.add(word, b.add(even, c(0x7FFF))), c(16))
-        quiet = b.or_(b.lshr(word, c(16)), c(0x40))
-        return b.select(b.icmp_unsigned(">", magnitude, c(0x7F800000)), quiet, rounded)
+        rounded = b.add(word, b.add(even, c(0x7FFF)))
+        return b.select(b.fcmp_unordered("uno", v, v), b.or_(word, c(0x400000)), rounded)
 
     def _to_half(self, word: ir.Value) -> ir.Value:
         b, c = self.builder, lambda value: self.splat(value, I32)
