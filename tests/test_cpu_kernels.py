@@ -19,7 +19,7 @@ from fastrot.kernels.cpu_weight import rotate_matrix
 from fastrot.kernels.weight import Side
 
 SIZES = (1, 2, 4, 8, 12, 16, 20, 28, 36, 64, 76, 80, 128, 172, 256, 576, 768, 1024, 2880)
-LARGE = (8192, 10944, 11008, 14336, 16384, 131072)
+LARGE = (8192, 10944, 11008, 14336, 16384, 65536)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HALVES = (torch.bfloat16, torch.float16)
 
