@@ -1,9 +1,10 @@
-"""The CPU kernels against ``torch.clone`` of the same tensor.
+"""The CPU kernels against a copy of the same tensor, and against fht_cpu where it is installed.
 
-Transforms of tensors of 64 MB along the last and the first dimension, and the weight pass in place.
-Every round times a clone and then the kernel, both into fresh memory (the weight pass: in place),
-so that a change of the machine's speed meets both.
+Transforms of tensors of 64 MB along the last dimension, in place and into another tensor, and along
+the first, in place; the weight pass in place. Every round times ``y.copy_(x)`` and all others once,
+so that a change of the machine's speed meets all. All memory has been touched before.
 
+    pip install fht_cpu
     python benchmarks/cpu.py --json benchmarks/results/cpu.json
 """
 
@@ -24,7 +25,12 @@ from fastrot.kernels import hadamard_transform
 from fastrot.kernels.cpu_weight import rotate_matrix
 from fastrot.kernels.weight import Side
 
-POWERS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+try:
+    import fht_cpu
+except ImportError:
+    fht_cpu = None
+
+POWERS = tuple(1 << log for log in range(6, 17))
 OTHERS = (3072, 7168, 9216, 11008, 13824, 14336, 18944)
 DTYPES = {
     "float64": torch.float64,
@@ -52,45 +58,78 @@ def timed(run: Callable[[], Any]) -> float:
     return seconds
 
 
-def measure(run: Callable[[], Any], x: Tensor, rounds: int) -> dict[str, float]:
-    """Milliseconds and multiples of a clone: median, 10th and 90th percentile."""
-    run()
-    pairs = [(timed(x.clone), timed(run)) for _ in range(rounds)]
-    clones, runs = (sorted(column) for column in zip(*pairs, strict=True))
-    clone = clones[rounds // 2]
-    median, low, high = (runs[rounds * tenths // 10] for tenths in (5, 1, 9))
-    return {
-        "clone_ms": clone * 1e3,
-        "median_ms": median * 1e3,
-        "ns_per_element": median * 1e9 / x.numel(),
-        "median": median / clone,
-        "p10": low / clone,
-        "p90": high / clone,
-    }
+def measure(runs: dict[str, Callable[[], Any]], rounds: int) -> dict[str, dict[str, float]]:
+    """Milliseconds, and multiples of the first: median, 10th and 90th percentile."""
+    for run in runs.values():
+        run()
+    times = [{name: timed(run) for name, run in runs.items()} for _ in range(rounds)]
+    base = sorted(each[next(iter(runs))] for each in times)[rounds // 2]
+    found = {}
+    for name in runs:
+        low, middle, high = (
+            sorted(each[name] for each in times)[rounds * tenths // 10] for tenths in (1, 5, 9)
+        )
+        ratios = {"median": middle / base, "p10": low / base, "p90": high / base}
+        found[name] = {"ms": middle * 1e3, **ratios}
+    return found
 
 
-def transform_row(n: int, dim: int, dtype: torch.dtype, bytes_: int, rounds: int) -> dict[str, Any]:
-    """One transform of ``(vectors, n)`` along ``dim`` −1, or of ``(n, vectors)`` along 0."""
+def peer(x: Tensor) -> Callable[[], Any] | None:
+    """fht_cpu in place on as many threads, if it is installed and can do this."""
+    power = x.shape[-1] & (x.shape[-1] - 1) == 0
+    if fht_cpu is None or not power or x.dtype not in (torch.float32, torch.float64):
+        return None
+    array, threads = x.numpy(), torch.get_num_threads()
+    return lambda: fht_cpu.fht(array, num_threads=threads)
+
+
+def transform_row(n: int, dtype: torch.dtype, bytes_: int, rounds: int) -> dict[str, Any]:
+    """Transforms of ``(vectors, n)`` along dimension -1, and of ``(n, vectors)`` along 0."""
     vectors = -(-bytes_ // (n * dtype.itemsize) // 64) * 64
-    x = torch.randn((vectors, n) if dim else (n, vectors)).to(dtype)
-    figures = measure(lambda: hadamard_transform(x, n**-0.5, dim=dim, impl="cpu"), x, rounds)
-    where = "last" if dim else "first"
-    return {"kernel": f"transform, {where}", "n": n, "dtype": str(dtype)[6:], **figures}
+    x = torch.randn(vectors, n).to(dtype)
+    y, columns, scale = torch.empty_like(x), x.clone().view(n, vectors), n**-0.5
+    runs: dict[str, Callable[[], Any]] = {
+        "copy": lambda: y.copy_(x),
+        "in place": lambda: hadamard_transform(x, scale, out=x),
+        "other": lambda: hadamard_transform(x, scale, out=y),
+        "first": lambda: hadamard_transform(columns, scale, dim=0, out=columns),
+    }
+    # It does not scale, so that numbers would grow beyond all bounds from round to round.
+    other = peer(torch.zeros_like(x))
+    if other is not None:
+        runs["fht_cpu in place"] = other
+    y.copy_(x)
+    return {"kernel": "transform", "n": n, "dtype": str(dtype)[6:], **measure(runs, rounds)}
+
+
+def operator_row(rows: int, n: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Microseconds of a call of the operator on few rows: median, 10th and 90th percentile."""
+    x, calls, seconds = torch.randn(rows, n).to(dtype), 200, []
+    with torch.no_grad():
+        for _ in range(50):
+            start = time.perf_counter()
+            for _ in range(calls):
+                hadamard_transform(x, n**-0.5)
+            seconds.append((time.perf_counter() - start) / calls * 1e6)
+    seconds.sort()
+    found = {"median": seconds[25], "p10": seconds[5], "p90": seconds[45]}
+    return {"kernel": "operator", "n": n, "rows": rows, "dtype": str(dtype)[6:], "us": found}
 
 
 def weight_row(name: str, dtype: torch.dtype, compute: torch.dtype, rounds: int) -> dict[str, Any]:
     """One weight pass in place."""
     shape, left, right, folded = WEIGHTS[name]
     w = torch.randn(shape).to(dtype)
+    y = w.clone()
     gamma = torch.rand(shape[1]) + 0.5 if folded else None
     sides = [Side(n, torch.randint(0, 2, (n,)) * 2.0 - 1) if n else None for n in (left, right)]
 
     def run() -> None:
         rotate_matrix(w, w, left=sides[0], right=sides[1], gamma=gamma, dtype=compute)
 
-    figures = measure(run, w, rounds)
+    runs = {"copy": lambda: y.copy_(w), "in place": run}
     kernel = f"{name} in {str(compute)[6:]}"
-    return {"kernel": kernel, "n": shape[1], "dtype": str(dtype)[6:], **figures}
+    return {"kernel": kernel, "n": shape[1], "dtype": str(dtype)[6:], **measure(runs, rounds)}
 
 
 def machine() -> dict[str, Any]:
@@ -121,21 +160,26 @@ def main() -> None:
     arguments = parser.parse_args()
     facts = machine()
     print(json.dumps(facts, indent=1))
-    print(f"{'kernel':30}{'n':>7} {'dtype':9}{'clone ms':>9}{'ms':>8}{'ns/el':>7}", end="")
-    print(f"{'median':>8}{'p10':>7}{'p90':>7}  (× clone)")
     rows = []
 
     def show(row: dict[str, Any]) -> None:
         rows.append(row)
-        print(f"{row['kernel']:30}{row['n']:7} {row['dtype']:9}{row['clone_ms']:9.2f}", end="")
-        print(f"{row['median_ms']:8.2f}{row['ns_per_element']:7.2f}", end="")
-        print(f"{row['median']:8.2f}{row['p10']:7.2f}{row['p90']:7.2f}", flush=True)
+        print(f"{row['kernel']:30}{row['n']:7} {row['dtype']:9}", end="")
+        if "us" in row:
+            print(f"{row['rows']:4} rows {row['us']['median']:.1f} us")
+            return
+        print(f"copy {row['copy']['ms']:7.2f} ms", end="")
+        for name in [*row][4:]:
+            print(f"   {name} {row[name]['median']:5.2f}", end="")
+        print("  (x copy)", flush=True)
 
     size = arguments.megabytes << 20
+    for rows_, n in ((1, 1536), (1, 576), (16, 1536)):
+        for name in arguments.dtypes:
+            show(operator_row(rows_, n, DTYPES[name]))
     for name in arguments.dtypes:
         for n in arguments.sizes:
-            for dim in (-1, 0):
-                show(transform_row(n, dim, DTYPES[name], size, arguments.rounds))
+            show(transform_row(n, DTYPES[name], size, arguments.rounds))
         for weight in WEIGHTS:
             for compute in (torch.float64, torch.float32):
                 show(weight_row(weight, DTYPES[name], compute, arguments.rounds))

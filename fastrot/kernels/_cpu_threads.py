@@ -1,7 +1,8 @@
 """Threads of the CPU kernels: none outlives the call that started it."""
 
-import threading
+import _thread
 from collections.abc import Callable
+from contextlib import suppress
 
 from fastrot.signals import held_signals
 
@@ -25,17 +26,22 @@ def on_threads(work: Callable[[int], None], count: int) -> None:
         except BaseException as error:
             errors.append(error)
 
+    def alongside(index: int, running: _thread.LockType) -> None:
+        guarded(index)
+        running.release()
+
     with held_signals():
-        others: list[threading.Thread] = []
-        for index in range(1, count):
-            thread = threading.Thread(target=guarded, args=(index,), daemon=True)
-            try:
-                thread.start()
-            except RuntimeError:
-                break
-            others.append(thread)
+        others: list[_thread.LockType] = []
+        # Not threading.Thread, which waits until the thread runs: waking a core that sleeps may
+        # take as long as the transform of some megabytes, and this one can begin meanwhile.
+        with suppress(RuntimeError):
+            for index in range(1, count):
+                running = _thread.allocate_lock()
+                running.acquire()
+                _thread.start_new_thread(alongside, (index, running))
+                others.append(running)
         guarded(0)
-        for thread in others:
-            thread.join()
+        for running in others:
+            running.acquire()
     if errors:
         raise errors[0]

@@ -286,13 +286,26 @@ def run(
     """
     rest = *source, *target, plan.words, *before, *after
     scale = float(scale)
-    starts = iter(range(0, plan.tasks, plan.step))
+    threads = torch.get_num_threads() if panels is None else len(panels)
+    threads = min(threads, -(-plan.tasks // plan.step))
+    shares = iter(_shares(plan.tasks, plan.step, threads))
 
     def work(index: int) -> None:
         memory = np.empty(plan.memory, np.uint8) if panels is None else panels[index]
-        for first in starts:
-            last = min(first + plan.step, plan.tasks)
+        for first, last in shares:
             kernels.sweep(first, last, *rest, memory, plan.constants, scale)
 
-    threads = torch.get_num_threads() if panels is None else len(panels)
-    on_threads(work, min(threads, -(-plan.tasks // plan.step)))
+    on_threads(work, threads)
+
+
+def _shares(tasks: int, step: int, threads: int) -> list[tuple[int, int]]:
+    """Ranges that threads take one after the other: ever smaller, at least ``step``.
+
+    Taking one costs a thread the interpreter's lock, for which it may have to be woken.
+    """
+    shares, first = [], 0
+    while first < tasks:
+        last = min(first + max(step, (tasks - first) // (2 * threads)), tasks)
+        shares.append((first, last))
+        first = last
+    return shares
