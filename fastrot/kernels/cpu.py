@@ -114,16 +114,65 @@ def write(
     plan, columns, large, kind, item, ld = _plan(x.shape, size, dim, transpose, x.dtype)
     if large:
         ask_for_huge_pages(x, out)
+    source, target = (x.data_ptr(), kind, item, ld), (out.data_ptr(), kind, item, ld)
+    _sweep(plan, source, target, signs, x.dtype, size, columns, transpose, scale)
+
+
+def beside(
+    a: Tensor, b: Tensor, signs: Tensor | None, scale: float, size: int, transpose: bool
+) -> Tensor:
+    """:func:`transformed` of the rows of ``torch.cat((a, b), 1)``, which is not made.
+
+    Args:
+        a: ``(rows, width)`` with unit stride along rows, not empty.
+        b: as ``a``, of any width. Where both are slices of one matrix, they are read as one.
+        signs: as for the operator.
+        scale: of the result.
+        size: of the blocks.
+        transpose: as for the operator.
+    """
+    rows, width = a.shape
+    whole = width + b.shape[1]
+    if signs is not None:
+        check_place(signs, size, a.device)
+        check_signs(signs)
+    out = a.new_empty((rows, whole))
+    kind, item = KINDS[a.dtype]
+    at, here, ld = a.data_ptr(), out.data_ptr(), whole * item
+    end, steps = width * item, a.stride()
+    parts = [(at, here, steps[0], whole)]
+    if b.data_ptr() != at + end or b.stride() != steps:
+        parts = [
+            (at, here, steps[0], width),
+            (b.data_ptr(), here + end, b.stride(0), whole - width),
+        ]
+    for read, written, step, cols in parts:
+        source, target = (read, kind, item, step * item), (written, kind, item, ld)
+        plan = _plan_rows(rows, cols, size, transpose, a.dtype)
+        _sweep(plan, source, target, signs, a.dtype, size, False, transpose, scale)
+    return out
+
+
+def _sweep(
+    plan: SweepPlan,
+    source: Matrix,
+    target: Matrix,
+    signs: Tensor | None,
+    dtype: torch.dtype,
+    size: int,
+    columns: bool,
+    transpose: bool,
+    scale: float,
+) -> None:
     before = after = plan.nothing
     if signs is not None:
-        weights = as_array(signs, torch.float64 if x.dtype == torch.float64 else torch.float32)
+        weights = as_array(signs, torch.float64 if dtype == torch.float64 else torch.float32)
         if columns:
             diagonals = weights, after[1]
         else:
             recurring = weights if plan.width == size else np.tile(weights, plan.width // size)
             diagonals = before[0], recurring
         before, after = (before, diagonals) if transpose else (diagonals, after)
-    source, target = (x.data_ptr(), kind, item, ld), (out.data_ptr(), kind, item, ld)
     if plan.tasks > plan.step:
         run(plan, source, target, before, after, scale)
         return
@@ -131,6 +180,14 @@ def write(
     memory = np.empty(plan.memory, np.uint8)
     last, scale = plan.tasks, float(scale)
     kernels.sweep(0, last, *source, *target, words, *before, *after, memory, constants, scale)
+
+
+@lru_cache
+def _plan_rows(rows: int, cols: int, n: int, transpose: bool, dtype: torch.dtype) -> SweepPlan:
+    """Of blocks of ``n`` along rows that need not follow each other."""
+    check_sizes(torch.Size((rows, cols)), dtype, n, 1)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    return plan_sweep((rows, cols), (1, False), (n, transpose), KINDS[dtype][1], compute)
 
 
 @lru_cache

@@ -31,6 +31,25 @@ def run(
     return out
 
 
+def run_beside(
+    a: Tensor, b: Tensor, signs: Tensor | None, scale: float, size: int, transpose: bool
+) -> Tensor:
+    """The operator along the rows of ``torch.cat((a, b), 1)``; on the CPU in one pass.
+
+    Args:
+        a: ``(rows, width)``.
+        b: as ``a``, of any width that is a multiple of ``size``.
+        signs: as for the operator.
+        scale: of the result.
+        size: of the blocks.
+        transpose: as for the operator.
+    """
+    alike = a.dtype == b.dtype and len(a) == len(b) and a.device == b.device
+    if alike and a.is_cpu and a.numel() and a.stride(1) == 1 == b.stride(1):
+        return _cpu().beside(a, b, signs, scale, size, transpose)  # type: ignore[no-any-return]
+    return run(torch.cat((a, b), 1), signs, scale, size, 1, transpose, "auto")
+
+
 def run_into(
     x: Tensor,
     signs: Tensor | None,

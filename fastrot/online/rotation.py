@@ -87,20 +87,19 @@ class OnlineRotation(nn.Module):
         if self.rotation.dense or self.rotation.fixes_ones:
             y = multiply(wide, self.rotation.stages(self.value, self.inverse))
         else:  # the same without a list of stages, for which a decode step pays
-            block = self.rotation.block
-            y = hadamard_transform(
-                wide,
-                block**-0.5,
-                block_size=block,
-                signs=self.value,
-                transpose=self.inverse,
-            )
+            y = self._transformed(wide)
         if y.dtype != x.dtype:  # asked, since a decode step pays for a conversion that does nothing
             y = y.to(x.dtype)
         if x.dtype == torch.float16:
             # A sum may be larger than float16 holds where no term is: finite in, finite out.
             return y.clamp(-FLOAT16_MAX, FLOAT16_MAX)
         return y
+
+    def _transformed(self, x: Tensor) -> Tensor:
+        block = self.rotation.block
+        return hadamard_transform(
+            x, block**-0.5, block_size=block, signs=self.value, transpose=self.inverse
+        )
 
     def _distributed(self, x: "DTensor") -> Tensor:
         width = width_of(x, -1)

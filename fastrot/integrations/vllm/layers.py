@@ -15,7 +15,7 @@ from torch import Tensor
 from fastrot.edits import OnlineSite
 from fastrot.errors import RotationError
 from fastrot.integrations.vllm.recorded import on_rank
-from fastrot.online import OnlineRotation
+from fastrot.integrations.vllm.served import ServedRotation
 
 
 def rotate_input(method: Any, site: OnlineSite) -> None:
@@ -34,7 +34,8 @@ def rotate_input(method: Any, site: OnlineSite) -> None:
         create(layer, input_size_per_partition, *args, **kwargs)
 
     def rotate_and_apply(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        result: Tensor = apply(layer, layer.fastrot_input(x), *args, **kwargs)
+        rotate = layer._modules["fastrot_input"].forward
+        result: Tensor = apply(layer, rotate(x), *args, **kwargs)
         return result
 
     method.create_weights, method.apply = create_weights, rotate_and_apply
@@ -47,31 +48,35 @@ def rotate_attention(layer: Any, sites: Mapping[str, OnlineSite]) -> None:
         layer: vLLM's, which gets them after RoPE.
         sites: the rotations by location, ``q_attn`` and ``k_cache``.
     """
-    heads = {"q_attn": layer.num_heads, "k_cache": layer.num_kv_heads}
-    for location, site in sites.items():
-        rotation = site.rotation
-        if rotation.size != layer.head_size:
+    for site in sites.values():
+        if site.rotation.size != layer.head_size:
             raise RotationError(
-                f"{site.group} of {site.module} rotates heads of {rotation.size}, vLLM's have "
+                f"{site.group} of {site.module} rotates heads of {site.rotation.size}, vLLM's have "
                 f"{layer.head_size}; serve the model rotated without {site.group}"
             )
-        size = heads[location] * rotation.size
-        whole = replace(rotation, size=size, block_size=rotation.block)
-        setattr(layer, f"fastrot_{location}", online(replace(site, rotation=whole)))
-    forward = layer.forward
+    # Queries and keys of one matrix share a module, which rotates both at once.
+    made = {replace(site, location="q_attn"): online(site) for site in sites.values()}
+    for location, site in sites.items():
+        setattr(layer, f"fastrot_{location}", made[replace(site, location="q_attn")])
+    forward, modules = layer.forward, layer._modules
 
     def rotated(query: Tensor, key: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
-        if "q_attn" in sites:
-            query = layer.fastrot_q_attn(query.flatten(1))
-        if "k_cache" in sites and key is not None:
-            key = layer.fastrot_k_cache(key.flatten(1))
+        of_query, of_key = modules.get("fastrot_q_attn"), modules.get("fastrot_k_cache")
+        if of_query is of_key and key is not None:
+            query, key = of_query.heads(query.flatten(1), key.flatten(1))
+        else:
+            size = layer.head_size
+            if of_query is not None:
+                query = of_query(query.flatten(1).unflatten(1, (-1, size)))
+            if of_key is not None and key is not None:
+                key = of_key(key.flatten(1).unflatten(1, (-1, size)))
         result: Tensor = forward(query, key, *args, **kwargs)
         return result
 
     layer.forward = rotated
 
 
-def online_on_rank(site: OnlineSite, width: int) -> OnlineRotation:
+def online_on_rank(site: OnlineSite, width: int) -> ServedRotation:
     """The rotation as a rank has it whose part of every vector has ``width`` entries.
 
     Raises:
@@ -80,11 +85,11 @@ def online_on_rank(site: OnlineSite, width: int) -> OnlineRotation:
     return online(on_rank(site, width))
 
 
-def online(site: OnlineSite) -> OnlineRotation:
+def online(site: OnlineSite) -> ServedRotation:
     """The rotation of a site, where vLLM builds its model."""
     from vllm.platforms import current_platform
 
     device = torch.get_default_device()
     if device.type == "meta":
         device = torch.device(current_platform.device_type)
-    return OnlineRotation(site, device)
+    return ServedRotation(site, device)
