@@ -71,9 +71,9 @@ def takes_keys_for_values(module: nn.Module) -> bool:
 def without_values(index: Index, mapping: Mapping) -> tuple[str, ...]:
     """The ``attn_o`` of all blocks whose values come out of the projection of the keys."""
     blocks, lenders = find_modules(index, mapping.attn), lenders_of(index)
-    found = {
+    found = [
         block for block in blocks if takes_keys_for_values(index.modules[lender_of(lenders, block)])
-    }
+    ]
     outputs = _inside(found, find_sites(index, mapping.attn_o, group="R2"))
     return tuple(name for names in outputs.values() for name in names)
 

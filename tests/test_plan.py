@@ -2,13 +2,16 @@
 
 import copy
 import json
+import os
 import pickle
+import subprocess
 import sys
 
 import pytest
 import torch
 from helpers import logits, random_ids, relative_error, tiny
 from test_exact import MODEL_TYPES, ROTATIONS
+from zoo import FAMILIES
 
 import fastrot
 from fastrot.edits import Rotate, Scale
@@ -59,6 +62,37 @@ def test_planning_is_linear_in_layers():
     fastrot.plan(models[0], ROTATIONS)
     few, some, many = (calls(fastrot.plan, model, ROTATIONS) for model in models)
     assert many - some < 2.05 * (some - few)
+
+
+PLANS = """
+import json, sys
+import fastrot
+from zoo import FAMILIES, build
+for name in sys.argv[1:]:
+    plan = fastrot.plan(build(FAMILIES[name]), ("R1", "R2", "R3", "R4"), randomize=True)
+    print(json.dumps(plan.to_dict()))
+"""
+MANY_ROLES = ["gemma4_text", "gemma4_experts", "deepseek_v3", "gpt_oss", "llama"]
+
+
+def test_a_plan_is_the_same_in_every_process():
+    known = [name for name in MANY_ROLES if name in FAMILIES]
+    here, there = (
+        subprocess.Popen(
+            [sys.executable, "-c", PLANS, *known],
+            env={
+                **os.environ,
+                "PYTHONHASHSEED": seed,
+                "PYTHONPATH": os.pathsep.join([*filter(None, sys.path)]),
+            },
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for seed in ("0", "1")
+    )
+    first, second = (process.communicate()[0].splitlines() for process in (here, there))
+    assert len(first) == len(known)
+    assert first == second
 
 
 def steps(plan, suffix):
