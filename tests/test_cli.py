@@ -82,6 +82,44 @@ def test_plan_prints_the_plan(checkpoints, capsys):
     assert data["needs"]["disk"] > 4 * expected.shapes["lm_head.weight"][0] * 96
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--dtype", "bfloat16"],
+        ["--dtype", "float64"],
+        ["--max-shard-size", "100K"],
+        ["--mtp", "drop"],
+        ["--mtp", "copy", "--keep-head"],
+        ["--dtype", "bfloat16", "--max-shard-size", "60K", "--mtp", "drop"],
+    ],
+)
+def test_plan_says_what_rotate_writes(options, source, tmp_path, capsys):
+    if "--mtp" in options:
+        weights = source / "model.safetensors"
+        draft = {"mtp.fc.weight": torch.ones(96, 192)}
+        save_file(load_file(weights) | draft, weights, {"format": "pt"})
+    options = [*options, "--rotations", *ROTATIONS]
+    status, out, err = run(capsys, "plan", source, "--json", *options)
+    assert (status, err) == (0, "")
+    needs = json.loads(out)["needs"]
+    target = tmp_path / "target"
+    short = run(capsys, "rotate", source, target, *options, "--memory", needs["memory"] - 1)
+    assert (short[0], target.exists()) == (2, False)
+    assert run(capsys, "rotate", source, target, *options, "--memory", needs["memory"])[0] == 0
+    written = [*target.glob("*.safetensors")]
+    assert needs["files"] == len(written)
+    assert needs["disk"] == sum(file.stat().st_size for file in written)
+
+
+def test_plan_refuses_what_rotate_refuses(source, capsys):
+    weights = source / "model.safetensors"
+    save_file(load_file(weights) | {"mtp.fc.weight": torch.ones(9)}, weights, {"format": "pt"})
+    status, out, err = run(capsys, "plan", source, "--mtp", "copy")
+    assert (status, out) == (2, "")
+    assert "--mtp drop" in err
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rotations", [("R1", "R2"), ROTATIONS])
 def test_rotate_then_verify(checkpoints, dtype, rotations, tmp_path, capsys):

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastrot.checkpoint.header import Entry, Layout, Metadata
+from fastrot.checkpoint.header import Entry, Layout, Metadata, header_of
 from fastrot.checkpoint.tasks import Task
 from fastrot.edits import Plan, Rotate
 
@@ -44,6 +44,11 @@ class OutputFile:
             name: Layout(tuple(tensor.shape), tensor.dtype)
             for name, tensor in self.constants.items()
         }
+
+    @property
+    def head(self) -> bytes:
+        """What stands before the tensors."""
+        return header_of(self.layouts, self.metadata)[0]
 
     @property
     def nbytes(self) -> int:

@@ -75,16 +75,26 @@ class Needs:
         )
 
 
-def needs_of(source: str | Path, plan: Plan) -> Needs:
+def needs_of(
+    source: str | Path,
+    plan: Plan,
+    *,
+    dtype: torch.dtype | None = None,
+    drafts: Drafts = "copy",
+    shard: int | None = None,
+) -> Needs:
     """What :func:`rotate_checkpoint` will need for a plan; reads headers and norms.
+
+    The other arguments are those of :func:`rotate_checkpoint`.
 
     Raises:
         RotationError: the rotation is not possible, or a file is damaged.
         OSError: a file can't be read.
     """
-    job = prepare(Path(source).resolve(), plan)
+    job = prepare(Path(source).resolve(), plan, dtype=dtype, drafts=drafts, shard=shard)
     widest, scratch = needs(_tasks(job), job.norms, LEAST)
-    return Needs(len(job.files), job.nbytes, widest + scratch)
+    disk = sum(len(file.head) + file.nbytes for file in job.files)
+    return Needs(len(job.files), disk, widest + scratch)
 
 
 def memory_for(job: Job, memory: int | None = None) -> tuple[int, int]:

@@ -20,7 +20,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fastrot.checkpoint.header import header_of
 from fastrot.checkpoint.outputs import Job, OutputFile
 from fastrot.checkpoint.target import companions, copy_companions, readable, sync
 from fastrot.errors import RotationError
@@ -46,7 +45,7 @@ class Store:
     def __init__(self, job: Job, target: Path):
         self.job, self.target = job, target
         self.folder = unfinished(target)
-        self._heads = {file.name: header_of(file.layouts, file.metadata)[0] for file in job.files}
+        self._heads = {file.name: file.head for file in job.files}
         self._sizes = {file.name: len(self._heads[file.name]) + file.nbytes for file in job.files}
         self._own = f".{_machine()}.{os.getpid()}.{secrets.token_hex(4)}.part"
 

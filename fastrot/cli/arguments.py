@@ -28,11 +28,11 @@ def parser() -> argparse.ArgumentParser:
     actions = top.add_subparsers(required=True, metavar="COMMAND")
     common = _Parser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show a traceback on errors")
-    rotation = _rotation_options()
+    rotation, files = _rotation_options(), _file_options()
 
     plan = actions.add_parser(
         "plan",
-        parents=[rotation, common],
+        parents=[rotation, files, common],
         help="show what a rotation would do; reads config.json, no weights",
     )
     plan.add_argument("source", type=Path, metavar="MODEL_DIR")
@@ -41,33 +41,17 @@ def parser() -> argparse.ArgumentParser:
 
     rotate = actions.add_parser(
         "rotate",
-        parents=[rotation, common],
+        parents=[rotation, files, common],
         help="write a rotated checkpoint; repeated after an interruption, it goes on",
     )
     rotate.add_argument("source", type=Path, metavar="SRC")
     rotate.add_argument("target", type=Path, metavar="DST", help="a new or an empty folder")
-    rotate.add_argument(
-        "--dtype",
-        choices=("auto", "bfloat16", "float16", *EXACT),
-        default="auto",
-        help="of the weights; default: as they are",
-    )
     rotate.add_argument(
         "--memory",
         type=_bytes,
         metavar="SIZE",
         help="for weights and scratch memory, such as 512M or 4G; default: 2G, or what the "
         "largest weight needs",
-    )
-    rotate.add_argument(
-        "--max-shard-size", type=_bytes, metavar="SIZE", help="of a file; default: files as in SRC"
-    )
-    rotate.add_argument(
-        "--mtp",
-        choices=("copy", "drop"),
-        default="copy",
-        help="what to do with tensors of multi-token prediction; copying is exact without R1, "
-        "and with --keep-head",
     )
     rotate.add_argument(
         "--worker",
@@ -268,6 +252,28 @@ def _rotation_options(rotations: tuple[str, ...] = ("R1", "R2")) -> _Parser:
         type=Path,
         metavar="FILE",
         help="a whole recipe, which fastrot learn wrote, in the place of the options above",
+    )
+    return options
+
+
+def _file_options() -> _Parser:
+    """What decides about files besides the rotation."""
+    options = _Parser(add_help=False)
+    options.add_argument(
+        "--dtype",
+        choices=("auto", "bfloat16", "float16", *EXACT),
+        default="auto",
+        help="of the weights; default: as they are",
+    )
+    options.add_argument(
+        "--max-shard-size", type=_bytes, metavar="SIZE", help="of a file; default: files as in SRC"
+    )
+    options.add_argument(
+        "--mtp",
+        choices=("copy", "drop"),
+        default="copy",
+        help="what to do with tensors of multi-token prediction; copying is exact without R1, "
+        "and with --keep-head",
     )
     return options
 

@@ -4,6 +4,7 @@ import json
 import sys
 from argparse import Namespace
 from dataclasses import asdict, fields
+from typing import Any
 
 import fastrot
 from fastrot.checkpoint.source import outline, weight_files
@@ -16,7 +17,7 @@ def plan(args: Namespace) -> int:
     from fastrot.checkpoint.rotate import needs_of
 
     made = fastrot.plan(outline(args.source).config, recipe_of(args))
-    needs = needs_of(args.source, made) if weight_files(args.source) else None
+    needs = needs_of(args.source, made, **_files_of(args)) if weight_files(args.source) else None
     if not args.json:
         print(made)
         if needs is not None:
@@ -35,16 +36,12 @@ def plan(args: Namespace) -> int:
 
 def rotate(args: Namespace) -> int:
     """Write a rotated copy of a checkpoint; the folder appears when it is complete, or never."""
-    import torch
-
     done = fastrot.rotate_checkpoint(
         args.source,
         args.target,
         recipe_of(args),
-        dtype=None if args.dtype == "auto" else getattr(torch, args.dtype),
+        **_files_of(args),
         memory=args.memory,
-        drafts=args.mtp,
-        shard=args.max_shard_size,
         worker=args.worker,
         fresh=args.fresh,
         progress=sys.stderr.isatty(),
@@ -115,6 +112,14 @@ def demo(args: Namespace) -> int:
     if args.json is not None:
         args.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     return 0
+
+
+def _files_of(args: Namespace) -> dict[str, Any]:
+    """What else decides about the files of a rotation, as arguments."""
+    import torch
+
+    dtype = None if args.dtype == "auto" else getattr(torch, args.dtype)
+    return {"dtype": dtype, "drafts": args.mtp, "shard": args.max_shard_size}
 
 
 def recipe_of(args: Namespace) -> fastrot.Recipe:
