@@ -24,12 +24,19 @@ class Scales:
     """The factors of a weight's blocks.
 
     Attributes:
-        entry: ``(ceil(rows / block[0]), ceil(cols / block[1]))``, float32 or bfloat16.
+        codes: ``(rows, cols)``, ``e4m3`` or ``e5m2``.
+        factors: ``(ceil(rows / block[0]), ceil(cols / block[1]))``, float32 or bfloat16.
         block: rows and columns that share a factor; the last may be cut.
     """
 
-    entry: Entry
+    codes: Entry
+    factors: Entry
     block: tuple[int, int]
+
+    @property
+    def numbers(self) -> Entry:
+        """The weight as the model has it, where its codes lie."""
+        return self.codes
 
     def decode(self, codes: Tensor, out: Tensor, first: int) -> None:
         """Write the numbers of some rows into ``out``, ``(rows, cols)`` float32.
@@ -39,7 +46,7 @@ class Scales:
             out: takes them.
             first: place of the first row in the weight.
         """
-        factors = read_entry(self.entry).float()
+        factors = read_entry(self.factors).float()
         rows, cols = self.block
         out.copy_(codes)
         at = 0
@@ -85,7 +92,7 @@ def scales_of(entries: Mapping[str, Entry], quantization: Mapping[str, Any]) -> 
                 f"{name}{SUFFIX} is {scale.shape}, but {name} {entry.shape} in blocks of {block} "
                 f"needs {expected}"
             )
-        found[name] = Scales(scale, (block[0], block[1]))
+        found[name] = Scales(entry, scale, (block[0], block[1]))
     return found
 
 

@@ -195,13 +195,17 @@ def read_into(descriptor: int, entry: Entry, start: int, buffer: memoryview) -> 
         done += count
 
 
-def read_entry(entry: Entry) -> torch.Tensor:
-    """A whole tensor of a file, in new memory."""
-    buffer = bytearray(max(1, entry.nbytes))
+def read_entry(entry: Entry, rows: slice = slice(None)) -> torch.Tensor:
+    """A whole tensor of a file, or some of its first dimension, in new memory."""
+    start, stop, _ = rows.indices(entry.shape[0]) if entry.shape else (0, 1, 1)
+    row = entry.nbytes // max(1, entry.shape[0] if entry.shape else 1)
+    nbytes = row * (stop - start)
+    buffer = bytearray(max(1, nbytes))
     with entry.file.open("rb") as stream:
-        read_into(stream.fileno(), entry, 0, memoryview(buffer)[: entry.nbytes])
-    raw = torch.frombuffer(buffer, dtype=torch.uint8)[: entry.nbytes]
-    return raw.view(entry.dtype).view(entry.shape)
+        read_into(stream.fileno(), entry, row * start, memoryview(buffer)[:nbytes])
+    raw = torch.frombuffer(buffer, dtype=torch.uint8)[:nbytes]
+    shape = (stop - start, *entry.shape[1:]) if entry.shape else ()
+    return raw.view(entry.dtype).view(shape)
 
 
 def same_bytes(a: Entry, b: Entry, chunk: int = 1 << 26) -> bool:

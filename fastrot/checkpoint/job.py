@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from fastrot.api import plan as plan_model
 from fastrot.checkpoint.drafts import Drafts, leftovers
-from fastrot.checkpoint.fp8 import METHOD, SUFFIX, Scales, scales_of, without
+from fastrot.checkpoint.fp8 import METHOD as FP8
+from fastrot.checkpoint.fp8 import scales_of, without
 from fastrot.checkpoint.header import (
     CheckpointError,
     Entry,
@@ -19,9 +20,11 @@ from fastrot.checkpoint.header import (
     read_headers,
     same_bytes,
 )
+from fastrot.checkpoint.mxfp4 import METHOD as MXFP4
+from fastrot.checkpoint.mxfp4 import blocks_of
 from fastrot.checkpoint.outputs import Job, files_of, sealed_job
 from fastrot.checkpoint.source import indexed, outline, read_json, weight_files
-from fastrot.checkpoint.tasks import Task, place_of, tasks_of
+from fastrot.checkpoint.tasks import Coded, Task, place_of, tasks_of
 from fastrot.checkpoint.trace import Trace, stored_names, trace
 from fastrot.checks import check_norm, quant_method
 from fastrot.edits import OnlineSite, Plan
@@ -65,10 +68,10 @@ def prepare(
 
     model = outline(source)
     entries, metadata = tensors_of(source)
-    scales = _scales(source, model, entries)
-    entries = {
-        n: e for n, e in entries.items() if n.removesuffix(SUFFIX) not in scales or n in scales
-    }
+    coded = _coded(source, model, entries)
+    used = {entry.name for each in coded.values() for entry in (each.codes, each.factors)}
+    entries = {name: entry for name, entry in entries.items() if name not in used}
+    entries |= {name: each.numbers for name, each in coded.items()}
     earlier = _restored(model)
     made = trace(model, entries, old_names(earlier.values()))
     for name, rotation in earlier.items():
@@ -80,15 +83,15 @@ def prepare(
     known = {name: entry for name, entry in entries.items() if name not in made.unknown}
     kept = leftovers(model, plan, made, drafts)
     norms = _norms(model, plan, made, entries)
-    tasks, equal = tasks_of(model, plan, made, known, dtype, scales)
+    tasks, equal = tasks_of(model, plan, made, known, dtype, coded)
     for name, other in equal.items():
         if not same_bytes(entries[name], entries[other]):
             raise CheckpointError(
                 f"{name} and {other} differ, but config.json says that they are one "
                 "(tie_word_embeddings): it is not clear which one is meant"
             )
-    wanted = dtype or (torch.bfloat16 if scales else None)
-    tasks += [_copied(entries[name], scales.get(name), wanted) for name in kept]
+    wanted = dtype or (torch.bfloat16 if coded else None)
+    tasks += [_copied(entries[name], coded.get(name), wanted) for name in kept]
     config, constants = _recorded(source, model, plan, made, wanted)
     outputs = files_of(tasks, constants, entries, metadata, shard)
     return sealed_job(source, plan, outputs, norms, config)
@@ -114,24 +117,25 @@ def tensors_of(source: Path) -> tuple[dict[str, Entry], dict[Path, Metadata]]:
     return entries, metadata
 
 
-def _scales(
+def _coded(
     source: Path, model: "PreTrainedModel", entries: Mapping[str, Entry]
-) -> dict[str, Scales]:
-    """The scales of an fp8 source; the model then is one of plain numbers."""
+) -> Mapping[str, Coded]:
+    """The weights of a quantized source; the model then is one of plain numbers."""
     method = quant_method(model.config)
     if method in (None, QUANT_METHOD):
         return {}
-    if method != METHOD:
-        raise RotationError(
-            f"{source} is quantized (quant_method={method}); rotate the unquantized checkpoint, or "
-            "load it with transformers, which may dequantize it, and use fastrot.apply"
-        )
     settings = read_json(source / "config.json")
     inner = settings.get("text_config")
     inside = inner if isinstance(inner, dict) else {}
-    found = scales_of(
-        entries, settings.get("quantization_config") or inside.get("quantization_config") or {}
-    )
+    given = settings.get("quantization_config") or inside.get("quantization_config") or {}
+    if method not in (FP8, MXFP4):
+        form = f", format={given['format']}" if "format" in given else ""
+        raise RotationError(
+            f"{source} is quantized (quant_method={method}{form}), and of quantized sources only "
+            f"{FP8} in blocks and {MXFP4} are read; rotate the unquantized checkpoint, or load "
+            "this one with transformers, which may dequantize it, and use fastrot.apply"
+        )
+    found = scales_of(entries, given) if method == FP8 else blocks_of(entries)
     for part in (model.config, model.config.get_text_config()):
         if hasattr(part, "quantization_config"):
             del part.quantization_config
@@ -169,10 +173,10 @@ def _read(parameter: str, made: Trace, entries: Mapping[str, Entry]) -> Tensor:
     return value
 
 
-def _copied(entry: Entry, scales: Scales | None, dtype: torch.dtype | None) -> Task:
+def _copied(entry: Entry, coded: Coded | None, dtype: torch.dtype | None) -> Task:
     """A tensor as it is, or the numbers of one whose codes mean nothing without their scales."""
-    layout = entry if scales is None or dtype is None else Layout(entry.shape, dtype)
-    return Task(entry.name, entry, layout, scales=scales)
+    layout = entry if coded is None or dtype is None else Layout(entry.shape, dtype)
+    return Task(entry.name, entry, layout, coded=coded)
 
 
 def _norms(

@@ -139,7 +139,9 @@ def sealed_job(
 
 def _states(files: Iterable[OutputFile]) -> dict[str, list[int]]:
     """Size and time of every file that is read: another source has others."""
-    sources = {task.source.file for file in files for task in file.tasks}
+    tasks = [task for file in files for task in file.tasks]
+    sources = {task.stored.file for task in tasks}
+    sources |= {task.coded.factors.file for task in tasks if task.coded is not None}
     found = {file.name: file.stat() for file in sorted(sources)}
     return {name: [state.st_size, state.st_mtime_ns] for name, state in found.items()}
 

@@ -51,12 +51,13 @@ class Panel:
         self._shape = (rows.stop - rows.start, *shape[1:]) if shape else ()
         row = prod(shape[1:])
         start, count = row * rows.start, prod(self._shape)
-        raw, other = task.source.dtype, task.layout.dtype
-        self._dtype = torch.float32 if task.scales else raw
-        self.read = start * raw.itemsize, count * raw.itemsize
+        stored, other = task.stored, task.layout.dtype
+        self._dtype = torch.float32 if task.coded else stored.dtype
+        size = stored.nbytes // max(1, stored.shape[0] if shape else 1)
+        self.read = size * rows.start, size * (rows.stop - rows.start)
         self.wrote = start * other.itemsize, count * other.itemsize
         # Codes, numbers and result lie one after the other, as far as they are not the same.
-        self._numbers = _aligned(self.read[1]) if task.scales else 0
+        self._numbers = _aligned(self.read[1]) if task.coded else 0
         self._result = self._numbers
         if self._dtype != other:
             self._result += _aligned(count * self._dtype.itemsize)
@@ -99,9 +100,10 @@ class Panel:
         """
         with as_written():
             x, y = self._views(memory)
-            if self.task.scales is not None:
-                codes = memory[: self.read[1]].view(self.task.source.dtype).view(self._shape)
-                self.task.scales.decode(codes, x, self.rows.start)
+            if self.task.coded is not None:
+                stored = self.task.stored
+                codes = memory[: self.read[1]].view(stored.dtype).view(-1, *stored.shape[1:])
+                self.task.coded.decode(codes, x, self.rows.start)
             if y is not x:
                 y.copy_(x)
             writes = self.writes(memory, norms)

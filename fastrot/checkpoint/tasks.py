@@ -4,11 +4,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, product
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+from torch import Tensor
 
-from fastrot.checkpoint.fp8 import Scales
 from fastrot.checkpoint.header import CheckpointError, Entry, Layout
 from fastrot.checkpoint.trace import Target, Trace, stored_names
 from fastrot.checkpoint.traced import Piece
@@ -19,6 +19,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Slices = tuple[slice, ...]
+
+
+class Coded(Protocol):
+    """A weight as a quantized checkpoint has it: codes, and factors of blocks of them."""
+
+    @property
+    def codes(self) -> Entry:
+        """What the checkpoint has for the weight; its first dimension is the weight's."""
+
+    @property
+    def factors(self) -> Entry:
+        """What they are multiplied with."""
+
+    @property
+    def numbers(self) -> Entry:
+        """The weight as the model has it, where its codes lie."""
+
+    def decode(self, codes: Tensor, out: Tensor, first: int) -> None:
+        """Write the numbers of some rows, from ``first`` on, into ``out``, float32."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +61,19 @@ class Task:
         source: the tensor of the old checkpoint that it is made of.
         layout: its shape and dtype.
         actions: what happens to disjoint boxes of it; all else is copied.
-        scales: what its codes are multiplied with first, if the source is in fp8.
+        coded: makes numbers of it first, if the source is quantized.
     """
 
     name: str
     source: Entry
     layout: Layout
     actions: tuple[Action, ...] = ()
-    scales: Scales | None = None
+    coded: Coded | None = None
+
+    @property
+    def stored(self) -> Entry:
+        """What is read for it."""
+        return self.source if self.coded is None else self.coded.codes
 
     @property
     def free(self) -> bool:
@@ -69,7 +93,7 @@ def tasks_of(
     made: Trace,
     entries: Mapping[str, Entry],
     dtype: torch.dtype | None = None,
-    scales: Mapping[str, Scales] | None = None,
+    coded: Mapping[str, Coded] | None = None,
 ) -> tuple[list[Task], dict[str, str]]:
     """The tasks of all tensors that a model reads.
 
@@ -78,8 +102,8 @@ def tasks_of(
         plan: for it.
         made: the way of the checkpoint into the model.
         entries: the tensors of the checkpoint.
-        dtype: of floating-point tensors; None leaves them as they are, but bfloat16 for fp8.
-        scales: of weights in fp8, by their names in the checkpoint.
+        dtype: of floating-point tensors; None leaves them as they are, but bfloat16 for codes.
+        coded: quantized weights, by their names in the model's checkpoint.
 
     Returns:
         The tasks, and pairs of tensors that are tied in the model and must be equal in the
@@ -117,9 +141,9 @@ def tasks_of(
         _check_disjoint(name, found, copied[name])
 
     def task(name: str, entry: Entry, found: Sequence[Action]) -> Task:
-        factors = (scales or {}).get(entry.name)
-        layout = _converted(entry, dtype or (torch.bfloat16 if factors else None))
-        return Task(name, entry, layout, tuple(found), factors)
+        codes = (coded or {}).get(entry.name)
+        layout = _converted(entry, dtype or (torch.bfloat16 if codes else None))
+        return Task(name, entry, layout, tuple(found), codes)
 
     tasks = [task(name, entries[name], found) for name, found in actions.items()]
     equal = {}
