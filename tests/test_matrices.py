@@ -153,6 +153,8 @@ def test_a_layer_without_a_matrix_and_a_second_block_size_are_refused():
     model = tiny("llama", layers=3)
     with pytest.raises(fastrot.RotationError, match=r"R2: there are 2.*layers.2"):
         fastrot.plan(model, "R2", matrices={"R2": [orthogonal(16, 1), orthogonal(16, 2)]})
+    with pytest.raises(fastrot.RotationError, match=r"R2: there are 4.*model.layers has 3"):
+        fastrot.plan(model, "R2", matrices={"R2": [orthogonal(16, i) for i in range(4)]})
     with pytest.raises(fastrot.RotationError, match="R4 has order 28, its block_size another"):
         fastrot.plan(model, "R4", matrices={"R4": orthogonal(28, 1)}, block_size={"R4": 16})
     fastrot.plan(model, ("R1", "R4"), matrices={"R4": orthogonal(28, 1)}, block_size=16)

@@ -137,6 +137,7 @@ ORDER = torch.arange(112)
         ({"R4": []}, ValueError, "list of R4 is empty"),
         ({"R4": torch.arange(96)}, ValueError, "has 112 channels, the order 96"),
         ({"R4": [ORDER, torch.arange(96)]}, ValueError, "R4 of layer 1"),
+        ({"R4": [ORDER] * 3}, ValueError, "there are 3.*model.layers has 2"),
         ({"R4": torch.eye(112)}, TypeError, "a row of whole numbers"),
         ({"R4": Rotation("hadamard", 112)}, ValueError, "is not a given permutation"),
         ({"R1": torch.arange(96)}, ValueError, "R1 takes none; a matrix of your own"),

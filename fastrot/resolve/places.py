@@ -55,7 +55,7 @@ def rotation_of(
         )
     kind, label = scheme.type, group
     if scheme.matrices:
-        seed, label = 0, _matrix_of(group, scheme, name)
+        seed, label = 0, _matrix_of(index, group, scheme, name)
     elif scheme.randomize:
         # One fixed matrix can't differ between layers: give each its signs.
         kind = "random-hadamard" if kind == "hadamard" else kind
@@ -78,14 +78,23 @@ def rotation_of(
     return index.rotations[rotation]
 
 
-def _matrix_of(group: str, scheme: TransformScheme, name: str) -> str:
+def _matrix_of(index: Index, group: str, scheme: TransformScheme, name: str) -> str:
     """The digest of the matrix that is meant for the layer of ``name``."""
-    if len(scheme.matrices) == 1:
+    count = len(scheme.matrices)
+    if count == 1:
         return scheme.matrices[0]
     number = layer_of(name).rpartition(".")[2]
-    if not number.isdigit() or int(number) >= len(scheme.matrices):
+    if not number.isdigit() or int(number) >= count:
         raise RotationError(
-            f"{group}: there are {len(scheme.matrices)}, one for each layer, but none for {name}"
+            f"{group}: there are {count}, one for each layer, but none for {name}; give one for "
+            "each, or a single one for all"
+        )
+    stack = name[: name.index(f".{number}.")]
+    layers = len(list(index.modules[stack].children()))
+    if count > layers:
+        raise RotationError(
+            f"{group}: there are {count}, one for each layer, but {stack} has {layers}; give one "
+            "for each, or a single one for all"
         )
     return scheme.matrices[int(number)]
 
