@@ -47,16 +47,17 @@ def engine(folder, **kwargs):
         gc.collect()
 
 
-def answers(llm, tokens=16):
+def answers(llm, tokens=16, adapter=None):
     llm.reset_prefix_cache()
     sampling = SamplingParams(
         temperature=0, max_tokens=tokens, logprobs=5, ignore_eos=True, detokenize=False
     )
     prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
-    outputs = [done.outputs[0] for done in llm.generate(prompts, sampling, use_tqdm=False)]
+    options = {"use_tqdm": False, "lora_request": adapter}
+    outputs = [done.outputs[0] for done in llm.generate(prompts, sampling, **options)]
     best = [[_best(step) for step in output.logprobs] for output in outputs]
     scoring = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)
-    steps = llm.generate(prompts[-1:], scoring, use_tqdm=False)[0].prompt_logprobs
+    steps = llm.generate(prompts[-1:], scoring, **options)[0].prompt_logprobs
     scores = [step[token].logprob for step, token in zip(steps, PROMPTS[-1], strict=True) if step]
     tokens = [list(output.token_ids) for output in outputs]
     return Answers(tokens, torch.tensor(best), torch.tensor(scores))

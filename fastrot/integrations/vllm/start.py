@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 from fastrot.errors import RotationError
+from fastrot.integrations.vllm.adapters import watch_adapters
 from fastrot.integrations.vllm.recorded import DELEGATED, check_ranks, exported, split_sites
 from fastrot.record import QUANT_METHOD, has_online
 
@@ -67,9 +68,12 @@ def watch_models() -> None:
 
     @functools.wraps(record)
     def recorded(model: Any) -> None:
-        config = get_current_vllm_config().quant_config
+        vllm_config = get_current_vllm_config()
+        config = vllm_config.quant_config
         if isinstance(config, FastrotConfig):
             config.rotate_built(model)
+            if vllm_config.lora_config is not None:
+                watch_adapters()
         record(model)
 
     recorded.fastrot = True  # type: ignore[attr-defined]
