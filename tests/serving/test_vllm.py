@@ -139,6 +139,16 @@ def test_tensor_parallelism_of_whole_blocks(plain, tmp_path, monkeypatch):
         assert_same(answers(llm), plain("llama"))
 
 
+@pytest.mark.exhaustive
+def test_a_rank_of_a_pipeline_rotates_its_own_layers(tmp_path, monkeypatch):
+    """Whether it answers so can't be seen: vLLM 0.32 fails on the CPU with a pipeline, rotated
+    or not."""
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    folder = checkpoint(tmp_path, "llama", RECIPES["llama"])
+    with engine(folder, pipeline_parallel_size=2) as llm:
+        assert llm.apply_model(rotations) == [dict.fromkeys(PLACES, 1)] * 2
+
+
 def test_no_quantization_takes_the_place_of_a_rotation():
     config = FastrotConfig()
     config.online_quantization_config = object()
