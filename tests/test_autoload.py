@@ -70,7 +70,7 @@ def test_the_entry_point_is_that_of_the_package():
 def test_a_rotated_checkpoint_loads(first, process, rotated):
     folder, expected = rotated
     done = process(FIRST[first] + LOAD.format(folder), FASTROT_AUTOLOAD="1")
-    # Products may be rounded differently where memory begins elsewhere; without R4 it is another sum.
+    # Products round differently where memory begins elsewhere; without R4 the sum is another.
     assert [float(word) for word in done.stdout.split()] == [pytest.approx(expected, rel=1e-5)], (
         done.stderr
     )

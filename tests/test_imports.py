@@ -132,6 +132,15 @@ def in_a_new_process(code):
     return done.stdout.split()
 
 
+def sums(code):
+    return [float(word) for word in in_a_new_process(code)]
+
+
+def about(expected):
+    """Products round differently where memory begins elsewhere; a model without R4 is far off."""
+    return pytest.approx(expected, rel=1e-5)
+
+
 def test_importing_fastrot_imports_nothing_heavy():
     code = f"""
 import sys, torch
@@ -213,13 +222,13 @@ from transformers import AutoModelForCausalLM as Auto""",
 def test_whichever_is_imported_first(order, rotated):
     folder, expected = rotated
     load = f"{LOADS[order]}\nmodel = Auto.from_pretrained({str(folder)!r})"
-    assert in_a_new_process(load.replace("{}", str(folder)) + SUM) == [str(expected)]
+    assert sums(load.replace("{}", str(folder)) + SUM) == [about(expected)]
 
 
 def test_a_pickled_model_brings_fastrot_along(rotated):
     folder, expected = rotated
     load = f"import pickle; model = pickle.load(open({str(folder / 'model.pickle')!r}, 'rb'))"
-    assert in_a_new_process(load + SUM) == [str(expected)]
+    assert sums(load + SUM) == [about(expected)]
 
 
 def test_registering_leaves_modules_as_they_are():

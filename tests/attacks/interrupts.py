@@ -7,6 +7,7 @@ or anything else, and how many of the interrupts hit. Run as a process of its ow
 to itself.
 """
 
+import _thread
 import argparse
 import contextlib
 import copy
@@ -95,7 +96,7 @@ def one_run(model, undo, delay, numbers):
 def state(model, first, last):
     """``original``, ``rotated``, or what is wrong."""
     time.sleep(0.001)
-    workers = threading.active_count() - 1
+    workers = _thread._count()
     found, record = digest(model), bool(getattr(model.config, "fastrot", None))
     time.sleep(0.002)
     if workers or found != digest(model):
