@@ -80,3 +80,11 @@ def test_refusals(size, signs, problem):
     a, b = slices(3, torch.float32)
     with pytest.raises(RotationError, match=problem):
         run_beside(a, b, signs, 1.0, size, False)
+
+
+def test_blocks_lie_in_queries_or_in_keys():
+    whole = torch.randn(3, 3 * SIZE)
+    a, b = whole.split((SIZE * 3 // 2, SIZE * 3 // 2), 1)
+    with pytest.raises(RotationError, match="does not divide"):
+        run_beside(a, b, None, 1.0, SIZE, False)
+    assert run_beside(whole, whole[:, :0], None, 1.0, SIZE, False).shape == whole.shape

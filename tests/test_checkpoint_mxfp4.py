@@ -13,6 +13,7 @@ from fastrot.checkpoint import mxfp4
 from fastrot.checkpoint.header import read_header
 from fastrot.checkpoint.job import prepare
 from fastrot.checkpoint.verify import verify_checkpoint
+from fastrot.cli import main
 
 ALL = fastrot.Recipe(("R1", "R2", "R3", "R4"), transform_type="random-hadamard")
 SIZES = {"hidden_size": 64, "intermediate_size": 96}
@@ -142,3 +143,26 @@ def test_damage_is_refused(checkpoint, tmp_path):
 def test_other_formats_are_refused_by_name(checkpoint, tmp_path):
     settle(checkpoint, quant_method="compressed-tensors", format="pack-quantized")
     refused(checkpoint, tmp_path, r"compressed-tensors, format=pack-quantized\).*fastrot\.apply")
+
+
+@pytest.mark.parametrize(
+    ("extra", "problem"),
+    [
+        (torch.ones(4).to(torch.float8_e4m3fn), "extra is torch.float8_e4m3fn"),
+        (None, "plain numbers and in mxfp4"),
+    ],
+)
+def test_other_numbers_beside_it_are_refused(extra, problem, checkpoint, tmp_path):
+    index = checkpoint / "model.safetensors.index.json"
+    listed = json.loads(index.read_text())
+    names = [n for n in listed["weight_map"] if n.endswith("_blocks")]
+    name = "extra" if extra is not None else names[0].removesuffix("_blocks")
+    save_file({name: torch.ones(4) if extra is None else extra}, checkpoint / "c.safetensors")
+    listed["weight_map"][name] = "c.safetensors"
+    index.write_text(json.dumps(listed))
+    refused(checkpoint, tmp_path, problem)
+
+
+def test_the_command_plans_what_it_rotates(checkpoint, capsys):
+    assert main(["plan", str(checkpoint), "--rotations", "R1", "R4"]) == 0
+    assert "R4" in capsys.readouterr().out

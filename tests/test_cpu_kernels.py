@@ -1,8 +1,11 @@
 """The CPU kernels against dense float64 products: sizes, layouts, dtypes, rounding, threads."""
 
+import _thread
 import itertools
 import mmap
 import multiprocessing
+import os
+import subprocess
 import sys
 import threading
 
@@ -361,3 +364,36 @@ def test_a_second_rounding_is_noticed(dtype):
     assert_one_rounding(correctly_rounded(exact, dtype), exact)
     with pytest.raises(AssertionError):
         assert_one_rounding(((exact * 3).to(dtype).double() / 3).to(dtype), exact)
+
+
+@pytest.mark.parametrize("n", [256, 2048, 8192])
+def test_exact_sums_are_rounded_once(n):
+    rng = generator(n)
+    x = torch.randint(-3, 4, (5, n, 1), generator=rng).float()
+    sums, scale = actual(x, None, 1.0, False), n**-0.5
+    assert torch.equal(sums.double(), expected(x, None, 1.0, False).round())
+    assert torch.equal(actual(x, None, scale, False), sums * scale)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, MemoryError])
+def test_a_machine_without_more_threads(error, threads, monkeypatch):
+    def none(*_):
+        raise error
+
+    x = torch.randn(400, 1024, 1, generator=generator(9))
+    exact = actual(x, None, 1 / 32, False)
+    monkeypatch.setattr(_thread, "start_new_thread", none)
+    assert torch.equal(actual(x, None, 1 / 32, False), exact)
+
+
+@pytest.mark.slow
+def test_a_machine_that_numba_takes_for_a_simpler_one(tmp_path):
+    """What Numba compiles for decides about vectors and conversions, not what the machine has."""
+    code = """
+import torch, fastrot
+x = torch.randn(3, 256).half()
+exact = fastrot.hadamard_transform(x, 1 / 16, impl="reference")
+assert torch.equal(fastrot.hadamard_transform(x, 1 / 16), exact)
+"""
+    simple = {"NUMBA_CPU_NAME": "generic", "NUMBA_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, **simple}, check=True)

@@ -136,10 +136,16 @@ def _coded(
             "this one with transformers, which may dequantize it, and use fastrot.apply"
         )
     found = scales_of(entries, given) if method == FP8 else blocks_of(entries)
-    for part in (model.config, model.config.get_text_config()):
-        if hasattr(part, "quantization_config"):
-            del part.quantization_config
+    decode(model)
     return found
+
+
+def decode(model: "PreTrainedModel") -> None:
+    """Make the outline of a model in fp8 or mxfp4 that of one of plain numbers."""
+    if quant_method(model.config) in (FP8, MXFP4):
+        for part in (model.config, model.config.get_text_config()):
+            if hasattr(part, "quantization_config"):
+                del part.quantization_config
 
 
 def _restored(model: "PreTrainedModel") -> dict[str, OnlineRotation]:

@@ -71,12 +71,21 @@ def blocks_of(entries: Mapping[str, Entry]) -> dict[str, Blocks]:
     """
     found = {}
     for name, codes in entries.items():
+        if codes.dtype.is_floating_point and codes.dtype.itemsize == 1:
+            raise CheckpointError(
+                f"{name} is {codes.dtype}, of which an mxfp4 checkpoint says no scales; store it "
+                "in 16 bits"
+            )
         if not name.endswith(CODES) or codes.dtype != torch.uint8:
             continue
         weight = name.removesuffix(CODES)
         scale = entries.get(f"{weight}{EXPONENTS}")
         if scale is None:
             raise CheckpointError(f"{name} is mxfp4 but {weight}{EXPONENTS} is missing")
+        if weight in entries:
+            raise CheckpointError(
+                f"{weight} is there in plain numbers and in mxfp4 ({name}); take one of them out"
+            )
         fits = len(codes.shape) == 4 and codes.shape[3] * 2 == BLOCK
         if not fits or scale.shape != codes.shape[:3] or scale.dtype != torch.uint8:
             raise CheckpointError(

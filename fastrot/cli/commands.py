@@ -14,9 +14,12 @@ from fastrot.errors import RotationError
 
 def plan(args: Namespace) -> int:
     """Print what a rotation would do, and what it needs if the weights are there."""
+    from fastrot.checkpoint.job import decode
     from fastrot.checkpoint.rotate import needs_of
 
-    made = fastrot.plan(outline(args.source).config, recipe_of(args))
+    model = outline(args.source)
+    decode(model)
+    made = fastrot.plan(model.config, recipe_of(args))
     needs = needs_of(args.source, made, **_files_of(args)) if weight_files(args.source) else None
     if not args.json:
         print(made)

@@ -102,23 +102,27 @@ def narrow(typing_context, src, dst, kind, factor, weights, step, count, one):
     return types.void(*[types.int64] * 3, one, types.int64, types.int64, count, one), emit
 
 
-@intrinsic
-def butterfly(typing_context, base, step, radix, one):
-    """H_radix across the vectors at ``base``, ``base + step``, … in place."""
+@intrinsic(prefer_literal=True)
+def butterfly(typing_context, base, step, radix, factor, scaled, one):
+    """H_radix across the vectors at ``base``, ``base + step``, … in place.
+
+    With ``scaled`` = 1 the results are multiplied by ``factor``.
+    """
+    last = _literal(scaled)
 
     def emit(context, builder, signature, args):
-        base, step, radix, _ = args
+        base, step, radix, factor, *_ = args
         vector = Vector(builder, one)
 
         def work(size):
             places = [vector.address(base, i, step) for i in range(size)]
             values = vector.butterfly([vector.load(place) for place in places])
             for value, place in zip(values, places, strict=True):
-                vector.store(value, place)
+                vector.store(builder.fmul(value, vector.splat(factor)) if last else value, place)
 
         _choose(builder, radix, [1 << bits for bits in range(1, LOG_RADIX + 1)], work)
 
-    return types.void(*[types.int64] * 3, one), emit
+    return types.void(*[types.int64] * 3, one, scaled, one), emit
 
 
 def _slots(builder, vector, count):

@@ -122,7 +122,7 @@ def sweep(
                 if done and (row + 1) % (1 << done) == 0:
                     block = panel + (row + 1 - (1 << done)) * ld
                     vectors = (width + lanes - 1) // lanes
-                    stages(block, done, 0, LOG_RADIX, ld, vectors, one)
+                    stages(block, done, 0, LOG_RADIX, ld, vectors, one, one)
             if right[0] > 1 and not wide:
                 here, rest = panel + start * ld, height - start
                 narrow_rows(here, min(batch, rest), ld, width, right, turned, work, one)

@@ -64,8 +64,8 @@ def _dense(base, step, vectors, m, codes, work, one):
 
 
 @part
-def stages(panel, log, until, widest, ld, vectors, one):
-    """The butterflies of strides 2^(log - 1) … 2^until on a panel of 2^log rows.
+def stages(panel, log, until, widest, ld, vectors, factor, one):
+    """The butterflies of strides 2^(log - 1) … 2^until on a panel of 2^log rows, times ``factor``.
 
     ``widest`` is the logarithm of the largest radix. Stages are split evenly over the passes.
     """
@@ -78,7 +78,10 @@ def stages(panel, log, until, widest, ld, vectors, one):
             for row in range(1 << log):
                 at = panel + ((block << log + bits) + row) * ld
                 for j in range(vectors):
-                    butterfly(at + j * VECTOR_BYTES, ld << log, 1 << bits, one)
+                    if log == until and factor != one:
+                        butterfly(at + j * VECTOR_BYTES, ld << log, 1 << bits, factor, 1, one)
+                    else:
+                        butterfly(at + j * VECTOR_BYTES, ld << log, 1 << bits, one, 0, one)
         blocks <<= bits
 
 
@@ -109,7 +112,7 @@ def columns(panel, rows, ld, vectors, bases, codes, done, work, one):
         top, until = (inner, done) if near else (log, inner)
         widest = LOG_RADIX if near else FAR_LOG_RADIX
         for block in range(blocks):
-            stages(panel + (block << top) * ld, top, until, widest, ld, vectors, one)
+            stages(panel + (block << top) * ld, top, until, widest, ld, vectors, one, one)
         blocks <<= top - until
 
 
@@ -258,12 +261,16 @@ def wide_row(
     for first in range(0, width // lanes, vectors):
         there = dst + first * lanes * dst_item
         panel = there if dst_kind == own else space
+        # Sums of numbers such as integers are exact until they are multiplied, so that comes last.
+        saved = after or panel != there
+        behind = one if saved else factor
         for j in range(0, vectors, 1 << near):
             at, part = src + (first + j) * lanes * item, panel + j * VECTOR_BYTES
             old, count = before + (first + j) * VECTOR_BYTES if before else 0, 1 << near
-            _finish_all(at, kind, item, old, part, own, own_item, 0, factor, most, count, one)
-            stages(part, near, LOG_RADIX, LOG_RADIX, VECTOR_BYTES, 1, one)
-        stages(panel, log, near, FAR_LOG_RADIX, VECTOR_BYTES, 1, one)
-        if after or panel != there:
+            _finish_all(at, kind, item, old, part, own, own_item, 0, one, most, count, one)
+            within = behind if near == log else one
+            stages(part, near, LOG_RADIX, LOG_RADIX, VECTOR_BYTES, 1, within, one)
+        stages(panel, log, near, FAR_LOG_RADIX, VECTOR_BYTES, 1, behind, one)
+        if saved:
             heavy = after + first * VECTOR_BYTES if after else ones
-            save(panel, there, dst_kind, dst_item, size, one, heavy, after != 0, one)
+            save(panel, there, dst_kind, dst_item, size, factor, heavy, after != 0, one)

@@ -34,14 +34,16 @@ def on_threads(work: Callable[[int], None], count: int) -> None:
         others: list[_thread.LockType] = []
         # Not threading.Thread, which waits until the thread runs: waking a core that sleeps may
         # take as long as the transform of some megabytes, and this one can begin meanwhile.
-        with suppress(RuntimeError):
-            for index in range(1, count):
-                running = _thread.allocate_lock()
+        try:
+            with suppress(RuntimeError, MemoryError):
+                for index in range(1, count):
+                    running = _thread.allocate_lock()
+                    running.acquire()
+                    _thread.start_new_thread(alongside, (index, running))
+                    others.append(running)
+            guarded(0)
+        finally:
+            for running in others:
                 running.acquire()
-                _thread.start_new_thread(alongside, (index, running))
-                others.append(running)
-        guarded(0)
-        for running in others:
-            running.acquire()
     if errors:
         raise errors[0]

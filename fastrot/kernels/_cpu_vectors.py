@@ -3,13 +3,16 @@
 
 from typing import Any
 
-import llvmlite.binding as llvm
 from llvmlite import ir
 from numba import types
+from numba.core import config
+from numba.core.codegen import get_host_cpu_features
 
-_FEATURES = llvm.get_host_cpu_features()
-VECTOR_BYTES = 64 if _FEATURES.get("avx512f") else 32 if _FEATURES.get("avx") else 16
-HALVES = bool(_FEATURES.get("f16c"))
+_GIVEN = config.CPU_FEATURES  # type: ignore[attr-defined]
+_FEATURES = (get_host_cpu_features() if _GIVEN is None else _GIVEN).split(",")
+"""Of what Numba compiles for, which NUMBA_CPU_NAME and NUMBA_CPU_FEATURES may make less."""
+VECTOR_BYTES = 64 if "+avx512f" in _FEATURES else 32 if "+avx" in _FEATURES else 16
+HALVES = "+f16c" in _FEATURES
 """Whether the machine converts float16 itself."""
 LOG_RADIX = 3 if VECTOR_BYTES == 32 else 4
 """A radix-r butterfly keeps r vectors in registers: AVX has 16, AVX-512 and NEON 32."""

@@ -133,6 +133,8 @@ def beside(
     """
     rows, width = a.shape
     whole = width + b.shape[1]
+    for part in (a, b):
+        check_sizes(part.shape, part.dtype, size, 1)
     if signs is not None:
         check_place(signs, size, a.device)
         check_signs(signs)
@@ -237,7 +239,7 @@ def constants_of(dtype: torch.dtype) -> NDArray[Any]:
 class _Side(NamedTuple):
     """A Hadamard matrix for the kernels: its factors, and the codes of their signed sums.
 
-    ``tail`` is the order of those that act on turned blocks, see ``_cpu_kernels._rows``.
+    ``tail`` is the order of those that act on turned blocks, see ``_cpu_parts.narrow_rows``.
     """
 
     size: int

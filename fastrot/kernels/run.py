@@ -45,7 +45,7 @@ def run_beside(
         transpose: as for the operator.
     """
     alike = a.dtype == b.dtype and len(a) == len(b) and a.device == b.device
-    if alike and a.is_cpu and a.numel() and a.stride(1) == 1 == b.stride(1):
+    if alike and a.is_cpu and a.numel() and b.numel() and a.stride(1) == 1 == b.stride(1):
         return _cpu().beside(a, b, signs, scale, size, transpose)  # type: ignore[no-any-return]
     return run(torch.cat((a, b), 1), signs, scale, size, 1, transpose, "auto")
 

@@ -38,6 +38,7 @@ class ServedRotation(OnlineRotation):
         """Whether the rotation is the transform of ``x`` in its own dtype, and nothing else."""
         return not (
             torch.compiler.is_dynamo_compiling()
+            or type(x) is not Tensor
             or self.rotation.dense
             or self.rotation.fixes_ones
             or self.dtype == torch.float64
@@ -45,7 +46,7 @@ class ServedRotation(OnlineRotation):
         )
 
     def _transformed(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling() or type(x) is not Tensor:
             return super()._transformed(x)
         block = self.rotation.block
         return run(x, self.value, block**-0.5, block, x.dim() - 1, self.inverse, "auto")
