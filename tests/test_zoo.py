@@ -315,4 +315,5 @@ def test_generate_and_save(name, tmp_path):
         assert torch.equal(model.generate(**given, **settings, eos_token_id=None), tokens)
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path, dtype=torch.float32).eval()
-    assert torch.equal(logits(loaded, given), logits(model, given))
+    # Products round differently where memory begins elsewhere.
+    torch.testing.assert_close(logits(loaded, given), logits(model, given), rtol=1e-5, atol=1e-5)

@@ -12,15 +12,13 @@ in bytes; ``one`` is a number of the compute type.
 from fastrot.kernels._cpu_blocks import COLUMNS, address_of, lanes_of, prefetch
 from fastrot.kernels._cpu_compile import kernel
 from fastrot.kernels._cpu_parts import (
-    LEVEL1_BYTES,
     columns,
     load,
     narrow_rows,
     save,
-    stages,
     wide_row,
 )
-from fastrot.kernels._cpu_vectors import FLOAT32, FLOAT64, LOG_RADIX, VECTOR_BYTES
+from fastrot.kernels._cpu_vectors import FLOAT32, FLOAT64, VECTOR_BYTES
 
 LINE_BYTES = 64
 PLAN_WORDS = 18
@@ -86,9 +84,6 @@ def sweep(
     reading = AHEAD * src_ld if left_size > 1 and tile_cols < cols else 0
     writing = AHEAD * dst_ld if reading else 0
     own = FLOAT64 if item == 8 else FLOAT32
-    done = 0
-    while wide >= (right[0] > 1) and 2 << done <= plan[9] and ld << done + 1 <= LEVEL1_BYTES:
-        done += 1
     for tile in range(first, last):
         top, edge = tile // across * tile_rows, tile % across * tile_cols
         height, width = min(tile_rows, rows - top), min(tile_cols, cols - edge)
@@ -119,10 +114,6 @@ def sweep(
                         at, kind, size, old, to, to_kind, to_item, new, factor, right, width,
                         turned, work, one,
                     )  # fmt: skip
-                if done and (row + 1) % (1 << done) == 0:
-                    block = panel + (row + 1 - (1 << done)) * ld
-                    vectors = (width + lanes - 1) // lanes
-                    stages(block, done, 0, LOG_RADIX, ld, vectors, one, one)
             if right[0] > 1 and not wide:
                 here, rest = panel + start * ld, height - start
                 narrow_rows(here, min(batch, rest), ld, width, right, turned, work, one)
@@ -136,7 +127,7 @@ def sweep(
             here = panel + start * item
             if left_size > 1:
                 vectors = (count + lanes - 1) // lanes
-                columns(here, left_size, ld, vectors, left_bases, left_codes, done, work, one)
+                columns(here, left_size, ld, vectors, left_bases, left_codes, work, one)
             for row in range(height):
                 if after_rows.size:
                     factor = scale * after_rows[(top + row) % after_rows.size]

@@ -86,11 +86,8 @@ def stages(panel, log, until, widest, ld, vectors, factor, one):
 
 
 @part
-def columns(panel, rows, ld, vectors, bases, codes, done, work, one):
-    """Transform the columns of a panel of ``rows``, ``vectors`` vectors wide, in place.
-
-    Of the butterflies those of 2^done neighbouring rows have been done.
-    """
+def columns(panel, rows, ld, vectors, bases, codes, work, one):
+    """Transform the columns of a panel of ``rows``, ``vectors`` vectors wide, in place."""
     stride, blocks = rows, 1
     for m in bases:
         stride //= m
@@ -104,12 +101,12 @@ def columns(panel, rows, ld, vectors, bases, codes, done, work, one):
     while 1 << log < stride:
         log += 1
     inner = log
-    while inner > done and ld << inner > LEVEL1_BYTES:
+    while inner and ld << inner > LEVEL1_BYTES:
         inner -= 1
     if log <= 2 * LOG_RADIX:
         inner = log
     for near in range(2):
-        top, until = (inner, done) if near else (log, inner)
+        top, until = (inner, 0) if near else (log, inner)
         widest = LOG_RADIX if near else FAR_LOG_RADIX
         for block in range(blocks):
             stages(panel + (block << top) * ld, top, until, widest, ld, vectors, one, one)
@@ -152,7 +149,7 @@ def narrow_rows(panel, height, ld, width, side, turned, work, one):
             for block in range(per_row):
                 at = panel + row * ld + block * size * item
                 head = bases[:heads]
-                columns(at, outer, tail * item, tail // lanes, head, codes, 0, work, one)
+                columns(at, outer, tail * item, tail // lanes, head, codes, work, one)
         for m in bases[:heads]:
             codes += m * m // 4
         size, per_row = tail, per_row * outer
@@ -165,7 +162,7 @@ def narrow_rows(panel, height, ld, width, side, turned, work, one):
             _turn(panel, ld, per_row, size, item, first, count, turned, pitch, back, one)
             if not back:
                 vectors = (count + lanes - 1) // lanes
-                columns(turned, size, pitch, vectors, bases, codes, 0, work, one)
+                columns(turned, size, pitch, vectors, bases, codes, work, one)
 
 
 @part
@@ -245,7 +242,7 @@ def wide_row(
         radix = min(power // lanes, most)
         for start in range(0, bases.size and width // lanes, vectors):
             at, span = src + start * VECTOR_BYTES, radix * VECTOR_BYTES
-            columns(at, vectors // radix, span, radix, bases, codes, 0, work, one)
+            columns(at, vectors // radix, span, radix, bases, codes, work, one)
         count = width // lanes
         _finish_all(
             src, kind, item, before, dst, dst_kind, dst_item, after, factor, radix, count, one
