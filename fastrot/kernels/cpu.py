@@ -24,6 +24,9 @@ PANEL_BYTES = 1 << 19
 TASK_ELEMENTS = 1 << 17
 """Work that a thread takes at a time; what is not more runs without threads."""
 
+SHARES = 4
+"""Of the tasks, for each thread: few, and enough for threads of unequal speed."""
+
 KINDS = {
     torch.float64: (vectors.FLOAT64, 8),
     torch.float32: (vectors.FLOAT32, 4),
@@ -358,13 +361,10 @@ def run(
 
 
 def _shares(tasks: int, step: int, threads: int) -> list[tuple[int, int]]:
-    """Ranges that threads take one after the other: ever smaller, at least ``step``.
+    """Ranges that threads take one after the other: some for each, of at least ``step``.
 
-    Taking one costs a thread the interpreter's lock, for which it may have to be woken.
+    Taking one costs a thread the interpreter's lock, and if another holds it at that moment, the
+    time until it is woken, which may be longer than the work.
     """
-    shares, first = [], 0
-    while first < tasks:
-        last = min(first + max(step, (tasks - first) // (2 * threads)), tasks)
-        shares.append((first, last))
-        first = last
-    return shares
+    step = max(step, -(-tasks // (SHARES * threads)))
+    return [(first, min(first + step, tasks)) for first in range(0, tasks, step)]
