@@ -305,10 +305,9 @@ def plan_sweep(
     ld = -(-tile[1] * item // vector) * vector
     if tile[0] > 1 and ld % (4 * vector) == 0:
         ld += vector  # rows a power of two apart would share few sets of the cache
-    if narrow:
-        turned = sides[1].tail * blocks.COLUMNS * vector
-    else:
-        turned = size * item + (vector << vectors.LOG_RADIX)
+    turned = (
+        sides[1].tail * blocks.COLUMNS * vector if narrow else -(-size * item // vector) * vector
+    )
     bases = sides[0].bases + sides[1].bases
     work = (blocks.TABLES * 16 + max(bases, default=0)) * blocks.COLUMNS * vector
     panel = ld, tile[0] * ld, turned
