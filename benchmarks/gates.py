@@ -21,6 +21,11 @@ class Multiprocessor(NamedTuple):
     tensor: int
     """Columns of tensor memory."""
 
+    def programs(self, registers: int, shared: int, warps: int) -> int:
+        """How many NVIDIA programs fit, from a thread's registers and a program's shared memory."""
+        of_registers = self.registers // (-(-registers // 8) * 8 * 32 * warps)
+        return min(self.shared // max(1, shared + 1024), of_registers, 64 // warps)
+
 
 MULTIPROCESSORS = {
     "sm_80": Multiprocessor(65536, 163 << 10, 0),

@@ -77,9 +77,8 @@ def programs(case: Case, arch: str) -> int:
         return 0
     if made.n_spills:
         return 0
-    has, warps = MULTIPROCESSORS[arch], case.tile.config.num_warps
-    shared = has.shared // max(1, made.metadata.shared + 1024)
-    return min(shared, has.registers // (-(-made.n_regs // 8) * 8 * 32 * warps), 64 // warps)
+    warps = case.tile.config.num_warps
+    return MULTIPROCESSORS[arch].programs(made.n_regs, made.metadata.shared, warps)
 
 
 def timed(case: Case) -> dict[str, Any]:

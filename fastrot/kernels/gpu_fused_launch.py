@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -80,11 +81,16 @@ class FusedTile:
 @functools.lru_cache(maxsize=1024)
 def fused_tile(cut: Cut) -> FusedTile | None:
     """The cut with the least arithmetic for which there is a configuration, None without any."""
+    return min(fused_tiles(cut), key=itemgetter(0), default=(0.0, None))[1]
+
+
+def fused_tiles(cut: Cut) -> list[tuple[float, FusedTile]]:
+    """Every cut for which there is a configuration, and its cost."""
     if cut.group & (cut.group - 1):
-        return None  # Triton's tiles have powers of two
+        return []  # Triton's tiles have powers of two
     bases, power = factors(cut.block)
     vectors = cut.n // cut.block
-    best: tuple[float, FusedTile] | None = None
+    found: list[tuple[float, FusedTile]] = []
     for first in range(len(bases) + 1):
         for bit in range(power.bit_length() if first == len(bases) else 1):
             right = bases[first:], power >> bit
@@ -107,9 +113,8 @@ def fused_tile(cut: Cut) -> FusedTile | None:
                 cost *= 1.0 if A * B >= 4096 else 3.0  # too little to load at a time
                 cost *= 1.5 if A > 128 and a > 1 else 1.0  # loads its left matrix for every tile
                 tile = FusedTile(*left, *right, columns, rows, tokens, A, B, config)
-                if best is None or cost <= best[0]:
-                    best = cost, tile
-    return None if best is None else best[1]
+                found.append((cost, tile))
+    return found[::-1]  # of equals the last
 
 
 def _config(A: int, B: int, a: int, cut: Cut) -> Config | None:
