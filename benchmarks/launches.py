@@ -62,7 +62,8 @@ def rows_launch(
         dots = Dot(A, c["BLOCK"], A, left * trips), Dot(A, B, c["BLOCK"], right * trips)
     else:
         trips = -(-c["ROWS"] // c["CHUNK"])
-        dots = Dot(A, B, c["CHUNK"], left * trips), Dot(A, B, B, right, trips == 1)
+        k = B if c["RIGHT"] == TABLE.value else c["Q"]
+        dots = Dot(A, B, c["CHUNK"], left * trips), Dot(A, B, k, right, trips == 1)
     shape = f"{max(1, c['LEFT_SIZE'])}x{c['RIGHT_SIZE']} in {A}x{B}"
     narrowest = min(source.itemsize, target.itemsize)
     return Launch(
@@ -163,5 +164,6 @@ def transform(
             run //= step.size
             made.append(axis_launch(step, run, inner, source, target, arch, word))
         else:
+            word = word if step.config.signs else ""
             made.append(rows_launch(step, source, target, arch, word))
     return tuple(reversed(made)) if signs == "transposed" else tuple(made)

@@ -13,7 +13,7 @@ from fused_launches import fused_launches, pass_launches, rope_launches
 from launches import transform
 from measure.cases import MAIN
 
-SIZES = (*MAIN, 65536, 29568, 2880)
+SIZES = (*MAIN, 65536, 29568, 2880, 18944, 28672)
 """Sizes of transforms that reach every configuration, together with :data:`SMALL`."""
 
 SMALL = (40, 68, 80, 96, 172, 284, 768, 896)

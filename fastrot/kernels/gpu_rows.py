@@ -2,11 +2,11 @@
 
     H_n = H_a ⊗ H_b,    y = x H_n    ⇔    Y = H_aᵀ X H_b    with x, y seen as (a, b) matrices X, Y.
 
-A tile stacks ``copies`` vectors to ``(copies · a, b)`` and pads it with zeros to powers of two
-``(A, B)``; the left factor is then I ⊗ H_aᵀ. The first product is exact for 16-bit input. Its
-result stays in registers, where the accumulator of one product already has the layout of the
-left operand of the next. Programs are persistent: each makes its two matrices once and walks over
-tiles, so that the loads of the next tile can be in flight.
+A tile stacks ``copies`` vectors to ``(copies · a, b)`` and pads it with zeros to ``(A, B)``; the
+left factor is then I ⊗ H_aᵀ. The first product is exact for 16-bit input. Its result stays in
+registers, where the accumulator of one product already has the layout of the left operand of the
+next. Programs are persistent: each makes its two matrices once and walks over tiles, so that the
+loads of the next tile can be in flight. See :mod:`fastrot.kernels.gpu_rows_tile` for the tiles.
 """
 
 # Arguments of a kernel have Triton's types, not Python's.
@@ -24,42 +24,12 @@ from fastrot.kernels.gpu_matrix import (
     SYLVESTER,
     TABLE,
     backend_of,
-    dot_left,
-    dot_right,
-    matrix,
     parts_of,
     table,
     triton_dtype,
 )
+from fastrot.kernels.gpu_rows_tile import blocks, tile_in_loops, tile_in_pieces
 from fastrot.kernels.gpu_tiles import Tile, product
-
-
-@triton.jit
-def _load(
-    x,
-    signs,
-    base,
-    i,
-    j,
-    remaining,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ROW_SIZE: tl.constexpr,
-    COLUMN_SIZE: tl.constexpr,
-    BOUNDED: tl.constexpr,
-    SIGNS: tl.constexpr,
-):
-    """Rows i and columns j of a tile, times their signs; zero outside."""
-    inside = (i < ROWS) & (j < COLUMNS)
-    if BOUNDED:
-        # Compares vectors, not elements, so that the mask is constant along 16-byte runs.
-        inside &= i // ROW_SIZE * (COLUMNS // COLUMN_SIZE) + j // COLUMN_SIZE < remaining
-    offset = i * COLUMNS + j
-    v = tl.load(x + base + offset, mask=inside, other=0.0)
-    if SIGNS:
-        d = tl.load(signs + offset % (ROW_SIZE * COLUMN_SIZE), mask=inside, other=0.0)
-        v = v * d.to(v.dtype)
-    return v
 
 
 @triton.jit
@@ -76,10 +46,12 @@ def _transform_tile(
     remaining,
     ROWS: tl.constexpr,
     A: tl.constexpr,
+    P: tl.constexpr,
     LEFT_SIZE: tl.constexpr,
     LEFT: tl.constexpr,
     COLUMNS: tl.constexpr,
     B: tl.constexpr,
+    Q: tl.constexpr,
     RIGHT_SIZE: tl.constexpr,
     RIGHT: tl.constexpr,
     BOUNDED: tl.constexpr,
@@ -92,51 +64,18 @@ def _transform_tile(
     OPERAND: tl.constexpr,
     MIDDLE_OPERAND: tl.constexpr,
 ):
-    i = tl.arange(0, A)[:, None]
-    j = tl.arange(0, B)[None, :]
-    y = tl.zeros((A, B), tl.float32)
-    if BLOCK < B:
-        for start in tl.range(0, COLUMNS, BLOCK):
-            k = start + tl.arange(0, BLOCK)
-            t = _load(
-                x, signs, base, i, k[None, :], remaining,
-                ROWS, COLUMNS, LEFT_SIZE, RIGHT_SIZE, BOUNDED,
-                SIGNS and not TRANSPOSE,
-            )  # fmt: skip
-            if LEFT != 0:
-                t = dot_left(h_left, t, tl.zeros((A, BLOCK), tl.float32), PARTS, OPERAND)
-            h = matrix(right, k[:, None], j, RIGHT_SIZE, B, RIGHT, MIDDLE_OPERAND)
-            y = dot_right(t, h, y, MIDDLE_PARTS, MIDDLE_OPERAND)
+    if CHUNK == A and BLOCK == B:
+        tile_in_pieces(
+            x, out, signs, h_left, h_right, scale, base, remaining,
+            ROWS, P, A // P, LEFT_SIZE, LEFT, COLUMNS, Q, B // Q, RIGHT_SIZE, RIGHT,
+            BOUNDED, SIGNS, TRANSPOSE, PARTS, MIDDLE_PARTS, OPERAND, MIDDLE_OPERAND,
+        )  # fmt: skip
     else:
-        if CHUNK < A:
-            t = tl.zeros((A, B), tl.float32)
-            for start in tl.range(0, ROWS, CHUNK):
-                k = start + tl.arange(0, CHUNK)
-                v = _load(
-                    x, signs, base, k[:, None], j, remaining,
-                    ROWS, COLUMNS, LEFT_SIZE, RIGHT_SIZE, BOUNDED,
-                SIGNS and not TRANSPOSE,
-                )  # fmt: skip
-                h = matrix(left, i, k[None, :], LEFT_SIZE, A, LEFT, OPERAND)
-                t = dot_left(h, v, t, PARTS, OPERAND)
-        else:
-            t = _load(
-                x, signs, base, i, j, remaining,
-                ROWS, COLUMNS, LEFT_SIZE, RIGHT_SIZE, BOUNDED,
-                SIGNS and not TRANSPOSE,
-            )  # fmt: skip
-            if LEFT != 0:
-                t = dot_left(h_left, t, tl.zeros((A, B), tl.float32), PARTS, OPERAND)
-        y = dot_right(t, h_right, y, MIDDLE_PARTS, MIDDLE_OPERAND)
-    y = y * scale
-    inside = (i < ROWS) & (j < COLUMNS)
-    if BOUNDED:
-        inside &= i // LEFT_SIZE * (COLUMNS // RIGHT_SIZE) + j // RIGHT_SIZE < remaining
-    offset = i * COLUMNS + j
-    if SIGNS and TRANSPOSE:
-        d = tl.load(signs + offset % (LEFT_SIZE * RIGHT_SIZE), mask=inside, other=0.0)
-        y = y * d.to(tl.float32)
-    tl.store(out + base + offset, y.to(out.dtype.element_ty), mask=inside)
+        tile_in_loops(
+            x, out, signs, left, right, scale, h_left, h_right, base, remaining,
+            ROWS, A, LEFT_SIZE, LEFT, COLUMNS, B, RIGHT_SIZE, RIGHT, BOUNDED, CHUNK, BLOCK,
+            SIGNS, TRANSPOSE, PARTS, MIDDLE_PARTS, OPERAND, MIDDLE_OPERAND,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["vectors", "tiles"])
@@ -153,10 +92,12 @@ def _rows_kernel(
     PERSISTENT: tl.constexpr,
     ROWS: tl.constexpr,
     A: tl.constexpr,
+    P: tl.constexpr,
     LEFT_SIZE: tl.constexpr,
     LEFT: tl.constexpr,
     COLUMNS: tl.constexpr,
     B: tl.constexpr,
+    Q: tl.constexpr,
     RIGHT_SIZE: tl.constexpr,
     RIGHT: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -168,29 +109,30 @@ def _rows_kernel(
     OPERAND: tl.constexpr,
     MIDDLE_OPERAND: tl.constexpr,
 ):
-    i = tl.arange(0, A)
-    j = tl.arange(0, B)
-    h_left = 0
-    h_right = 0
-    if LEFT != 0 and CHUNK == A:
-        h_left = matrix(left, i[:, None], i[None, :], LEFT_SIZE, A, LEFT, OPERAND)
-    if BLOCK == B:
-        h_right = matrix(right, j[:, None], j[None, :], RIGHT_SIZE, B, RIGHT, MIDDLE_OPERAND)
+    h_left = ()
+    h_right = ()
+    if CHUNK == A:
+        h_left = blocks(left, A // P, P, LEFT_SIZE, LEFT, OPERAND)
+    if BLOCK == B and RIGHT == SYLVESTER:
+        SIZE: tl.constexpr = RIGHT_SIZE if RIGHT_SIZE < Q else Q
+        h_right = blocks(right, 1, Q, SIZE, RIGHT, MIDDLE_OPERAND)
+    elif BLOCK == B:
+        h_right = blocks(right, B // Q, Q, RIGHT_SIZE, RIGHT, MIDDLE_OPERAND)
     first = tl.program_id(0)
     if PERSISTENT:
         for tile in tl.range(first, tiles, tl.num_programs(0), flatten=BLOCK < B):
             _transform_tile(
                 x, out, signs, left, right, scale, h_left, h_right,
                 tl.cast(tile, tl.int64) * (ROWS * COLUMNS), vectors - tile * PER_TILE,
-                ROWS, A, LEFT_SIZE, LEFT, COLUMNS, B, RIGHT_SIZE, RIGHT, PER_TILE > 1, CHUNK, BLOCK,
-                SIGNS, TRANSPOSE, PARTS, MIDDLE_PARTS, OPERAND, MIDDLE_OPERAND,
+                ROWS, A, P, LEFT_SIZE, LEFT, COLUMNS, B, Q, RIGHT_SIZE, RIGHT, PER_TILE > 1,
+                CHUNK, BLOCK, SIGNS, TRANSPOSE, PARTS, MIDDLE_PARTS, OPERAND, MIDDLE_OPERAND,
             )  # fmt: skip
     else:
         _transform_tile(
             x, out, signs, left, right, scale, h_left, h_right,
             first.to(tl.int64) * (ROWS * COLUMNS), vectors - first * PER_TILE,
-            ROWS, A, LEFT_SIZE, LEFT, COLUMNS, B, RIGHT_SIZE, RIGHT, PER_TILE > 1, CHUNK, BLOCK,
-            SIGNS, TRANSPOSE, PARTS, MIDDLE_PARTS, OPERAND, MIDDLE_OPERAND,
+            ROWS, A, P, LEFT_SIZE, LEFT, COLUMNS, B, Q, RIGHT_SIZE, RIGHT, PER_TILE > 1,
+            CHUNK, BLOCK, SIGNS, TRANSPOSE, PARTS, MIDDLE_PARTS, OPERAND, MIDDLE_OPERAND,
         )  # fmt: skip
 
 
@@ -219,10 +161,12 @@ def rows_constants(
         "PERSISTENT": persistent,
         "ROWS": tile.copies * a,
         "A": tile.A,
+        "P": config.rows or tile.A,
         "LEFT_SIZE": a,
         "LEFT": 0 if a == 1 else TABLE.value if tile.left_bases else SYLVESTER.value,
         "COLUMNS": tile.packed * b,
         "B": tile.B,
+        "Q": config.columns or tile.B,
         "RIGHT_SIZE": b,
         "RIGHT": TABLE.value if tile.right_bases else SYLVESTER.value,
         # Rows of a sum at a time; three parts of them cost registers.
@@ -253,6 +197,14 @@ def launch_rows(
     x and out may differ in dtype (float32, bfloat16, float16) and may be the same tensor.
     Returns the compiled kernel.
     """
+    if signs is not None and not tile.config.signs:
+        n = product(tile.left_bases + tile.right_bases, tile.left_power * tile.right_power)
+        if transpose:
+            made = launch_rows(x, out, None, scale, True, tile, multiprocessors)
+            out.view(-1, n).mul_(signs)
+            return made
+        torch.mul(x.view(-1, n), signs, out=out.view(-1, n))
+        return launch_rows(out, out, None, scale, False, tile, multiprocessors)
     backend = backend_of(x.device)
     constants = rows_constants(tile, x.dtype, out.dtype, signs is not None, transpose, backend)
     operand = parts_of(x.dtype, backend)[0]

@@ -1,5 +1,7 @@
 """How the rows kernel cuts a vector into a tile, and with which configuration it is launched."""
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,12 +12,19 @@ from fastrot.kernels.gpu_matrix import padded, parts_of
 
 
 class Config(NamedTuple):
-    """A launch: ``block`` columns at a time (0: all), programs per multiprocessor (0: no loop)."""
+    """A launch: ``block`` columns at a time (0: all), programs per multiprocessor (0: no loop).
+
+    The pieces of a tile have ``rows`` and ``columns`` (0: all). Without ``signs`` there are no
+    registers left for them: they take a pass of their own.
+    """
 
     num_warps: int
     block: int
     resident: int
     num_stages: int = 2
+    rows: int = 0
+    columns: int = 0
+    signs: bool = True
 
 
 @dataclass(frozen=True)
@@ -78,27 +87,48 @@ CONFIGS = {
 }
 
 
-TUNED: dict[tuple[str, int], dict[tuple[bool, int, int], Config | None]] = {
+class Form(NamedTuple):
+    """What a configuration is tuned for: a padded tile and its factors.
+
+    These are tables or not (None: any); ``alone``, there is only the right one.
+    """
+
+    A: int
+    B: int
+    left: bool | None = None
+    right: bool | None = None
+    alone: bool = False
+
+
+TUNED: dict[tuple[str, int], dict[Form, Config | None]] = {
     ("hopper", 16): {
-        (True, 64, 128): Config(8, 0, 1, 4),
-        (False, 64, 64): Config(4, 0, 4, 3),
-        (False, 64, 128): Config(8, 0, 1, 3),
-        (False, 128, 64): Config(8, 0, 2, 3),
-        (False, 256, 64): Config(8, 0, 1, 2),
-        (False, 128, 128): Config(8, 0, 1, 3),
-        (False, 128, 256): Config(8, 64, 1, 3),
+        Form(64, 128, alone=True): Config(8, 0, 1, 4),
+        Form(64, 64): Config(4, 0, 4, 3),
+        Form(64, 96, right=True): Config(4, 0, 3, 3, columns=32),
+        Form(64, 128): Config(8, 0, 1, 3),
+        Form(128, 64): Config(8, 0, 2, 3),
+        Form(128, 128, right=False): Config(8, 0, 1, 3, columns=64),
+        Form(128, 128, right=True): Config(8, 0, 1, 3),
+        Form(128, 256, left=False, right=False): Config(8, 0, 1, 3, columns=64, signs=False),
+        Form(128, 256, left=True, right=False): Config(8, 0, 1, 2, columns=32, signs=False),
+        Form(192, 64): Config(4, 0, 1, 3, rows=64),
+        Form(192, 128, right=False): Config(4, 0, 1, 2, rows=64, signs=False),
+        Form(256, 64): Config(8, 0, 1, 2),
     },
     ("hopper", 32): {
-        (False, 64, 64): Config(4, 0, 3, 3),
-        (False, 128, 64): Config(8, 0, 1, 4),
-        (False, 128, 128): Config(8, 64, 1, 3),
-        (False, 128, 256): None,
-        (False, 64, 256): None,
+        Form(64, 64): Config(4, 0, 3, 3),
+        Form(64, 96, right=True): Config(4, 0, 2, 3, columns=32),
+        Form(64, 128, right=False): Config(4, 0, 2, 3, columns=32),
+        Form(64, 256): None,
+        Form(128, 64): Config(8, 0, 1, 4),
+        Form(128, 128, right=False): Config(8, 0, 1, 2, columns=32),
+        Form(128, 128, right=True): Config(8, 64, 1, 3),
+        Form(128, 256): None,
     },
 }
-"""What `benchmarks/tune.py` found fastest on an H200, by backend and bits, and by whether there is
-no left factor, A and B; 64 x 128 is a guess from its neighbours. Where nothing was measured, the
-configurations above hold. None: two passes are faster, or one adds up too many parts for four ulp.
+"""What `benchmarks/tune.py` found fastest on an H200, by backend and bits. Where nothing was
+measured, the configurations above hold. None: two passes are faster, or one adds up too many parts
+for four ulp.
 """
 
 
@@ -126,7 +156,8 @@ def tile_for(
 ) -> Tile | None:
     """The cut with the least arithmetic for which there is a configuration, None without any."""
     parts = parts_of(source, backend)[1]
-    tuned = TUNED.get((backend, 32 if torch.float32 in (source, target) else 16), {})
+    device = "hopper" if backend == "interpreter" else backend
+    tuned = TUNED.get((device, 32 if torch.float32 in (source, target) else 16), {})
     best = None
     for first in range(len(bases) + 1):
         inside_power = first == len(bases)
@@ -137,20 +168,40 @@ def tile_for(
             a, b = product(*left), product(*right)
             packed = _packed(b, 64) if a == 1 else 1
             width = packed * b
-            B = padded(width)
-            # Without a left factor any number of vectors makes a tile.
-            tall = next((A for alone, A, of in tuned if alone and of == B), 64)
-            A = tall if a == 1 else max(64, padded(a))
-            copies = A // a
-            config = tuned.get((a == 1, A, B), config_for(A, B, source, target, backend))
-            if A > 256 or B > 256 or config is None:
-                continue
-            cost = float((A * parts if a > 1 else 0) + B * max(1 if a == 1 else 2, parts))
-            cost += max(A, B) / 16  # of equals the squarest
-            cost *= A * B / (copies * a * width)
-            cost *= 1.0 if width % 8 == 0 else 1.5  # narrow accesses
-            cost *= 1.0 if A * B >= 4096 else 3.0  # too little to load at a time
-            cost *= 1.0 if A <= 128 or a == 1 else 1.5  # loads its left matrix for every tile
-            if best is None or cost <= best.cost:
-                best = Tile(*left, *right, copies, packed, A, B, config, cost)
+            for A, B in _sizes(a, width):
+                if A > 256 or B > 256:
+                    continue
+                form = Form(A, B, bool(left[0]), bool(right[0]), a == 1)
+                configs = [tuned[like] for like in _likes(form) if like in tuned]
+                if not configs and A & (A - 1) == B & (B - 1) == 0:
+                    configs = [config_for(A, B, source, target, backend)]
+                if not configs or configs[0] is None:
+                    continue
+                config = configs[0]
+                copies = A // a
+                columns = B if right[0] else config.columns or B
+                cost = float((A * parts if a > 1 else 0) + columns * max(1 if a == 1 else 2, parts))
+                if config.columns:
+                    cost = max(cost, 128.0 * max(parts, 1.5))  # less is hidden behind memory
+                cost += max(A, B) / 16  # of equals the squarest
+                cost *= A * B / (copies * a * width)
+                cost *= 1.0 if width % 8 == 0 else 1.5  # narrow accesses
+                cost *= 1.0 if A * B >= 4096 else 3.0  # too little to load at a time
+                cost *= (
+                    1.0 if A <= 128 or a == 1 else 1.3 if config.rows else 1.5
+                )  # larger left matrix
+                if best is None or cost <= best.cost:
+                    best = Tile(*left, *right, copies, packed, A, B, config, cost)
     return best
+
+
+def _likes(form: Form) -> Iterator[Form]:
+    """The form and those that cover it, the narrowest first."""
+    for left, right in itertools.product((form.left, None), (form.right, None)):
+        yield form._replace(left=left, right=right)
+
+
+def _sizes(a: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Padded tiles of (a, width): in powers of two, and in the least pieces that may be tuned."""
+    most, least = max(64, padded(a)), max(64, 64 * triton.cdiv(a, 64))
+    return (most, padded(width)), (least, max(padded(width) // 2, 32 * triton.cdiv(width, 32)))
