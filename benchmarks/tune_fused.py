@@ -177,7 +177,8 @@ def candidates(operator: str, n: int) -> list[Case]:
         taller = [a for a in (tile.A, 2 * tile.A) if a <= (256 if tile.a == 1 else 128)]
         for A in (taller if place == 0 else [tile.A]) if tile.A <= 128 else [tile.A]:
             for warps in (4, 8):
-                if not LEAST <= A * tile.B // (32 * warps) <= MOST:
+                most = MOST if tile.a == 1 else MOST // 2  # two products spill earlier
+                if not LEAST <= A * tile.B // (32 * warps) <= most:
                     continue
                 for block, resident, stages in launches(tile, A, place == 0):
                     config = Config(warps, block, resident, stages)
