@@ -293,7 +293,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("tuned-fused.json"))
     parser.add_argument("--seconds", type=float, default=100.0)
-    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--processes", type=int, default=min(14, os.cpu_count() or 1))
     parser.add_argument("--offline", action="store_true", help="compile for sm_90, time nothing")
     arguments = parser.parse_args()
     start = time.monotonic()
