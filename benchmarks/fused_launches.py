@@ -129,7 +129,7 @@ def fused_launches(arch: str) -> Iterator[Launch]:
 
 
 def rope_launches(arch: str) -> Iterator[Launch]:
-    """Launches of :mod:`fastrot.kernels.gpu_rope`; a "tile" is one each of q, k and values."""
+    """Launches of :mod:`fastrot.kernels.gpu_rope`; a tile is one of q or k, the mean of both."""
     from fastrot.kernels import gpu_rope, gpu_rope_launch
 
     source = torch.bfloat16
@@ -151,8 +151,7 @@ def rope_launches(arch: str) -> Iterator[Launch]:
         integers |= {f"{x}_token_stride": 6144 for x in "qkv"}
         integers |= {f"{x}_head_stride": size for x in "qk"} | {"v_head_stride": value_size or size}
         integers |= {"cos_stride": rotary // 2, "sin_stride": rotary // 2}
-        rows, elements = c["A"], c["A"] * (2 * size + value_size)
-        moved = rows * size * 4 + rows * (size + value_size) * (2 + written)
+        rows = c["A"]
         how = f"{size}+{value_size}, {rotary} {'interleaved' * interleaved} {_word(quantize)}"
         yield Launch(
             name=title("rope", " ".join(how.split()), source, source),
@@ -161,9 +160,9 @@ def rope_launches(arch: str) -> Iterator[Launch]:
             integers=integers,
             constants=c,
             arch=arch,
-            elements=elements,
-            width=moved / elements,
-            dots=(Dot(rows, c["B"], c["B"], 2 * c["PARTS"]),),
+            elements=rows * size,
+            width=2 + (2 + written) / 2,
+            dots=(Dot(rows, c["B"], c["B"], c["PARTS"]),),
             trips=1,
             resident=gpu_rope_launch.resident(heads),
             aligned=rotary == size and size & (size - 1) == 0,

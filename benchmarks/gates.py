@@ -93,8 +93,6 @@ def tile(launch: Launch) -> tuple[int, int]:
     c = launch.constants
     if launch.kernel_name == "_pass_kernel":
         return c["P"], c["Q"]
-    if launch.kernel_name == "_rope_kernel":
-        return c["A"], 2 * c["B"] + c["V_B"] * c["VALUES"]
     return c["A"], c["B"] if "B" in c else c["COLUMNS"]
 
 

@@ -123,6 +123,20 @@ def test_heads_before_tokens(impl):
         assert torch.equal(a, b)
 
 
+@pytest.mark.skipif(not TRITON, reason="needs Triton")
+def test_more_vectors_than_the_kernel_counts(monkeypatch):
+    from fastrot.kernels import gpu_rope_launch
+
+    q, k, _ = heads(64)
+    cos, sin = tables(TOKENS, 64)
+    monkeypatch.setattr(gpu_rope_launch, "_rope_kernel", None)
+    with pytest.raises(TypeError):  # so that no launch goes unnoticed
+        rope_hadamard(q, k, cos, sin, impl="triton")
+    monkeypatch.setattr(gpu_rope_launch, "MOST_VECTORS", TOKENS * HEADS + gpu_rope_launch.ROWS)
+    got = rope_hadamard(q, k, cos, sin, impl="triton")
+    assert_close(got.q, transformed(embedded(q, cos, sin), 64))
+
+
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 def test_float64_is_exact(impl):
     q, k, _ = heads(64, torch.float64)

@@ -68,6 +68,18 @@ def _embed(
 
 
 @triton.jit
+def _places(tile, tokens, heads, token_stride, head_stride, A: tl.constexpr):
+    """Of the vectors of a tile, ``(A, 1)``: whether there are any, their tokens and offsets."""
+    # Divisions of 32 bits are several times as fast as those of 64.
+    vector = tile * A + tl.arange(0, A)[:, None]
+    token = vector // heads
+    head = tl.cast(vector - token * heads, tl.int64)
+    inside = vector < tokens * heads
+    token = tl.cast(token, tl.int64)
+    return inside, token, token * token_stride + head * head_stride
+
+
+@triton.jit
 def _rotate_tile(
     x,
     tile,
@@ -82,10 +94,6 @@ def _rotate_tile(
     sin_stride,
     signs,
     h,
-    out,
-    scales,
-    world,
-    scale,
     A: tl.constexpr,
     B: tl.constexpr,
     SIZE: tl.constexpr,
@@ -97,42 +105,38 @@ def _rotate_tile(
     BLOCK_SIZE: tl.constexpr,
     PARTS: tl.constexpr,
     OPERAND: tl.constexpr,
-    KIND: tl.constexpr,
-    GROUP: tl.constexpr,
-    BLOCKED: tl.constexpr,
-    NATIVE: tl.constexpr,
-    TURN: tl.constexpr,
 ):
-    """Rotate vectors, or only quantise them if TURN is false."""
-    first = tl.cast(tile, tl.int64) * A
-    vectors = tl.cast(tokens, tl.int64) * heads
-    vector = first + tl.arange(0, A)[:, None]
-    inside = vector < vectors
-    token = vector // heads
-    row = token * token_stride + (vector - token * heads) * head_stride
-    if TURN:
-        position = token
-        if POSITIONS:
-            position = tl.load(positions + token, mask=inside, other=0).to(tl.int64)
-        y = tl.zeros((A, B), tl.float32)
-        for part in tl.static_range(B // BLOCK):
-            t = _embed(
-                x, row, inside, cos, sin, position, cos_stride, sin_stride,
-                part * BLOCK, BLOCK, SIZE, ROTARY, INTERLEAVED,
-            )  # fmt: skip
-            if SIGNS:
-                k = part * BLOCK + tl.arange(0, BLOCK)[None, :]
-                t *= tl.load(signs + k % BLOCK_SIZE, mask=k < SIZE, other=0.0).to(tl.float32)
-            y = dot_right(t, h[part], y, PARTS, OPERAND)
-        factor = tl.zeros((A, 1), tl.float32) + scale
+    """The vectors of a tile after RoPE and the transform, without its scale: ``(A, B)``."""
+    inside, token, row = _places(tile, tokens, heads, token_stride, head_stride, A)
+    position = token
+    if POSITIONS:
+        position = tl.load(positions + token, mask=inside, other=0).to(tl.int64)
+    parts = ()
+    if ROTARY == B and 2 * BLOCK == B and not INTERLEAVED:
+        # Both elements of a pair from one load of each.
+        j = tl.arange(0, BLOCK)[None, :]
+        v = tl.load(x + row + j, mask=inside, other=0.0).to(tl.float32)
+        w = tl.load(x + row + BLOCK + j, mask=inside, other=0.0).to(tl.float32)
+        c = _angles(cos, position, j, cos_stride, inside)
+        s = _angles(sin, position, j, sin_stride, inside)
+        # The mask keeps Triton from moving all four through shared memory, and not the results.
+        parts = (tl.where(inside, v * c + -w * s, 0.0), tl.where(inside, w * c + v * s, 0.0))
     else:
-        j = tl.arange(0, B)[None, :]
-        y = tl.load(x + row + j, mask=inside & (j < SIZE), other=0.0).to(tl.float32)
-        factor = tl.zeros((A, 1), tl.float32) + 1.0
-    store_tile(
-        y, factor, out, scales, world, first, vectors,
-        KIND, GROUP, BLOCKED, NATIVE, A, B, SIZE, 1, A,
-    )  # fmt: skip
+        for part in tl.static_range(B // BLOCK):
+            parts += (
+                _embed(
+                    x, row, inside, cos, sin, position, cos_stride, sin_stride,
+                    part * BLOCK, BLOCK, SIZE, ROTARY, INTERLEAVED,
+                ),
+            )  # fmt: skip
+    y = tl.zeros((A, B), tl.float32)
+    for part in tl.static_range(B // BLOCK):
+        d = 1.0
+        if SIGNS:
+            k = part * BLOCK + tl.arange(0, BLOCK)[None, :]
+            d = tl.load(signs + k % BLOCK_SIZE, mask=k < SIZE, other=0.0).to(tl.float32)
+        y = dot_right(parts[part] * d, h[part], y, PARTS, OPERAND)
+    return y
 
 
 @triton.jit
@@ -196,29 +200,51 @@ def _rope_kernel(
     for part in tl.static_range(B // BLOCK):
         i = part * BLOCK + tl.arange(0, BLOCK)
         h += (matrix(table, i[:, None], j[None, :], BLOCK_SIZE, B, MATRIX, OPERAND),)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
-        if tile < q_tiles:
-            _rotate_tile(
-                q, tile, tokens, q_heads, q_token_stride, q_head_stride,
-                cos, sin, positions, cos_stride, sin_stride, signs, h, q_out, q_out, world, scale,
-                A, B, SIZE, ROTARY, INTERLEAVED, POSITIONS, SIGNS, BLOCK, BLOCK_SIZE,
-                PARTS, OPERAND,
-                NONE, 0, False, False, True,
+    factor = tl.zeros((A, 1), tl.float32) + scale
+    turned = q_tiles + k_tiles
+    start = tl.program_id(0)
+    step = tl.num_programs(0)
+    for tile in tl.range(start, turned, step):
+        # One body for queries and keys, so that no load stands behind a branch.
+        of_q = tile < q_tiles
+        x, place, heads = k, tile - q_tiles, k_heads
+        token_stride, head_stride = k_token_stride, k_head_stride
+        if of_q:
+            x, place, heads = q, tile, q_heads
+            token_stride, head_stride = q_token_stride, q_head_stride
+        y = _rotate_tile(
+            x, place, tokens, heads, token_stride, head_stride,
+            cos, sin, positions, cos_stride, sin_stride, signs, h,
+            A, B, SIZE, ROTARY, INTERLEAVED, POSITIONS, SIGNS, BLOCK, BLOCK_SIZE, PARTS, OPERAND,
+        )  # fmt: skip
+        first, vectors = place * A, tokens * heads
+        if KIND == NONE:
+            out = k_out
+            if of_q:
+                out = q_out
+            store_tile(
+                y, factor, out, k_scales, world, first, vectors,
+                NONE, 0, False, False, A, B, SIZE, 1, A,
             )  # fmt: skip
-        elif tile < q_tiles + k_tiles:
-            _rotate_tile(
-                k, tile - q_tiles, tokens, k_heads, k_token_stride, k_head_stride,
-                cos, sin, positions, cos_stride, sin_stride, signs, h, k_out, k_scales, world,
-                scale,
-                A, B, SIZE, ROTARY, INTERLEAVED, POSITIONS, SIGNS, BLOCK, BLOCK_SIZE,
-                PARTS, OPERAND,
-                KIND, GROUP, BLOCKED, NATIVE, True,
+        elif of_q:
+            store_tile(
+                y, factor, q_out, k_scales, world, first, vectors,
+                NONE, 0, False, False, A, B, SIZE, 1, A,
             )  # fmt: skip
-        elif VALUES:
-            _rotate_tile(
-                v, tile - q_tiles - k_tiles, tokens, v_heads, v_token_stride, v_head_stride,
-                cos, sin, positions, cos_stride, sin_stride, signs, h, v_out, v_scales, world,
-                scale,
-                A, V_B, V_SIZE, 0, False, False, False, BLOCK, BLOCK_SIZE, PARTS, OPERAND,
-                KIND, GROUP, BLOCKED, NATIVE, False,
+        else:
+            store_tile(
+                y, factor, k_out, k_scales, world, first, vectors,
+                KIND, GROUP, BLOCKED, NATIVE, A, B, SIZE, 1, A,
+            )  # fmt: skip
+    if VALUES:
+        one = tl.full((A, 1), 1.0, tl.float32)
+        start += tl.cdiv(tl.maximum(turned - start, 0), step) * step
+        for tile in tl.range(start, tiles, step):
+            place = tile - turned
+            inside, _, row = _places(place, tokens, v_heads, v_token_stride, v_head_stride, A)
+            e = tl.arange(0, V_B)[None, :]
+            values = tl.load(v + row + e, mask=inside & (e < V_SIZE), other=0.0).to(tl.float32)
+            store_tile(
+                values, one, v_out, v_scales, world, place * A, tokens * v_heads,
+                KIND, GROUP, BLOCKED, NATIVE, A, V_B, V_SIZE, 1, A,
             )  # fmt: skip

@@ -29,6 +29,9 @@ COLUMNS = 64
 LARGEST_HEAD = 128
 """Of longer ones, registers would spill on every GPU."""
 
+MOST_VECTORS = 1 << 31
+"""The kernel counts them in 32 bits."""
+
 
 class Heads(NamedTuple):
     """What a launch is compiled for."""
@@ -89,6 +92,9 @@ def transform(
         signs=signs is not None,
     )
     if q.dtype == torch.float64 or max(heads.size, heads.value_size) > LARGEST_HEAD:
+        return False
+    vectors = max(x.shape[0] * x.shape[1] for x in (q, k, k if v is None else v))
+    if vectors + ROWS >= MOST_VECTORS:
         return False
     group = (quantize.group if quantize else None) or 0
     if group & (group - 1):
