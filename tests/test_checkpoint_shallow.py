@@ -99,15 +99,49 @@ def test_float32_is_held_to_its_arithmetic(tmp_path):
     assert result.tolerance <= 2e-5
 
 
-def test_only_what_is_needed_is_read(pair, monkeypatch):
-    seen = []
+@pytest.fixture
+def seen(monkeypatch):
+    """The names of the tensors that are read."""
+    names = []
     read = shallow.read_entry
-    monkeypatch.setattr(shallow, "read_entry", lambda e: seen.append(e.name) or read(e))
+    monkeypatch.setattr(shallow, "read_entry", lambda e: names.append(e.name) or read(e))
+    return names
+
+
+def test_only_what_is_needed_is_read(pair, seen):
     assert verify_first_layers(*pair, 2)
     assert not [name for name in seen if "layers.2." in name]
     ours = [n for file in pair[1].glob("*.safetensors") for n in load_file(file)]
     theirs = [*load_file(pair[0] / "model.safetensors")]
     assert sorted(seen) == sorted(n for n in (*ours, *theirs) if "layers.2." not in n)
+
+
+def test_matrices_by_layer(tmp_path):
+    """The record has a list of digests as long as the whole model."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(3, 112, 112, generator=generator, dtype=torch.float64)
+    folders = rotated(
+        tiny("llama", dtype=torch.bfloat16, layers=3),
+        tmp_path,
+        matrices={"R4": [*torch.linalg.qr(noise).Q]},
+    )
+    result = verify_first_layers(*folders)
+    assert result, str(result)
+
+
+def test_what_sees_is_not_read(seen, tmp_path):
+    assert verify_first_layers(*rotated(build(FAMILIES["qwen2_5_vl"], torch.bfloat16), tmp_path), 1)
+    assert any("embed_tokens" in name for name in seen)
+    assert not [name for name in seen if "visual" in name]
+
+
+def test_operands_of_version_0_1_0_are_read(spoilt):
+    def rename(weights):
+        for name in [name for name in weights if "fastrot_down_proj_input" in name]:
+            old = name.replace("fastrot_down_proj_input", "down_proj.fastrot_input")
+            weights[old] = weights.pop(name)
+
+    assert spoilt(rename)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +162,10 @@ def test_a_change_is_found(edit, spoilt):
     result = spoilt(edit)
     assert not result
     assert "FAILED: not the same function" in str(result)
-    assert f"{result.error:.2e} in the median of positions, tolerance {result.tolerance:.2e}" in str(result)
+    assert (
+        f"{result.error:.2e} in the median of positions, tolerance {result.tolerance:.2e}"
+        in str(result)
+    )
 
 
 @pytest.mark.parametrize("layers", [1, 2])
