@@ -8,7 +8,7 @@ rounding is put on the original's weights. Twice what it does is allowed.
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -113,12 +113,25 @@ def coarsest(model: nn.Module) -> float:
     return max(torch.finfo(weight.dtype).eps for weight in model.parameters())
 
 
+def relative_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Norm of the difference over the norm of ``expected``; all tensors together."""
+    difference = _norm([a - b for a, b in zip(got, expected, strict=True)])
+    norm = _norm(expected)
+    if not norm:
+        return math.inf if difference else 0.0
+    return difference / norm
+
+
 def allowed(
-    original: Any, prompts: Sequence[Tensor], expected: Sequence[Tensor], eps: float
+    original: Any,
+    prompts: Sequence[Tensor],
+    expected: Sequence[Tensor],
+    eps: float,
+    error: Callable[[Sequence[Tensor], Sequence[Tensor]], float] = relative_error,
 ) -> float:
-    """The error that rounding the weights once allows. Puts noise on ``original``."""
+    """What ``error`` may be after rounding the weights once. Puts noise on ``original``."""
     add_rounding_noise(original, eps)
-    noise = relative_error(logits(original, prompts), expected)
+    noise = error(logits(original, prompts), expected)
     return max(EXACT[next(original.parameters()).dtype], 2 * noise)
 
 
@@ -132,15 +145,6 @@ def judge(got: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -
         sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in pairs),
         sum(e.shape[:-1].numel() for e in expected),
     )
-
-
-def relative_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Norm of the difference over the norm of ``expected``; all tensors together."""
-    difference = _norm([a - b for a, b in zip(got, expected, strict=True)])
-    norm = _norm(expected)
-    if not norm:
-        return math.inf if difference else 0.0
-    return difference / norm
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from zoo import FAMILIES, build
 
 import fastrot
+from fastrot.checkpoint.shallow import verify_first_layers
 from fastrot.checkpoint.verify import verify_checkpoint
 from fastrot.cli.checkpoint import load
 
@@ -131,6 +132,19 @@ def test_latent_attention(memory, tmp_path):
     for name, weight in ideal.items():
         assert (once[name] != weight.to(once[name].dtype)).double().mean() < 1e-3, name
     assert verify_checkpoint(folder, tmp_path / "target")
+    logits = verify_first_layers(folder, tmp_path / "target")
+    assert logits, str(logits)
+
+
+def test_the_scales_count_for_logits(checkpoint, tmp_path):
+    folder, _, _ = checkpoint
+    fastrot.rotate_checkpoint(folder, tmp_path / "target", ALL)
+    logits = verify_first_layers(folder, tmp_path / "target", 1)
+    assert logits, str(logits)
+    scales = load_file(folder / "b.safetensors")
+    scales["model.layers.0.mlp.down_proj.weight_scale_inv"] *= 2
+    save_file(scales, folder / "b.safetensors", {"format": "pt"})
+    assert not verify_first_layers(folder, tmp_path / "target", 1)
 
 
 def test_a_dtype_of_choice(checkpoint, tmp_path):

@@ -12,6 +12,7 @@ import fastrot
 from fastrot.checkpoint import mxfp4
 from fastrot.checkpoint.header import read_header
 from fastrot.checkpoint.job import prepare
+from fastrot.checkpoint.shallow import verify_first_layers
 from fastrot.checkpoint.verify import verify_checkpoint
 from fastrot.cli import main
 
@@ -86,6 +87,8 @@ def test_one_rounding(chunk, checkpoint, tmp_path, monkeypatch):
     assert config["dtype"] == "bfloat16"
     assert config["quantization_config"] == {"quant_method": "fastrot"}
     assert verify_checkpoint(checkpoint, target)
+    logits = verify_first_layers(checkpoint, target)
+    assert logits, str(logits)
 
 
 def test_numbers_without_a_rotation_are_those_of_transformers(checkpoint, tmp_path):

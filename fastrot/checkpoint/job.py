@@ -67,11 +67,7 @@ def prepare(
     from fastrot.integrations.transformers import old_names
 
     model = outline(source)
-    entries, metadata = tensors_of(source)
-    coded = _coded(source, model, entries)
-    used = {entry.name for each in coded.values() for entry in (each.codes, each.factors)}
-    entries = {name: entry for name, entry in entries.items() if name not in used}
-    entries |= {name: each.numbers for name, each in coded.items()}
+    entries, coded, metadata = numbers_of(source, model)
     earlier = _restored(model)
     made = trace(model, entries, old_names(earlier.values()))
     for name, rotation in earlier.items():
@@ -95,6 +91,26 @@ def prepare(
     config, constants = _recorded(source, model, plan, made, wanted)
     outputs = files_of(tasks, constants, entries, metadata, shard)
     return sealed_job(source, plan, outputs, norms, config)
+
+
+def numbers_of(
+    source: Path, model: "PreTrainedModel"
+) -> tuple[dict[str, Entry], Mapping[str, Coded], dict[Path, Metadata]]:
+    """The tensors of a checkpoint as its model has them, which becomes one of plain numbers.
+
+    Returns:
+        All tensors by their names, of a quantized weight its numbers; what makes these; and the
+        metadata of the files.
+
+    Raises:
+        RotationError: it is quantized in a way that is not read, or damaged.
+        OSError: a file is missing or can't be read.
+    """
+    entries, metadata = tensors_of(source)
+    coded = _coded(source, model, entries)
+    used = {entry.name for each in coded.values() for entry in (each.codes, each.factors)}
+    entries = {name: entry for name, entry in entries.items() if name not in used}
+    return entries | {name: each.numbers for name, each in coded.items()}, coded, metadata
 
 
 def tensors_of(source: Path) -> tuple[dict[str, Entry], dict[Path, Metadata]]:

@@ -115,7 +115,7 @@ def tasks_of(
     """
     edits = {edit.parameter: edit for edit in plan.weights}
     values = {norm.parameter: norm.value for norm in plan.written_norms}
-    ties = _ties(model)
+    ties = ties_of(model)
     untied = {edit.parameter: edit.source for edit in plan.weights if edit.source}
     for name in made.missing:
         if not any(other in made.targets for other in ties.get(name, ())):
@@ -164,7 +164,7 @@ def tasks_of(
     return tasks, equal
 
 
-def _ties(model: "PreTrainedModel") -> dict[str, list[str]]:
+def ties_of(model: "PreTrainedModel") -> dict[str, list[str]]:
     """Parameter → the others that are the same one."""
     groups: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

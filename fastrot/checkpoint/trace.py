@@ -8,8 +8,9 @@ does to a model has to be known twice. What is used of it: ``get_model_conversio
 
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,6 +65,58 @@ def trace(
         CheckpointError: a tensor has another shape than the configuration describes.
         RotationError: transformers computes something from the tensors while it loads them.
     """
+    made, state = Trace(), model.state_dict()
+
+    def traced(entry: Entry) -> Tensor:
+        return Traced.of(entry.name, entry.shape, entry.dtype)
+
+    work, made.unknown, renamings = _steps(model, entries, more, traced)
+    for first, step in work.items():
+        for name, value in _converted(model, first, step, state).items():
+            made.targets[name] = Target(tuple(value.shape), value.pieces)  # type: ignore[attr-defined]
+    made.renamings = [step for step in renamings if step.was_used()]
+    patterns = {*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"}
+    made.ignored = [name for name in made.unknown if _any(patterns, name)]
+    made.missing = missing(model, made.targets)
+    return made
+
+
+def loaded(
+    model: "PreTrainedModel",
+    entries: Mapping[str, Entry],
+    read: Callable[[Entry], Tensor],
+    more: Iterable[Any] = (),
+) -> Iterator[tuple[str, Tensor]]:
+    """What becomes of the tensors of a checkpoint in a model, one parameter or buffer at a time.
+
+    Args:
+        model: its names and shapes; what it does not have is not read.
+        entries: the tensors of the checkpoint.
+        read: makes the numbers of one, when they are asked for.
+        more: as for :func:`trace`.
+
+    Raises:
+        CheckpointError: a tensor has another shape than the configuration describes.
+    """
+    work, _, _ = _steps(model, entries, more, lambda entry: partial(read, entry))
+    state = model.state_dict()
+    for first in [*work]:
+        yield from _converted(model, first, work.pop(first), state).items()
+
+
+def missing(model: "PreTrainedModel", found: Container[str]) -> list[str]:
+    """What a model has and a checkpoint has not, but what is made up by design."""
+    made_up = model._keys_to_ignore_on_load_missing or set()
+    return [name for name in model.state_dict() if name not in found and not _any(made_up, name)]
+
+
+def _steps(
+    model: "PreTrainedModel",
+    entries: Mapping[str, Entry],
+    more: Iterable[Any],
+    tensor: Callable[[Entry], Any],
+) -> tuple[dict[str, Any], list[str], list[Any]]:
+    """What makes the tensors of a model, by the first it makes; names it lacks; all renamings."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import (
         WeightConverter,
@@ -77,30 +130,21 @@ def trace(
     converters = [step for step in mapping if isinstance(step, WeightConverter)]
     converter_of = {pattern: step for step in converters for pattern in step.source_patterns}
     state, base = model.state_dict(), model.base_model_prefix
-    made, work = Trace(), dict[str, Any]()
+    work, unknown = dict[str, Any](), list[str]()
     for name in sorted(entries, key=dot_natural_key):
-        entry = entries[name]
         target, pattern = rename_source_key(name, renamings, converters, base, state)
         if target not in state and name in state:
             target, pattern = rename_source_key(name, [], [], base, state)
         if target not in state:
-            made.unknown.append(name)
+            unknown.append(name)
             continue
         step: Any
         if pattern is None:
             step, pattern = WeightRenaming(name, target), name
         else:
             step = copy.deepcopy(converter_of[pattern])
-        source = Traced.of(name, entry.shape, entry.dtype)
-        work.setdefault(target, step).add_tensor(target, name, pattern, source)
-    for first, step in work.items():
-        made.targets |= _converted(model, first, step, state)
-    made.renamings = [step for step in renamings if step.was_used()]
-    patterns = {*(model._keys_to_ignore_on_load_unexpected or ()), r"rotary_emb\.inv_freq"}
-    made.ignored = [name for name in made.unknown if _any(patterns, name)]
-    made_up = model._keys_to_ignore_on_load_missing or set()
-    made.missing = [name for name in state if name not in made.targets and not _any(made_up, name)]
-    return made
+        work.setdefault(target, step).add_tensor(target, name, pattern, tensor(entries[name]))
+    return work, unknown, renamings
 
 
 def _any(patterns: Iterable[str], name: str) -> bool:
@@ -109,7 +153,7 @@ def _any(patterns: Iterable[str], name: str) -> bool:
 
 def _converted(
     model: "PreTrainedModel", first: str, step: Any, state: Mapping[str, Tensor]
-) -> dict[str, Target]:
+) -> dict[str, Tensor]:
     try:
         values = step.convert(first, model=model, config=model.config)
     except RotationError as error:
@@ -121,7 +165,7 @@ def _converted(
         raise CheckpointError(
             f"the tensors for {first} do not fit together as the configuration says: {error}"
         ) from error
-    targets = {}
+    made = {}
     for name, value in values.items():
         tensor = value[0] if isinstance(value, list) else value
         if name not in state:
@@ -131,8 +175,8 @@ def _converted(
                 f"the checkpoint has {name} as {tuple(tensor.shape)}, but config.json describes "
                 f"{tuple(state[name].shape)}"
             )
-        targets[name] = Target(tuple(tensor.shape), tensor.pieces)
-    return targets
+        made[name] = tensor
+    return made
 
 
 def stored_names(model: "PreTrainedModel", made: Trace, names: Iterable[str]) -> dict[str, str]:

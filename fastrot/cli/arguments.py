@@ -8,7 +8,7 @@ from fastrot.checkpoint.workers import parse_worker
 from fastrot.cli import commands
 from fastrot.cli.learn import learn
 from fastrot.cli.report import EMBEDDED, report
-from fastrot.cli.verify import EXACT, verify
+from fastrot.cli.verify import EXACT, LAYERS, verify
 from fastrot.lab.sets import SCHEMES, SETS
 from fastrot.mapping import ROTATIONS
 from fastrot.rotations import KINDS
@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     verification = actions.add_parser(
         "verify",
         parents=[common],
-        help="check that DST is SRC rotated: every tensor, or the logits of both models",
+        help="check that DST is SRC rotated: every tensor, and the logits of the first layers",
     )
     _add_verify_options(verification)
     verification.set_defaults(command=verify)
@@ -284,8 +284,15 @@ def _add_verify_options(options: _Parser) -> None:
     options.add_argument(
         "--full",
         action="store_true",
-        help="load both models, one after the other, and compare logits; the options below ask "
-        "for that, too",
+        help="load both models, one after the other, and compare their logits instead; the "
+        "options from --prompts to --seed ask for that, too",
+    )
+    options.add_argument(
+        "--layers",
+        type=_count,
+        metavar="N",
+        help="after every tensor, compare the logits of models that end after N layers, which "
+        f"takes these, embedding and head in float32; default: {LAYERS}, 0 for none",
     )
     texts: Any = options.add_mutually_exclusive_group()
     texts.add_argument("--prompts", nargs="+", default=[], metavar="TEXT")

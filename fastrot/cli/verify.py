@@ -1,4 +1,4 @@
-"""``fastrot verify``: two checkpoints, tensor by tensor, or by their logits."""
+"""``fastrot verify``: two checkpoints, tensor by tensor and by their logits."""
 
 import gc
 import sys
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastrot.checkpoint.shallow import LAYERS, NotComparedError, verify_first_layers
 from fastrot.checkpoint.verify import verify_checkpoint
 from fastrot.cli.checkpoint import load, load_tokenizer
 from fastrot.errors import RotationError
@@ -29,15 +30,29 @@ EXACT = tuple(str(dtype).removeprefix("torch.") for dtype in reversed(PRECISIONS
 def verify(args: Namespace) -> int:
     """Compare two checkpoints and print how they agree; 1 if that is not enough.
 
-    Anything that only logits have, such as a prompt, asks for them.
+    Anything that only whole models have, such as a prompt, asks for them.
     """
     logits_wanted = (args.prompts, args.prompts_file, args.tolerance, args.precision, args.seed)
     if args.full or any(given not in ([], None) for given in logits_wanted):
+        if args.layers is not None:
+            raise ValueError(f"--layers {args.layers}: --full and its options take all layers")
         return _by_logits(args)
     recipe = None if args.learned is None else Learned.load(args.learned)
     result = verify_checkpoint(args.source, args.target, recipe, progress=sys.stderr.isatty())
     print(result)
-    return 0 if result else 1
+    layers = LAYERS if args.layers is None else args.layers
+    return 0 if result and (layers == 0 or _first_layers(args, layers)) else 1
+
+
+def _first_layers(args: Namespace, layers: int) -> bool:
+    """Whether nothing speaks against the logits, which some models do not have by themselves."""
+    try:
+        compared = verify_first_layers(args.source, args.target, layers)
+    except NotComparedError as reason:
+        print(f"logits             not compared: {reason}; --full loads the whole models")
+        return True
+    print(compared)
+    return bool(compared)
 
 
 def _by_logits(args: Namespace) -> int:
