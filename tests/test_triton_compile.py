@@ -183,7 +183,9 @@ def test_every_tuned_configuration_is_reached() -> None:
     from fastrot.hadamard import factors
     from fastrot.kernels.gpu_tiles import TUNED, tile_for
 
-    sizes = [m << k for m in (1, 12, 20, 28, 44, 76, 148, 172, 212, 12 * 12) for k in range(16)]
+    sizes = [
+        m << k for m in (1, 12, 20, 28, 44, 76, 148, 172, 212, 12 * 12, 12 * 28) for k in range(16)
+    ]
     for (backend, bits), forms in TUNED.items():
         dtype = torch.float32 if bits == 32 else torch.bfloat16
         tiles = [tile_for(*factors(n), dtype, dtype, backend) for n in sizes if 1 < n <= 1 << 15]

@@ -108,7 +108,6 @@ TUNED: dict[tuple[str, int], dict[Form, Config | None]] = {
         Form(64, 128): Config(8, 0, 1, 3),
         Form(128, 64): Config(8, 0, 2, 3),
         Form(128, 128, right=False): Config(8, 0, 1, 3, columns=64),
-        Form(128, 128, right=True): Config(8, 0, 1, 3),
         Form(128, 256, left=False, right=False): Config(8, 0, 1, 3, columns=64, signs=False),
         Form(128, 256, left=True, right=False): Config(8, 0, 1, 2, columns=32, signs=False),
         Form(192, 64): Config(4, 0, 1, 3, rows=64),
@@ -122,7 +121,6 @@ TUNED: dict[tuple[str, int], dict[Form, Config | None]] = {
         Form(64, 256): None,
         Form(128, 64): Config(8, 0, 1, 4),
         Form(128, 128, right=False): Config(8, 0, 1, 2, columns=32),
-        Form(128, 128, right=True): Config(8, 64, 1, 3),
         Form(128, 256): None,
     },
 }
