@@ -62,6 +62,8 @@ class Launch:
     """Reads signs or tables, in accesses of any width."""
     scales: bool = False
     """Writes scales, in accesses of any width."""
+    few: bool = False
+    """Of few programs: what counts is how long one takes, not how much they issue or how widely."""
 
     @property
     def kernel_name(self) -> str:

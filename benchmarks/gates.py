@@ -83,6 +83,8 @@ def narrow(launch: Launch, code: Compiled) -> list[str]:
 
 def over_budget(launch: Launch, code: Compiled) -> str:
     """By how much issuing takes longer than moving, empty if it does not."""
+    if launch.few:
+        return ""
     gpu = tightest(launch.arch)
     figure, budget = per_element(launch, code, gpu), gpu.budget(launch.width)
     return f"{figure:.1f} instructions per element of {budget:.1f}" if figure > budget else ""

@@ -84,6 +84,49 @@ def rows_launch(
     )
 
 
+def few_launch(n: int, dtype: torch.dtype, arch: str, signs: str = "") -> Launch | None:
+    """The launch of :mod:`fastrot.kernels.gpu_few`, None if it does not take such vectors."""
+    from fastrot.kernels import gpu_few
+    from fastrot.kernels.gpu_matrix import TABLE, parts_of
+
+    backend = BACKENDS[arch]
+    exact = gpu_few.is_exact(dtype, bool(signs), signs == "transposed")
+    cut = gpu_few.cut_for(*factors(n), exact, backend)
+    if cut is None or dtype == torch.float64:
+        return None
+    c = gpu_few.few_constants(cut, dtype, bool(signs), signs == "transposed", backend)
+    x, part = SHORT[dtype], SHORT[parts_of(dtype, backend)[0]]
+    middle = SHORT[parts_of(torch.float32, backend)[0]]
+    A, B, columns = c["A"], c["B"], c["BLOCK_B"]
+    shape = f"{cut.a}x{cut.b} in {A}x{B}"
+    return Launch(
+        name=title("few", shape, dtype, dtype, signs),
+        kernel=gpu_few._few_kernel,
+        types={
+            "x": f"*{x}",
+            "out": f"*{x}",
+            "signs": "*i8" if signs else f"*{x}",
+            "left": f"*{middle}" if c["LEFT"] == TABLE.value else f"*{x}",
+            "right": f"*{part}" if c["RIGHT"] == TABLE.value else f"*{x}",
+            "scale": "fp32",
+        },
+        integers={},
+        constants=c,
+        arch=arch,
+        elements=n,
+        width=2 * dtype.itemsize,
+        dots=(
+            Dot(A, columns, B, c["PARTS"]),
+            Dot(c["BLOCK_A"], columns, A, c["MIDDLE_PARTS"]),
+        ),
+        trips=1,
+        resident=0,
+        aligned=False,
+        signed=bool(signs),
+        few=True,
+    )
+
+
 def axis_launch(
     factor: "Factor",
     run: int,

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Iterator
 import torch
 from compiled import Launch
 from fused_launches import fused_launches, pass_launches, rope_launches
-from launches import transform
+from launches import few_launch, transform
 from measure.cases import MAIN
 
 SIZES = (*MAIN, 65536, 29568, 2880, 18944, 28672)
@@ -18,6 +18,10 @@ SIZES = (*MAIN, 65536, 29568, 2880, 18944, 28672)
 
 SMALL = (40, 68, 80, 96, 172, 284, 768, 896)
 """Sizes that reach the tiles which :data:`SIZES` does not, with padding and without."""
+
+
+TRANSFORMS = ("_rows_kernel", "_few_kernel", "_axis_kernel", "_axis64_kernel")
+"""Kernels whose launches stand for others."""
 
 
 def shipped(arch: str) -> Iterator[Launch]:
@@ -46,11 +50,14 @@ def transforms(arch: str) -> Iterator[Launch]:
             for n in sizes:
                 for dim in (-1, 0):
                     yield from transform(n, dtype, dim, arch, signs)
+                few = few_launch(n, dtype, arch, signs)
+                if few is not None:
+                    yield few
 
 
 def configuration(launch: Launch) -> Hashable:
     """What two launches of :func:`shipped` differ in."""
-    if launch.kernel_name not in ("_rows_kernel", "_axis_kernel", "_axis64_kernel"):
+    if launch.kernel_name not in TRANSFORMS:
         return launch.name
     kinds = () if launch.signed else ("LEFT", "RIGHT", "KIND", "FLAT")
     marks = ("A", "B", "SIGNS", *kinds, *["TRANSPOSE"] * launch.signed)

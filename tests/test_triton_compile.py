@@ -36,7 +36,7 @@ from expected import EXPECTED, KNOWN, TRITON  # noqa: E402
 from fused_launches import fused_launches, pass_launches, rope_launches  # noqa: E402
 from gates import density, group, over_budget, violations  # noqa: E402
 from gpus import GPUS, tightest  # noqa: E402
-from launches import DTYPES, transform  # noqa: E402
+from launches import DTYPES, few_launch, transform  # noqa: E402
 from shipped import configuration, shipped  # noqa: E402
 
 FAST = [
@@ -59,6 +59,7 @@ def fast(arch: str) -> list[str]:
     """The launches of :data:`FAST`, and the first of each other kernel."""
     made = [x for n, name, dim, signs in FAST for x in transform(n, DTYPES[name], dim, arch, signs)]
     names = {configuration(launch): name for name, launch in launches(arch).items()}
+    made += filter(None, (few_launch(4096, torch.bfloat16, arch),))
     others = (next(f(arch)).name for f in (fused_launches, rope_launches, pass_launches))
     return list(dict.fromkeys((*(names[configuration(x)] for x in made), *others)))
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 if not INTERPRETED and not torch.cuda.is_available():
     pytest.skip("no GPU and Triton is not interpreted", allow_module_level=True)
 
+from fastrot.kernels import gpu  # noqa: E402
 from fastrot.kernels.gpu import _route, transform  # noqa: E402
+from fastrot.kernels.gpu_few import cut_for  # noqa: E402
 from fastrot.kernels.gpu_matrix import backend_of  # noqa: E402
 from fastrot.kernels.gpu_tiles import TRITON_SHARES_ACCUMULATORS  # noqa: E402
 
@@ -62,11 +65,14 @@ def check(
 ) -> None:
     x, signs = make(outer, n, inner, dtype, signed)
     before = x.clone()
-    out = torch.full_like(x, float("nan"))
     scale = 1.1 * n**-0.5
-    transform(x, out, signs, scale, transpose)
-    assert torch.equal(x, before)
-    check_error(out, exact(x, signs, scale, transpose))
+    truth = exact(x, signs, scale, transpose)
+    for few in (0, 1 << 20):  # by tiles of several vectors, and by many programs for each
+        out = torch.full_like(x, float("nan"))
+        with patch.object(gpu, "FEW", few):
+            transform(x, out, signs, scale, transpose)
+        assert torch.equal(x, before)
+        check_error(out, truth)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -125,7 +131,8 @@ def test_in_place(n: int, inner: int, dtype: torch.dtype) -> None:
         pytest.skip("slow in the interpreter; smaller sizes take the same route")
     x, signs = make(1 if n > 4096 else 2, n, inner, dtype, True)
     out = torch.full_like(x, float("nan"))
-    transform(x, out, signs, n**-0.5, False)
+    with patch.object(gpu, "FEW", 0):  # the other kernel reads what it has written
+        transform(x, out, signs, n**-0.5, False)
     transform(x, x, signs, n**-0.5, False)
     assert torch.equal(x, out)
 
@@ -167,6 +174,19 @@ def test_every_route_covers_the_vector() -> None:
                     atoms += [*tile.left_bases, *[2] * (tile.left_power.bit_length() - 1)]
                     atoms += [*tile.right_bases, *[2] * (tile.right_power.bit_length() - 1)]
                 assert atoms == [*bases, *[2] * (power.bit_length() - 1)]
+
+
+@pytest.mark.parametrize("backend", ["hopper", "ampere"])
+def test_cuts_of_few_vectors(backend: str) -> None:
+    sizes = [*(2**k for k in range(16)), 12, 768, 2880, 11008, 13824, 14336, 18944, 28672]
+    for n in sizes:
+        cut = cut_for(*factors(n), True, backend)
+        assert cut is not None
+        assert cut.a * cut.b == n
+        parted = cut_for(*factors(n), False, backend)
+        assert parted is None or n <= (2048 if backend == "ampere" else 16384)
+        assert parted is not None or n > 2048
+    assert cut_for(*factors(29568), True, backend) is None
 
 
 def test_errors_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 Which way a vector of length n = m · 2^k goes:
 
+* few rows into another tensor: :mod:`fastrot.kernels.gpu_few`, where many programs share a vector.
 * rows (the vectors lie along the last dimension), float32 and 16-bit: one pass of
   :mod:`fastrot.kernels.gpu_rows` wherever two Kronecker factors of H_n fit a tile; that is every
   power of two up to 32,768 and most m · 2^k of that size (up to 16,384 for float32 but on
@@ -23,6 +24,10 @@ from fastrot.hadamard import factors
 if TYPE_CHECKING:  # they import triton, which not every platform has
     from fastrot.kernels.gpu_axis import Factor
     from fastrot.kernels.gpu_tiles import Tile
+
+
+FEW = 4
+"""Programs on each multiprocessor up to which vectors are shared by several."""
 
 
 class Route(NamedTuple):
@@ -53,6 +58,7 @@ def transform(x: Tensor, out: Tensor, signs: Tensor | None, scale: float, transp
     if x.numel() == 0:
         return
     from fastrot.kernels.gpu_axis import launch_axis
+    from fastrot.kernels.gpu_few import cut_for, is_exact, launch_few
     from fastrot.kernels.gpu_matrix import backend_of, interpreted
     from fastrot.kernels.gpu_rows import launch_rows
 
@@ -64,7 +70,15 @@ def transform(x: Tensor, out: Tensor, signs: Tensor | None, scale: float, transp
         return
     _, n, inner = x.shape
     bases, power = factors(n)
-    route = _route(bases, power, inner == 1, x.dtype, backend_of(x.device))
+    backend = backend_of(x.device)
+    if inner == 1 and x.dtype != torch.float64 and x.data_ptr() != out.data_ptr():
+        exact = is_exact(x.dtype, signs is not None, transpose)
+        cut = cut_for(bases, power, exact, backend)
+        if cut is not None and x.numel() // n * cut.blocks <= FEW * _multiprocessors(x.device):
+            with _guard(x):
+                launch_few(x, out, signs, scale, transpose, cut)
+            return
+    route = _route(bases, power, inner == 1, x.dtype, backend)
     count = len(route.passes) + (route.tile is not None)
     # The result itself can hold exact intermediates if it is wide enough.
     scratch = out
