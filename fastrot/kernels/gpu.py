@@ -85,7 +85,7 @@ def transform(x: Tensor, out: Tensor, signs: Tensor | None, scale: float, transp
     if count > 1 and x.dtype not in (torch.float32, torch.float64):
         scratch = torch.empty_like(x, dtype=torch.float32)
     order = range(count)
-    source = x
+    source, processors = x, _multiprocessors(x.device)
     with _guard(x):
         for step, index in enumerate(reversed(order) if transpose else order):
             last = step == count - 1
@@ -97,9 +97,11 @@ def transform(x: Tensor, out: Tensor, signs: Tensor | None, scale: float, transp
                 for previous in route.passes[: index + 1]:
                     done *= previous.size
                 run = n // done * inner
-                launch_axis(source, target, d, factor, transpose, route.passes[index], run, inner)
+                launch_axis(
+                    *(source, target, d, factor, transpose),
+                    *(route.passes[index], run, processors, inner),
+                )
             elif route.tile is not None:
-                processors = _multiprocessors(x.device)
                 launch_rows(source, target, d, factor, transpose, route.tile, processors)
             source = target
 

@@ -51,11 +51,13 @@ def _columns(tile, columns, inner, SIZE: tl.constexpr, COLUMNS: tl.constexpr, FL
 
 
 @triton.jit
-def _axis_kernel(
+def _axis_tile(
     x,
     out,
     signs,
     h,
+    kept,
+    tile,
     scale,
     columns,
     inner,
@@ -73,23 +75,93 @@ def _axis_kernel(
     OPERAND: tl.constexpr,
 ):
     i = tl.arange(0, A)[:, None]
-    first, position, valid = _columns(tl.program_id(0), columns, inner, SIZE, COLUMNS, FLAT)
+    first, position, valid = _columns(tile, columns, inner, SIZE, COLUMNS, FLAT)
     y = tl.zeros((A, COLUMNS), tl.float32)
-    for start in tl.range(0, SIZE, CHUNK):
-        k = start + tl.arange(0, CHUNK)[:, None]
-        part = (k < SIZE) & valid
-        v = tl.load(x + first + k.to(tl.int64) * inner, mask=part, other=0.0)
-        if SIGNS and not TRANSPOSE:
-            d = tl.load(signs + k * sign_stride + position // sign_run, mask=part, other=0.0)
-            v = v * d.to(v.dtype)
-        m = matrix(h, i, start + tl.arange(0, CHUNK)[None, :], SIZE, A, KIND, OPERAND)
-        y = dot_left(m, v, y, PARTS, OPERAND)
+    if CHUNK == A:
+        v = _load_rows(
+            x, signs, i, first, position, valid, inner, sign_stride, sign_run,
+            SIZE, SIGNS and not TRANSPOSE,
+        )  # fmt: skip
+        y = dot_left(kept, v, y, PARTS, OPERAND)
+    else:
+        for start in tl.range(0, SIZE, CHUNK):
+            k = start + tl.arange(0, CHUNK)
+            v = _load_rows(
+                x, signs, k[:, None], first, position, valid, inner, sign_stride, sign_run,
+                SIZE, SIGNS and not TRANSPOSE,
+            )  # fmt: skip
+            m = matrix(h, i, k[None, :], SIZE, A, KIND, OPERAND)
+            y = dot_left(m, v, y, PARTS, OPERAND)
     y = y * scale
     inside = (i < SIZE) & valid
     if SIGNS and TRANSPOSE:
         d = tl.load(signs + i * sign_stride + position // sign_run, mask=inside, other=0.0)
         y = y * d.to(tl.float32)
     tl.store(out + first + i.to(tl.int64) * inner, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _load_rows(
+    x,
+    signs,
+    k,
+    first,
+    position,
+    valid,
+    inner,
+    sign_stride,
+    sign_run,
+    SIZE: tl.constexpr,
+    SIGNS: tl.constexpr,
+):
+    """Rows k of a tile, times their signs; zero outside."""
+    part = (k < SIZE) & valid
+    v = tl.load(x + first + k.to(tl.int64) * inner, mask=part, other=0.0)
+    if SIGNS:
+        d = tl.load(signs + k * sign_stride + position // sign_run, mask=part, other=0.0)
+        v = v * d.to(v.dtype)
+    return v
+
+
+@triton.jit(do_not_specialize=["tiles"])
+def _axis_kernel(
+    x,
+    out,
+    signs,
+    h,
+    scale,
+    columns,
+    inner,
+    sign_stride,
+    sign_run,
+    tiles,
+    SIZE: tl.constexpr,
+    A: tl.constexpr,
+    KIND: tl.constexpr,
+    CHUNK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    FLAT: tl.constexpr,
+    SIGNS: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    PARTS: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+):
+    kept = 0
+    if CHUNK == A:
+        i = tl.arange(0, A)
+        kept = matrix(h, i[:, None], i[None, :], SIZE, A, KIND, OPERAND)
+    if PERSISTENT:
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0)):
+            _axis_tile(
+                x, out, signs, h, kept, tile, scale, columns, inner, sign_stride, sign_run,
+                SIZE, A, KIND, CHUNK, COLUMNS, FLAT, SIGNS, TRANSPOSE, PARTS, OPERAND,
+            )  # fmt: skip
+    else:
+        _axis_tile(
+            x, out, signs, h, kept, tl.program_id(0), scale, columns, inner, sign_stride, sign_run,
+            SIZE, A, KIND, CHUNK, COLUMNS, FLAT, SIGNS, TRANSPOSE, PARTS, OPERAND,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["scale_bits"])
@@ -142,11 +214,16 @@ class Factor:
 
 
 class Config(NamedTuple):
-    """A tile: its columns, the chunk of the sum held at a time, the number of warps."""
+    """A tile: its columns, the chunk of the sum held at a time, the number of warps.
+
+    ``resident`` programs on each multiprocessor walk over tiles (0: one program for each tile).
+    """
 
     columns: int
     chunk: int
     num_warps: int
+    resident: int = 0
+    num_stages: int = 2
 
 
 # By operand width and padded order of the factor; chosen so that nothing spills on any target.
@@ -178,12 +255,24 @@ CONFIGS = {
 }
 
 
+TUNED: dict[tuple[str, int], dict[int, Config]] = {
+    ("hopper", 16): {},
+    ("hopper", 32): {},
+}
+"""What `benchmarks/tune.py` found faster on an H200, by backend and bits."""
+
+
+def config_of(factor: Factor, source: torch.dtype, backend: str) -> Config:
+    """The launch of a pass that reads ``source``."""
+    size, bits = padded(factor.size), 8 * source.itemsize
+    return TUNED.get((backend, bits), {}).get(size, CONFIGS[bits][size])
+
+
 def axis_constants(
     factor: Factor, inner: int, source: torch.dtype, signs: bool, transpose: bool, backend: str
 ) -> dict[str, Any]:
     """The compile-time arguments and options of a launch."""
-    size = padded(factor.size)
-    config = CONFIGS[8 * source.itemsize][size]
+    size, config = padded(factor.size), config_of(factor, source, backend)
     constants = {
         "SIZE": factor.size,
         "A": size,
@@ -201,7 +290,8 @@ def axis_constants(
         "CHUNK": config.chunk,
         "PARTS": parts,
         "OPERAND": triton_dtype(operand, backend),
-        "num_stages": 2,
+        "PERSISTENT": config.resident > 0,
+        "num_stages": config.num_stages,
     }
 
 
@@ -213,6 +303,7 @@ def launch_axis(
     transpose: bool,
     factor: Factor,
     inner: int,
+    multiprocessors: int,
     sign_run: int = 1,
 ) -> None:
     """Multiply x, contiguous and seen as ``(outer, factor.size, inner)``, by one factor.
@@ -226,23 +317,22 @@ def launch_axis(
     if factor.bases:
         size, dtype = padded(factor.size), parts_of(x.dtype, backend)[0]
         h = table(factor.bases, factor.power, 1, size, not transpose, dtype, x.device)
-    kernel, number = _axis_kernel, scale
+    number: float = scale
     if x.dtype == torch.float64:
-        kernel, number = _axis64_kernel, struct.unpack("q", struct.pack("d", scale))[0]
+        number = struct.unpack("q", struct.pack("d", scale))[0]
     columns = x.numel() // factor.size
     if constants["FLAT"]:
         tiles = triton.cdiv(columns, constants["COLUMNS"])
     else:
         tiles = columns // inner * triton.cdiv(inner, constants["COLUMNS"])
-    kernel[(tiles,)](
-        x,
-        out,
-        x if signs is None else signs,
-        h,
-        number,
-        columns,
-        inner,
-        inner // sign_run,
-        sign_run,
-        **constants,
+    arguments = (
+        *(x, out, x if signs is None else signs, h, number),
+        *(columns, inner, inner // sign_run, sign_run),
     )
+    if x.dtype == torch.float64:
+        _axis64_kernel[(tiles,)](*arguments, **constants)
+        return
+    programs = tiles
+    if constants["PERSISTENT"]:
+        programs = min(tiles, config_of(factor, x.dtype, backend).resident * multiprocessors)
+    _axis_kernel[(programs,)](*arguments, tiles, **constants)
