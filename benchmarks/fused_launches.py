@@ -73,7 +73,8 @@ def _word(quantize: Quantization | None) -> str:
 def fused_launches(arch: str) -> Iterator[Launch]:
     """The launches of :mod:`fastrot.kernels.gpu_fused` for :data:`FUSED`, where a tile holds it."""
     from fastrot.kernels import gpu_fused, gpu_fused_launch
-    from fastrot.kernels.gpu_fused_launch import Cut, Prologue, operands
+    from fastrot.kernels.gpu_fused_launch import Prologue, operands
+    from fastrot.kernels.gpu_fused_tiles import Cut, fused_tile
     from fastrot.kernels.gpu_matrix import TABLE
 
     backend = BACKENDS[arch]
@@ -81,9 +82,9 @@ def fused_launches(arch: str) -> Iterator[Launch]:
         prologue = Prologue(**before)
         operand, parts, middle, _ = operands(dtype, prologue.exact, backend)
         group = (quantize.group if quantize else None) or 0
-        tile = gpu_fused_launch.fused_tile(
-            Cut(n, block, group, parts, prologue.exact, dtype, backend)
-        )
+        norm = prologue.eps is not None
+        cut = Cut(n, block, group, parts, prologue.exact, norm, False, dtype, backend)
+        tile = fused_tile(cut)
         if tile is None:
             continue
         c = gpu_fused_launch.fused_constants(tile, prologue, quantize, dtype, False, backend)
@@ -164,7 +165,7 @@ def rope_launches(arch: str) -> Iterator[Launch]:
             width=2 + (2 + written) / 2,
             dots=(Dot(rows, c["B"], c["B"], c["PARTS"]),),
             trips=1,
-            resident=gpu_rope_launch.resident(heads),
+            resident=gpu_rope_launch.rope_config(heads, BACKENDS[arch]).resident,
             aligned=rotary == size and size & (size - 1) == 0,
             gathers=True,
             scales=quantize is not None,

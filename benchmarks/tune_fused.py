@@ -34,7 +34,7 @@ from measure.operators import OPERATORS
 from tune import ARCHITECTURES, LEAST, MOST
 
 from fastrot.kernels import gpu_fused_launch, gpu_rope_launch
-from fastrot.kernels.gpu_fused_launch import Cut, FusedTile, fused_tile, fused_tiles
+from fastrot.kernels.gpu_fused_tiles import Cut, FusedTile, fused_tile, fused_tiles
 from fastrot.kernels.gpu_tiles import Config
 
 CASES = (
@@ -128,11 +128,8 @@ def configured(case: Case) -> Iterator[Call]:
     if not rope:
         changed["fused_tile"] = chosen
     elif config is not None:
-        constants = gpu_rope_launch.rope_constants
-        own = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        changed |= {"ROWS": case.rows, "COLUMNS": config.block}
-        changed["resident"] = lambda heads: config.resident or NO_LOOP
-        changed["rope_constants"] = lambda *a: constants(*a) | own
+        own = config._replace(resident=config.resident or NO_LOOP)
+        changed |= {"ROWS": case.rows, "rope_config": lambda heads, backend: own}
     if not torch.cuda.is_available():
         changed |= {"_check": lambda x: None, "backend_of": lambda device: "hopper"}
     with ExitStack() as stack:

@@ -195,6 +195,24 @@ def test_every_tuned_configuration_is_reached() -> None:
         }
 
 
+def test_every_tuned_fused_configuration_is_reached() -> None:
+    from itertools import product
+
+    from fastrot.kernels.gpu_fused_launch import operands
+    from fastrot.kernels.gpu_fused_tiles import TUNED, Cut, fused_tile
+
+    reached = set()
+    sizes = (*((n, n) for n in (4096, 5120, 8192, 14336)), (4096, 128), (14336, 128), (14336, 16))
+    for (n, block), exact in product((*sizes, (4096, 16), (4096, 32), (8192, 32)), (True, False)):
+        parts = operands(torch.bfloat16, exact, "hopper").parts
+        tile = fused_tile(Cut(n, block, 0, parts, exact, False, False, torch.bfloat16, "hopper"))
+        assert tile is not None
+        for form, config in TUNED.items():
+            same = form[:3] == (tile.A, tile.B, tile.a > 1) and form.exact in (exact, None)
+            reached |= {form} if same and tile.config == config else set()
+    assert reached == TUNED.keys()
+
+
 def kernels() -> set[str]:
     """Names of the Triton functions in fastrot/kernels that no other function calls."""
     made, called = set(), set()

@@ -1,132 +1,25 @@
-"""How a fused kernel cuts tokens into tiles, and its launch."""
+"""The launch of a fused kernel."""
 
-import functools
-from dataclasses import dataclass
-from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from fastrot.hadamard import factors
 from fastrot.kernels.formats import Quantization, Quantized
 from fastrot.kernels.gpu import _check, _guard, _multiprocessors
 from fastrot.kernels.gpu_formats import KINDS
 from fastrot.kernels.gpu_fused import ACTIVATIONS, PLAIN, RMSNORM, _fused_kernel
+from fastrot.kernels.gpu_fused_tiles import Cut, FusedTile, fused_tile
 from fastrot.kernels.gpu_matrix import (
     SYLVESTER,
     TABLE,
     backend_of,
     interpreted,
-    padded,
     parts_of,
     table,
     triton_dtype,
 )
-from fastrot.kernels.gpu_tiles import Config, config_for, product
-
-
-class Cut(NamedTuple):
-    """What decides how tokens are cut."""
-
-    n: int
-    block: int
-    group: int
-    """Elements that share a scale, 0 for a token."""
-    parts: int
-    """Of the input of the first product."""
-    exact: bool
-    """Whether that is x as it is in memory; else float32, which takes twice the registers."""
-    source: torch.dtype
-    backend: str
-
-
-@dataclass(frozen=True)
-class FusedTile:
-    """``tokens`` of ``token_rows × columns`` elements in ``(A, B)``; blocks are H_a ⊗ H_b."""
-
-    left_bases: tuple[int, ...]
-    left_power: int
-    right_bases: tuple[int, ...]
-    right_power: int
-    columns: int
-    token_rows: int
-    tokens: int
-    A: int
-    B: int
-    config: Config
-
-    @property
-    def a(self) -> int:
-        """The order of the left factor."""
-        return product(self.left_bases, self.left_power)
-
-    @property
-    def b(self) -> int:
-        """The order of the right factor."""
-        return product(self.right_bases, self.right_power)
-
-    @property
-    def chunked(self) -> bool:
-        """Whether the left matrix is loaded in parts, for every tile, and not kept."""
-        return self.A > 128 and self.a > 1
-
-    @property
-    def resident(self) -> int:
-        """Programs of a persistent launch on each multiprocessor, 0 for one per tile."""
-        return 0 if self.chunked else self.config.resident
-
-
-@functools.lru_cache(maxsize=1024)
-def fused_tile(cut: Cut) -> FusedTile | None:
-    """The cut with the least arithmetic for which there is a configuration, None without any."""
-    return min(fused_tiles(cut), key=itemgetter(0), default=(0.0, None))[1]
-
-
-def fused_tiles(cut: Cut) -> list[tuple[float, FusedTile]]:
-    """Every cut for which there is a configuration, and its cost."""
-    if cut.group & (cut.group - 1):
-        return []  # Triton's tiles have powers of two
-    bases, power = factors(cut.block)
-    vectors = cut.n // cut.block
-    found: list[tuple[float, FusedTile]] = []
-    for first in range(len(bases) + 1):
-        for bit in range(power.bit_length() if first == len(bases) else 1):
-            right = bases[first:], power >> bit
-            left = bases[:first], power // right[1]
-            a, b = product(*left), product(*right)
-            most = vectors if a == 1 else 1
-            for packed in (p for p in range(1, most + 1) if most % p == 0 and p * b <= 256):
-                columns, rows = packed * b, vectors * a // packed
-                B, A = padded(columns), max(64, padded(rows))
-                if B > 256 or A > 256 or (cut.group and columns % cut.group):
-                    continue
-                config = _config(A, B, a, cut)
-                if config is None:
-                    continue
-                tokens = A // rows
-                cost = float((A * cut.parts if a > 1 else 0) + B * (2 if a > 1 else cut.parts))
-                cost += max(A, B) / 16  # of equals the squarest
-                cost *= A * B / (tokens * rows * columns)
-                cost *= 1.0 if columns % 8 == 0 else 1.5  # narrow accesses
-                cost *= 1.0 if A * B >= 4096 else 3.0  # too little to load at a time
-                cost *= 1.5 if A > 128 and a > 1 else 1.0  # loads its left matrix for every tile
-                tile = FusedTile(*left, *right, columns, rows, tokens, A, B, config)
-                found.append((cost, tile))
-    return found[::-1]  # of equals the last
-
-
-def _config(A: int, B: int, a: int, cut: Cut) -> Config | None:
-    # Without a left matrix, a tile of many rows is like one of few.
-    rows = min(A, 128) if a == 1 else A
-    # Hopper and Blackwell hold results of products elsewhere than operands.
-    wide = not cut.exact and cut.backend in ("ampere", "cdna")
-    source = torch.float32 if wide else cut.source
-    config = config_for(rows, A * B // rows if a == 1 else B, source, source, cut.backend)
-    if config is None or cut.exact or config.num_warps < 8:
-        return config
-    return config._replace(resident=min(config.resident, 1))
 
 
 class Prologue(NamedTuple):
@@ -248,6 +141,8 @@ def transform(
         (quantize.group if quantize else None) or 0,
         operands(x.dtype, prologue.exact, backend).parts,
         prologue.exact,
+        prologue.eps is not None,
+        signs is not None,
         x.dtype,
         backend,
     )

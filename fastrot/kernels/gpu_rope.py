@@ -200,7 +200,7 @@ def _rope_kernel(
     for part in tl.static_range(B // BLOCK):
         i = part * BLOCK + tl.arange(0, BLOCK)
         h += (matrix(table, i[:, None], j[None, :], BLOCK_SIZE, B, MATRIX, OPERAND),)
-    factor = tl.zeros((A, 1), tl.float32) + scale
+    one = tl.full((A, 1), 1.0, tl.float32)
     turned = q_tiles + k_tiles
     start = tl.program_id(0)
     step = tl.num_programs(0)
@@ -217,27 +217,28 @@ def _rope_kernel(
             cos, sin, positions, cos_stride, sin_stride, signs, h,
             A, B, SIZE, ROTARY, INTERLEAVED, POSITIONS, SIGNS, BLOCK, BLOCK_SIZE, PARTS, OPERAND,
         )  # fmt: skip
+        # Here, since Triton 3.6 does not compile products that only branches use.
+        y *= scale
         first, vectors = place * A, tokens * heads
         if KIND == NONE:
             out = k_out
             if of_q:
                 out = q_out
             store_tile(
-                y, factor, out, k_scales, world, first, vectors,
+                y, one, out, k_scales, world, first, vectors,
                 NONE, 0, False, False, A, B, SIZE, 1, A,
             )  # fmt: skip
         elif of_q:
             store_tile(
-                y, factor, q_out, k_scales, world, first, vectors,
+                y, one, q_out, k_scales, world, first, vectors,
                 NONE, 0, False, False, A, B, SIZE, 1, A,
             )  # fmt: skip
         else:
             store_tile(
-                y, factor, k_out, k_scales, world, first, vectors,
+                y, one, k_out, k_scales, world, first, vectors,
                 KIND, GROUP, BLOCKED, NATIVE, A, B, SIZE, 1, A,
             )  # fmt: skip
     if VALUES:
-        one = tl.full((A, 1), 1.0, tl.float32)
         start += tl.cdiv(tl.maximum(turned - start, 0), step) * step
         for tile in tl.range(start, tiles, step):
             place = tile - turned

@@ -21,11 +21,10 @@ from fastrot.kernels.gpu_matrix import (
     triton_dtype,
 )
 from fastrot.kernels.gpu_rope import _rope_kernel
+from fastrot.kernels.gpu_tiles import Config
 
 ROWS = 64
 """Vectors in a tile: the smallest that all matrix units take without repeating work."""
-COLUMNS = 64
-"""Of a tile that are turned at a time, so that few are in registers."""
 LARGEST_HEAD = 128
 """Of longer ones, registers would spill on every GPU."""
 
@@ -114,8 +113,9 @@ def transform(
     tiles = q_tiles + k_tiles + v_tiles
     v = k if v is None else v
     world = quantize.global_scale if quantize else None
+    programs = rope_config(heads, backend).resident * _multiprocessors(q.device)
     with _guard(q):
-        _rope_kernel[(min(tiles, resident(heads) * _multiprocessors(q.device)),)](
+        _rope_kernel[(min(tiles, programs),)](
             q,
             k,
             v,
@@ -151,9 +151,15 @@ def transform(
     return True
 
 
-def resident(heads: Heads) -> int:
-    """Programs on each multiprocessor."""
-    return 1 if padded(heads.size) > 64 else 2
+def rope_config(heads: Heads, backend: str) -> Config:
+    """How a launch is configured, so that nothing spills."""
+    size = padded(heads.size)
+    if size <= 64:
+        return Config(4, size, 2, 1)
+    # Both elements of a pair come from one load of each, so that there is room for a prefetch.
+    if backend in ("hopper", "interpreter") and heads.rotary == heads.size == size:
+        return Config(4, 64, 2, 2)
+    return Config(8, 64, 1, 1)
 
 
 def rope_constants(
@@ -161,6 +167,7 @@ def rope_constants(
 ) -> dict[str, Any]:
     """The compile-time arguments and options of a launch."""
     dtype, parts, _, _ = operands(source, False, backend)
+    config = rope_config(heads, backend)
     form = quantize.format if quantize else None
     return {
         "A": ROWS,
@@ -173,7 +180,7 @@ def rope_constants(
         "INTERLEAVED": heads.interleaved,
         "POSITIONS": heads.positions,
         "SIGNS": heads.signs,
-        "BLOCK": min(padded(heads.size), COLUMNS),
+        "BLOCK": config.block,
         "BLOCK_SIZE": heads.block,
         "MATRIX": TABLE.value if factors(heads.block)[0] else SYLVESTER.value,
         "PARTS": parts,
@@ -183,6 +190,6 @@ def rope_constants(
         "BLOCKED": quantize.blocked_scales if quantize else False,
         "GLOBAL": quantize is not None and quantize.global_scale is not None,
         "NATIVE": converts(form, backend),
-        "num_warps": 8 if padded(heads.size) > 64 else 4,
-        "num_stages": 1,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
     }
