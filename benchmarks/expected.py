@@ -47,7 +47,7 @@ EXPECTED: dict[Group, dict[str, float]] = {
     },
     ("_axis_kernel", "16 bit", 128): {
         "gfx942": 42.6,
-        "sm_100": 34.7,
+        "sm_100": 34.9,
         "sm_80": 49.3,
         "sm_90": 38.6,
     },
