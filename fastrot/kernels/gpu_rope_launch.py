@@ -158,7 +158,7 @@ def rope_config(heads: Heads, source: torch.dtype, backend: str) -> Config:
         return Config(4, size, 2, 1)
     # Both elements of a pair come from one load of each, so that there is room for a prefetch.
     paired = heads.rotary == heads.size == size and source != torch.float32
-    if backend in ("hopper", "interpreter") and paired:
+    if backend in ("hopper", "interpreter") and paired and not heads.signs:
         return Config(4, 64, 2, 2)
     return Config(8, 64, 1, 1)
 
