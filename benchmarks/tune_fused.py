@@ -129,7 +129,7 @@ def configured(case: Case) -> Iterator[Call]:
         changed["fused_tile"] = chosen
     elif config is not None:
         own = config._replace(resident=config.resident or NO_LOOP)
-        changed |= {"ROWS": case.rows, "rope_config": lambda heads, backend: own}
+        changed |= {"ROWS": case.rows, "rope_config": lambda *_: own}
     if not torch.cuda.is_available():
         changed |= {"_check": lambda x: None, "backend_of": lambda device: "hopper"}
     with ExitStack() as stack:

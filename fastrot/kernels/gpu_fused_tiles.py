@@ -148,6 +148,8 @@ def _tuned(A: int, B: int, a: int, cut: Cut) -> Config | None:
     config = TUNED.get(form, TUNED.get(form._replace(exact=None)))
     if config and (cut.signs or (cut.norm and not cut.exact)):
         # A prefetch of these takes as much room as that of x.
+        if form.two and not cut.exact and A * B > 4096:
+            return None  # nor are there registers left
         fewer = config.resident - config.resident // 4
         return config._replace(resident=fewer, num_stages=2)
     return config

@@ -113,7 +113,7 @@ def transform(
     tiles = q_tiles + k_tiles + v_tiles
     v = k if v is None else v
     world = quantize.global_scale if quantize else None
-    programs = rope_config(heads, backend).resident * _multiprocessors(q.device)
+    programs = rope_config(heads, q.dtype, backend).resident * _multiprocessors(q.device)
     with _guard(q):
         _rope_kernel[(min(tiles, programs),)](
             q,
@@ -151,13 +151,14 @@ def transform(
     return True
 
 
-def rope_config(heads: Heads, backend: str) -> Config:
+def rope_config(heads: Heads, source: torch.dtype, backend: str) -> Config:
     """How a launch is configured, so that nothing spills."""
     size = padded(heads.size)
     if size <= 64:
         return Config(4, size, 2, 1)
     # Both elements of a pair come from one load of each, so that there is room for a prefetch.
-    if backend in ("hopper", "interpreter") and heads.rotary == heads.size == size:
+    paired = heads.rotary == heads.size == size and source != torch.float32
+    if backend in ("hopper", "interpreter") and paired and not heads.signs:
         return Config(4, 64, 2, 2)
     return Config(8, 64, 1, 1)
 
@@ -167,7 +168,7 @@ def rope_constants(
 ) -> dict[str, Any]:
     """The compile-time arguments and options of a launch."""
     dtype, parts, _, _ = operands(source, False, backend)
-    config = rope_config(heads, backend)
+    config = rope_config(heads, source, backend)
     form = quantize.format if quantize else None
     return {
         "A": ROWS,
