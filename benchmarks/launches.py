@@ -144,7 +144,7 @@ def axis_launch(
     from fastrot.kernels.gpu_matrix import parts_of
 
     backend, transpose = BACKENDS[arch], signs == "transposed"
-    c = gpu_axis.axis_constants(factor, run, source, bool(signs), transpose, backend)
+    c = gpu_axis.axis_constants(factor, run, source, target, bool(signs), transpose, backend)
     wide = source == torch.float64
     x, part = SHORT[source], SHORT[parts_of(source, backend)[0]]
     types = {

@@ -23,10 +23,12 @@ from torch import Tensor
 from fastrot.kernels.gpu_matrix import (
     SYLVESTER,
     TABLE,
+    add_left,
     backend_of,
     dot_left,
     matrix,
     padded,
+    parts_between,
     parts_of,
     table,
     triton_dtype,
@@ -91,7 +93,7 @@ def _axis_tile(
                 SIZE, SIGNS and not TRANSPOSE,
             )  # fmt: skip
             m = matrix(h, i, k[None, :], SIZE, A, KIND, OPERAND)
-            y = dot_left(m, v, y, PARTS, OPERAND)
+            y = add_left(m, v, y, PARTS, OPERAND)
     y = y * scale
     inside = (i < SIZE) & valid
     if SIGNS and TRANSPOSE:
@@ -256,10 +258,18 @@ CONFIGS = {
 
 
 TUNED: dict[tuple[str, int], dict[int, Config]] = {
-    ("hopper", 16): {},
-    ("hopper", 32): {},
+    ("hopper", 16): {
+        64: Config(128, 64, 8, 1, 4),
+        128: Config(128, 128, 8, 1, 3),
+        256: Config(32, 256, 8, 1, 3),
+    },
+    ("hopper", 32): {
+        32: Config(128, 32, 4, 2, 3),
+        64: Config(64, 64, 4, 3, 3),
+        128: Config(32, 128, 4, 2, 3),
+    },
 }
-"""What `benchmarks/tune.py` found faster on an H200, by backend and bits."""
+"""What was faster on an H200, by backend, bits of the input and padded order."""
 
 
 def config_of(factor: Factor, source: torch.dtype, backend: str) -> Config:
@@ -269,9 +279,15 @@ def config_of(factor: Factor, source: torch.dtype, backend: str) -> Config:
 
 
 def axis_constants(
-    factor: Factor, inner: int, source: torch.dtype, signs: bool, transpose: bool, backend: str
+    factor: Factor,
+    inner: int,
+    source: torch.dtype,
+    target: torch.dtype,
+    signs: bool,
+    transpose: bool,
+    backend: str,
 ) -> dict[str, Any]:
-    """The compile-time arguments and options of a launch."""
+    """The compile-time arguments and options of a launch from ``source`` to ``target`` dtype."""
     size, config = padded(factor.size), config_of(factor, source, backend)
     constants = {
         "SIZE": factor.size,
@@ -285,10 +301,10 @@ def axis_constants(
     }
     if source == torch.float64:
         return constants
-    operand, parts = parts_of(source, backend)
+    operand = parts_of(source, backend)[0]
     return constants | {
         "CHUNK": config.chunk,
-        "PARTS": parts,
+        "PARTS": parts_between(source, target, backend),
         "OPERAND": triton_dtype(operand, backend),
         "PERSISTENT": config.resident > 0,
         "num_stages": config.num_stages,
@@ -312,7 +328,9 @@ def launch_axis(
     The sign of element ``(k, c)`` is ``signs[k · (inner // sign_run) + c // sign_run]``.
     """
     backend = backend_of(x.device)
-    constants = axis_constants(factor, inner, x.dtype, signs is not None, transpose, backend)
+    constants = axis_constants(
+        factor, inner, x.dtype, out.dtype, signs is not None, transpose, backend
+    )
     h = x
     if factor.bases:
         size, dtype = padded(factor.size), parts_of(x.dtype, backend)[0]

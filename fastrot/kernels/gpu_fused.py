@@ -21,7 +21,7 @@ import triton.language as tl
 from triton.language.extra import libdevice
 
 from fastrot.kernels.gpu_formats import store_tile
-from fastrot.kernels.gpu_matrix import dot_left, dot_right, matrix
+from fastrot.kernels.gpu_matrix import add_left, dot_left, dot_right, matrix
 
 PLAIN = tl.constexpr(0)
 SILU = tl.constexpr(1)
@@ -154,21 +154,27 @@ def _fused_tile(
             h = matrix(right, k[:, None], j, RIGHT_SIZE, B, RIGHT, MIDDLE_OPERAND)
             y = dot_right(t, h, y, MIDDLE_PARTS, MIDDLE_OPERAND)
     elif CHUNK < A:
+        if PROLOGUE == RMSNORM:
+            # A loop of its own: beside products, Triton 3.6 loses chunks of the sum on Hopper.
+            sums = tl.zeros((CHUNK, B), tl.float32)
+            for start in tl.range(0, TOKEN_ROWS, CHUNK):
+                k = start + tl.arange(0, CHUNK)
+                v, s = _load(
+                    x, up, gamma, signs, x_stride, up_stride, tokens - first, k[:, None], j,
+                    COLUMNS, TOKEN_ROWS, TOKENS, BLOCK_SIZE, PROLOGUE, FAST, False, False,
+                )  # fmt: skip
+                sums += s
+            # Of the only token in the tile: which row does not matter.
+            squares = tl.where(i == 0, tl.sum(tl.sum(sums, axis=1), axis=0), 0.0)
         t = tl.zeros((A, B), tl.float32)
-        sums = tl.zeros((CHUNK, B), tl.float32)
         for start in tl.range(0, TOKEN_ROWS, CHUNK):
             k = start + tl.arange(0, CHUNK)
             v, s = _load(
                 x, up, gamma, signs, x_stride, up_stride, tokens - first, k[:, None], j,
                 COLUMNS, TOKEN_ROWS, TOKENS, BLOCK_SIZE, PROLOGUE, FAST, GAMMA, SIGNS,
             )  # fmt: skip
-            # Summed up behind the loop: inside, Triton 3.6 loses a chunk of the sum on Hopper.
-            if PROLOGUE == RMSNORM:
-                sums += s
             h = matrix(left, i[:, None], k[None, :], LEFT_SIZE, A, LEFT, OPERAND)
-            t = dot_left(h, v, t, PARTS, OPERAND)
-        if PROLOGUE == RMSNORM:  # of the only token in the tile: which row does not matter
-            squares = tl.where(i == 0, tl.sum(tl.sum(sums, axis=1), axis=0), 0.0)
+            t = add_left(h, v, t, PARTS, OPERAND)
         y = dot_right(t, h_right, y, MIDDLE_PARTS, MIDDLE_OPERAND)
     else:
         t, s = _load(

@@ -100,6 +100,27 @@ def dot_right(x, m, acc, PARTS: tl.constexpr, OPERAND: tl.constexpr):
     return acc
 
 
+@triton.jit
+def add_left(m, x, acc, PARTS: tl.constexpr, OPERAND: tl.constexpr):
+    """As :func:`dot_left`, one of many products that are added up.
+
+    Those of three parts begin anew, and the sum is rounded: nothing would bound what is truncated.
+    """
+    if PARTS == 3:
+        return acc + dot_left(m, x, tl.zeros_like(acc), PARTS, OPERAND)
+    else:
+        return dot_left(m, x, acc, PARTS, OPERAND)
+
+
+@triton.jit
+def add_right(x, m, acc, PARTS: tl.constexpr, OPERAND: tl.constexpr):
+    """As :func:`dot_right`, see :func:`add_left`."""
+    if PARTS == 3:
+        return acc + dot_right(x, m, tl.zeros_like(acc), PARTS, OPERAND)
+    else:
+        return dot_right(x, m, acc, PARTS, OPERAND)
+
+
 @functools.cache
 def table(
     bases: tuple[int, ...],
@@ -152,6 +173,15 @@ def parts_of(dtype: torch.dtype, backend: str) -> tuple[torch.dtype, int]:
     if dtype != torch.float32:
         return dtype, 1
     return (torch.float32, 1) if backend == "cdna" else (torch.bfloat16, 3)
+
+
+def parts_between(source: torch.dtype, target: torch.dtype, backend: str) -> int:
+    """The parts of what is read in ``source`` and rounded to ``target`` in the end.
+
+    A result of 16 bits needs no more than two.
+    """
+    parts = parts_of(source, backend)[1]
+    return parts if target == torch.float32 else min(parts, 2)
 
 
 def triton_dtype(dtype: torch.dtype, backend: str) -> tl.dtype:

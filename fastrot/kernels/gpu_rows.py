@@ -24,6 +24,7 @@ from fastrot.kernels.gpu_matrix import (
     SYLVESTER,
     TABLE,
     backend_of,
+    parts_between,
     parts_of,
     table,
     triton_dtype,
@@ -148,10 +149,11 @@ def rows_constants(
     a = product(tile.left_bases, tile.left_power)
     b = product(tile.right_bases, tile.right_power)
     per_tile = tile.copies * tile.packed
-    operand, parts = parts_of(source, backend)
-    middle, middle_parts = (operand, parts) if a == 1 else parts_of(torch.float32, backend)
-    if middle_parts == 3 and torch.float32 not in (source, target):
-        middle_parts = 2
+    operand, parts = parts_of(source, backend)[0], parts_between(source, target, backend)
+    middle, middle_parts = operand, parts
+    if a > 1:
+        middle = parts_of(torch.float32, backend)[0]
+        middle_parts = parts_between(torch.float32, target, backend)
     config = tile.config
     block = tile.B if tile.chunked else min(config.block or tile.B, tile.B)
     # Signs behind a loop over blocks leave no registers for the loads of the next tile.
@@ -201,9 +203,9 @@ def launch_rows(
         n = product(tile.left_bases + tile.right_bases, tile.left_power * tile.right_power)
         if transpose:
             made = launch_rows(x, out, None, scale, True, tile, multiprocessors)
-            out.view(-1, n).mul_(signs)
+            out.view(-1, n).mul_(signs.to(out.dtype))
             return made
-        torch.mul(x.view(-1, n), signs, out=out.view(-1, n))
+        torch.mul(x.view(-1, n), signs.to(x.dtype), out=out.view(-1, n))
         return launch_rows(out, out, None, scale, False, tile, multiprocessors)
     backend = backend_of(x.device)
     constants = rows_constants(tile, x.dtype, out.dtype, signs is not None, transpose, backend)

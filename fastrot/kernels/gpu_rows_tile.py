@@ -11,12 +11,12 @@ registers as a whole, or over chunks of the left matrix, which is then loaded fo
 
 # Arguments of a kernel have Triton's types, not Python's; its tuples cannot be unpacked.
 # ruff: noqa: ANN001, ANN201, ANN202, RUF005
-# mypy: disable-error-code="no-untyped-def,assignment"
+# mypy: disable-error-code="no-untyped-def,assignment,misc"
 
 import triton
 import triton.language as tl
 
-from fastrot.kernels.gpu_matrix import SYLVESTER, dot_left, dot_right, matrix
+from fastrot.kernels.gpu_matrix import SYLVESTER, add_left, add_right, dot_left, dot_right, matrix
 
 
 @triton.jit
@@ -152,8 +152,9 @@ def tile_in_pieces(
                 t = t + (v[r * S + s],)
             else:
                 y = tl.zeros((P, Q), tl.float32)
-                for k in tl.static_range(R):
-                    y = dot_left(h_left[r * R + k], v[k * S + s], y, PARTS, OPERAND)
+                y = dot_left(h_left[r * R], v[s], y, PARTS, OPERAND)
+                for k in tl.static_range(1, R):
+                    y = add_left(h_left[r * R + k], v[k * S + s], y, PARTS, OPERAND)
                 t = t + (y,)
         if RIGHT == SYLVESTER:
             if S > 1:
@@ -169,8 +170,9 @@ def tile_in_pieces(
             if RIGHT == SYLVESTER:
                 y = dot_right(t[s], h_right[0], y, MIDDLE_PARTS, MIDDLE_OPERAND)
             else:
-                for k in tl.static_range(S):
-                    y = dot_right(t[k], h_right[k * S + s], y, MIDDLE_PARTS, MIDDLE_OPERAND)
+                y = dot_right(t[0], h_right[s], y, MIDDLE_PARTS, MIDDLE_OPERAND)
+                for k in tl.static_range(1, S):
+                    y = add_right(t[k], h_right[k * S + s], y, MIDDLE_PARTS, MIDDLE_OPERAND)
             _store(
                 y * scale, out, signs, base, r * P + p, s * Q + q, remaining,
                 ROWS, COLUMNS, LEFT_SIZE, RIGHT_SIZE, BOUNDED, SIGNS and TRANSPOSE,
@@ -233,7 +235,7 @@ def tile_in_loops(
                 SIGNS and not TRANSPOSE,
             )  # fmt: skip
             h = matrix(left, i, k[None, :], LEFT_SIZE, A, LEFT, OPERAND)
-            t = dot_left(h, v, t, PARTS, OPERAND)
+            t = add_left(h, v, t, PARTS, OPERAND)
         y = dot_right(t, h_right[0], y, MIDDLE_PARTS, MIDDLE_OPERAND)
     _store(
         y * scale, out, signs, base, i, j, remaining,
