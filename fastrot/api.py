@@ -20,6 +20,7 @@ from fastrot.integrations.guard import check_complete
 from fastrot.integrations.marks import clear_stale_mark, mark
 from fastrot.integrations.outlines import model_of
 from fastrot.journal import Journal, Undo, exclusive
+from fastrot.memory import on_cpu
 from fastrot.online import attach, make
 from fastrot.recipe import Recipe, takes_recipe
 from fastrot.record import own_config, retrace, sealed, with_application
@@ -113,7 +114,7 @@ def apply(
     check_model(model)
     check_flag("progress", progress)
     check_whole(model, trust=trust)
-    with exclusive(model), torch.device("cpu"):
+    with exclusive(model), on_cpu():
         if not isinstance(rotations, Plan):
             made = plan(model, rotations, trust=trust, **options)
         elif options:

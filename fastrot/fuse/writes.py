@@ -13,6 +13,7 @@ from fastrot.fuse.torch_weight import TorchRotation
 from fastrot.kernels import gpu_weight
 from fastrot.kernels.gpu_weight import TritonRotation
 from fastrot.kernels.weight import Side, TwoSided, Workspace
+from fastrot.memory import on_cpu
 from fastrot.rotations.stages import Matrix, Permutation, Signs, Stage, merged
 
 if TYPE_CHECKING:  # it imports numba, and whoever only plans has no use for that
@@ -41,7 +42,7 @@ def as_written() -> Iterator[None]:
         torch.no_grad(),
         torch.autocast("cpu", enabled=False),
         torch.autocast("cuda", enabled=False),
-        torch.device("cpu"),
+        on_cpu(),
     ):
         yield
 
