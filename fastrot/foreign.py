@@ -7,6 +7,8 @@ one, may read or write what is rotated; only its author can say that it does not
 import functools
 import gc
 import re
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -77,7 +79,10 @@ def check_whole(model: nn.Module, *, trust: bool = False) -> None:
     """
     from transformers import PreTrainedModel
 
-    inside = {id(module) for module in model.modules() if any(True for _ in module.parameters())}
+    parts = [module for module in model.modules() if any(True for _ in module.parameters())]
+    if not _held(model) and (trust or not _shared(parts)):
+        return
+    inside = set(map(id, parts))
     kinds = _with_subclasses(PreTrainedModel)
     for other in [found for found in gc.get_objects() if type(found) in kinds]:
         if id(other) not in inside:
@@ -96,6 +101,20 @@ def check_whole(model: nn.Module, *, trust: bool = False) -> None:
                         "model, give it a copy (copy.deepcopy), or pass trust=True if it is not "
                         "used any more"
                     )
+
+
+def _held(model: nn.Module) -> bool:
+    """Whether something holds a model as modules hold others; quicker than to ask all objects."""
+    holders = (list(d.values()) for d in gc.get_referrers(model) if isinstance(d, dict))
+    return any(all(v is None or issubclass(type(v), nn.Module) for v in d) for d in holders)
+
+
+def _shared(parts: list[nn.Module]) -> bool:
+    """Whether anything but each other refers to the parts of a model, which come after it."""
+    within = Counter(id(child) for part in parts for child in part._modules.values())
+    (alone,) = map(sys.getrefcount, [object()])  # what a list holds, and nothing else
+    counts = list(map(sys.getrefcount, parts))
+    return any(n - alone != within[id(p)] for p, n in zip(parts[1:], counts[1:], strict=True))
 
 
 def _with_subclasses(kind: type) -> set[type]:
