@@ -11,7 +11,6 @@ from fastrot.checks import (
     check_flag,
     check_loaded,
     check_model,
-    check_norm,
     check_overlaps,
     check_parameter,
 )
@@ -20,6 +19,7 @@ from fastrot.errors import RotationError
 from fastrot.foreign import check_foreign
 from fastrot.index import outline
 from fastrot.memory import check_memory
+from fastrot.norms import check_norms
 from fastrot.online import check_site
 from fastrot.record import applied_groups
 from fastrot.resolve import on_meta
@@ -111,10 +111,9 @@ def check_weights(model: nn.Module, plan: Plan) -> None:
             raise RotationError(f"the plan does not fit {edit.parameter}: {problem}")
     if on_meta(model):
         return
-    for norm in plan.norms:
-        if norm.kind == "scale":
-            continue
-        check_norm(norm.name, model.get_submodule(norm.name), norm.offset, norm.kind, norm.width)
+    check_norms(
+        (norm, model.get_submodule(norm.name)) for norm in plan.norms if norm.kind != "scale"
+    )
     for name in plan.parameters:
         check_parameter(name, parameters[name])
     check_overlaps(model, plan.parameters)

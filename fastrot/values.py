@@ -1,16 +1,19 @@
 """Whether the numbers allow it: finite in, finite out, decided before the first write."""
 
+import math
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastrot.edits import Plan, Rotate, Scale, WeightEdit
+from fastrot.edits import Plan, Rotate, WeightEdit
 from fastrot.errors import RotationError
 from fastrot.fuse import rotated, scale_of
 from fastrot.mapping import STREAM
+from fastrot.scalars import numbers
 
 SAMPLE = 4096
 """Vectors whose channels are looked at for the dynamic range."""
@@ -41,19 +44,21 @@ def check_values(model: nn.Module, plan: Plan) -> None:
         ValueRangeError: names the weight, the figure and the way out.
     """
     with torch.no_grad():
-        for edit in plan.weights:
-            weight = model.get_parameter(edit.parameter).detach()
-            scales = [scale_of(model.get_parameter, s) for s in edit.steps if isinstance(s, Scale)]
-            largest = 1.0
-            for scale in scales:
-                _check_finite(edit.parameter, scale)
-                largest *= float(scale.abs().max())
-            bound = 1.01 * float(torch.linalg.vector_norm(weight)) * largest
+        weights = [model.get_parameter(edit.parameter).detach() for edit in plan.weights]
+        scales = {
+            step: scale_of(model.get_parameter, step)
+            for step in dict.fromkeys(chain(*(edit.scales for edit in plan.weights)))
+        }
+        norms = numbers(map(torch.linalg.vector_norm, weights))
+        largest = dict(zip(scales, numbers(s.abs().max() for s in scales.values()), strict=True))
+        for edit, weight, norm in zip(plan.weights, weights, norms, strict=True):
+            bound = 1.01 * norm * math.prod(largest[step] for step in edit.scales)
             if not bound < torch.finfo(weight.dtype).max:
-                _check_finite(edit.parameter, weight)
+                for values in (*(scales[step] for step in edit.scales), weight):
+                    _check_finite(edit.parameter, values)
                 _check_on_trial(model, edit, weight)
-            if weight.dtype == torch.float16 and weight.dim() > 1 and scales:
-                check_not_lost(edit, weight, scales)
+            if weight.dtype == torch.float16 and weight.dim() > 1 and edit.scales:
+                check_not_lost(edit, weight, [scales[step] for step in edit.scales])
 
 
 def dynamic_range(model: nn.Module, plan: Plan) -> float:
@@ -65,12 +70,13 @@ def dynamic_range(model: nn.Module, plan: Plan) -> float:
     """
     if not any(STREAM in edit.groups for edit in plan.weights):
         return 1.0
-    found = [1.0]
-    for channels in _writers(model, plan):
-        median = float(channels.median())
-        if median > 0:
-            found.append(float(channels.square().mean().sqrt()) / median)
-    return max(found)
+    figures = numbers(
+        figure
+        for channels in _writers(model, plan)
+        for figure in (channels.median(), channels.square().mean().sqrt())
+    )
+    pairs = zip(figures[::2], figures[1::2], strict=True)
+    return max([1.0, *(mean / median for median, mean in pairs if median > 0)])
 
 
 def notes(model: nn.Module, plan: Plan) -> tuple[str, ...]:

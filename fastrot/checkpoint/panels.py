@@ -109,9 +109,7 @@ class Panel:
             writes = self.writes(memory, norms)
             workspace = _enough(workspace, writes)
             for action in self.task.actions:
-                scales = (
-                    [s for s in action.edit.steps if isinstance(s, Scale)] if action.edit else []
-                )
+                scales = action.edit.scales if action.edit else ()
                 if action.edit and scales and y.dtype == torch.float16 and y.dim() > 1:
                     factors = [scale_of(norms.__getitem__, scale) for scale in scales]
                     check_not_lost(action.edit, self._box(y, action.box), factors)
