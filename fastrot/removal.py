@@ -101,9 +101,9 @@ def _remove(model: "PreTrainedModel", groups: str | Iterable[str] | None, undo: 
     _check_known(plans, wanted)
     for name, plan in plans:
         if name in wanted:
-            check_weights(model, plan)
+            check_weights(index, plan)
             _check_installed(model, plan)
-    fusion = Fusion(model, _inverse([plan for name, plan in plans if name in wanted]))
+    fusion = Fusion(index, _inverse([plan for name, plan in plans if name in wanted]))
     lost = partial(mark_damaged, model, fusion.parameters)
     with Journal(fusion.overwritten, undo, lost) as journal:
         config = own_config(model, journal)
