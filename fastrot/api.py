@@ -11,7 +11,7 @@ from fastrot.checks import check_flag, check_model
 from fastrot.damage import mark_damaged
 from fastrot.edits import Plan
 from fastrot.errors import RotationError
-from fastrot.fit import check, check_first_time, fitted
+from fastrot.fit import check_first_time, checked, fitted
 from fastrot.foreign import check_whole
 from fastrot.fuse import Fusion
 from fastrot.handle import Handle
@@ -20,6 +20,7 @@ from fastrot.integrations.guard import check_complete
 from fastrot.integrations.marks import clear_stale_mark, mark
 from fastrot.integrations.outlines import model_of
 from fastrot.journal import Journal, Undo, exclusive
+from fastrot.memory import on_cpu
 from fastrot.online import attach, make
 from fastrot.recipe import Recipe, takes_recipe
 from fastrot.record import own_config, retrace, sealed, with_application
@@ -57,14 +58,16 @@ def plan(
     check_model(described)
     if not config_alone:
         check_complete(described)
-    recipe = Recipe.of(rotations, options)
+    return _planned(Index(described), Recipe.of(rotations, options), trust)
+
+
+def _planned(index: Index, recipe: Recipe, trust: bool) -> Plan:
     check_flag("trust", trust)
-    index = Index(described)
     config, mapping, norms, given = configured(index, recipe)
-    check_first_time(described, config)
+    check_first_time(index, config)
     dtype = recipe.precision or torch.float64
     made = resolve(index, config, norms, recipe.seed, mapping, dtype, recipe.by_table, given)
-    return fitted(described, made, trust)
+    return fitted(index, made, trust)
 
 
 @takes_recipe
@@ -113,28 +116,30 @@ def apply(
     check_model(model)
     check_flag("progress", progress)
     check_whole(model, trust=trust)
-    with exclusive(model), torch.device("cpu"):
-        if not isinstance(rotations, Plan):
-            made = plan(model, rotations, trust=trust, **options)
-        elif options:
+    with exclusive(model), on_cpu():
+        if isinstance(rotations, Plan) and options:
             raise TypeError(f"{', '.join(options)} beside a Plan, which has decided it; plan anew")
+        check_complete(model)
+        index = Index(model)
+        if isinstance(rotations, Plan):
+            made = checked(index, rotations, trust)
         else:
-            check_complete(model)
-            made = check(model, rotations, trust=trust)
+            made = _planned(index, Recipe.of(rotations, options), trust)
         if on_meta(model):
             raise RotationError(
                 f"the weights of {type(model).__name__} are on the meta device (not loaded, or "
                 "offloaded); load the whole model into memory before rotating it"
             )
-        check_values(model, made)
+        check_values(index, made)
         for note in made.notes:
             warnings.warn(note, PrecisionWarning, stacklevel=3)
-        _execute(model, made, undo, progress)
+        _execute(index, made, undo, progress)
     return Handle(model, made)
 
 
-def _execute(model: "PreTrainedModel", made: Plan, undo: Undo, progress: bool) -> None:
-    fusion = Fusion(model, made)
+def _execute(index: Index, made: Plan, undo: Undo, progress: bool) -> None:
+    model: Any = index.model
+    fusion = Fusion(index, made)
     modules = make(model, made.online)
     record = with_application(model.config, made)
     with Journal(

@@ -1,4 +1,4 @@
-"""Refusals: whether a model, a parameter or a norm is what a rotation can act on."""
+"""Refusals: whether a model or a parameter is what a rotation can act on."""
 
 import re
 from typing import Any
@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from fastrot.errors import RotationError
-from fastrot.mapping import NormKind
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -161,100 +160,6 @@ def check_overlaps(model: nn.Module, names: tuple[str, ...]) -> None:
             )
         if device != last[0] or end > last[1]:
             last = (device, end, name)
-
-
-def check_norm_form(
-    name: str, module: nn.Module | nn.Parameter, kind: NormKind, width: int
-) -> None:
-    """Refuse a norm whose parameters are not those of its kind.
-
-    Args:
-        name: of the module, or of a bare vector.
-        module: the norm, or the vector.
-        kind: ``rms``, ``layer``, or ``scale`` for a bare vector.
-        width: size of its input.
-    """
-    if isinstance(module, nn.Parameter) or kind == "scale":
-        shape = tuple(module.shape) if isinstance(module, nn.Parameter) else type(module).__name__
-        if shape != (width,) or kind != "scale":
-            raise RotationError(
-                f"{name} ({shape}) is no bare vector of size {width} of kind='scale'; correct "
-                "NormMapping.norm or kind"
-            )
-        return
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    plain = isinstance(weight, nn.Parameter) and weight.shape == (width,)
-    if (weight is not None and not plain) or any(m is not module for m in module.modules()):
-        raise RotationError(
-            f"{name} ({type(module).__name__}) is no norm with a parameter 'weight' of size "
-            f"{width}, or none at all; correct NormMapping.norm"
-        )
-    if bias is not None and (kind == "rms" or weight is None):
-        raise RotationError(
-            f"{name} ({type(module).__name__}) has a bias, so it is no RMSNorm; say kind='layer' "
-            "in its NormMapping if it centres, or leave R1 out for this model"
-        )
-
-
-def check_norm(name: str, module: nn.Module, offset: float, kind: NormKind, width: int) -> None:
-    """Refuse a norm that is not what its mapping says, by trying it on two vectors.
-
-    ``rms`` is ``x / rms(x) · (weight + offset)``; ``layer`` takes the mean from ``x`` before and
-    adds a bias behind; either may lack its parameters. Neither the kind nor the offset shows in a
-    module's name, and folding with the wrong one changes the model.
-
-    Args:
-        name: of the module.
-        module: the norm, its weights in memory.
-        offset: what it adds to its weight.
-        kind: ``rms`` or ``layer``.
-        width: size of its input.
-    """
-    check_norm_form(name, module, kind, width)
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-    if weight is None:
-        weight, offset = torch.ones(width), 0.0
-    else:
-        check_parameter(f"{name}.weight", weight)
-    generator = torch.Generator().manual_seed(0)
-    x = 1.0 + 3.0 * torch.randn(2, weight.numel(), generator=generator, device="cpu")
-    with torch.no_grad():
-        # The class's forward, so that no hook of the user runs.
-        got = type(module).forward(module, x.to(weight.device, weight.dtype)).double().cpu()
-    x, gamma = x.double(), weight.detach().double().cpu() + offset
-    if kind == "layer":
-        x = x - x.mean(-1, keepdim=True)
-    expected = torch.nn.functional.normalize(x, dim=-1) * weight.numel() ** 0.5 * gamma
-    if bias is not None:
-        expected = expected + bias.detach().double().cpu()
-    error = float((got - expected).norm() / expected.norm().clamp_min(1e-30))
-    if not error < 1.5 * torch.finfo(weight.dtype).eps + 1e-4:
-        form = "(x - mean(x)) / std(x)" if kind == "layer" else "x / rms(x)"
-        raise RotationError(
-            f"{name} ({type(module).__name__}) does not compute {form} · (weight + {offset:g}) "
-            f"(off by {error:.1%}): it centres or does not, or has another offset; correct "
-            "NormMapping.offset or kind, or leave R1 out for this model"
-        )
-    if bias is not None:
-        _check_foldable(name, bias.detach().double().cpu(), gamma, bias.dtype)
-
-
-LARGEST_QUOTIENT = {torch.float64: 1e3, torch.float32: 30.0}
-"""Root mean square of bias over weight; rounding errors grow as much. For 16 bits it is 10."""
-
-
-def _check_foldable(name: str, bias: Tensor, gamma: Tensor, dtype: torch.dtype) -> None:
-    """The bias divided by the weight stands in the rotated stream, and is rounded with it."""
-    quotient = torch.where(bias == 0, 0.0, bias / gamma)
-    size = float(quotient.square().mean().sqrt())
-    if not size <= LARGEST_QUOTIENT.get(dtype, 10.0):
-        channel = int(quotient.abs().nan_to_num(torch.inf).argmax())
-        raise RotationError(
-            f"{name} has a bias of {float(bias[channel]):.2g} at channel {channel}, where its "
-            f"weight is (almost) zero, {float(gamma[channel]):.2g}: folded, the bias would be "
-            f"{size:.2g} times what it is added to, and {dtype} would round as coarsely; leave R1 "
-            "out for this model"
-        )
 
 
 def check_loaded(name: str, module: nn.Module) -> None:

@@ -43,7 +43,7 @@ def classify(
                 continue
             for leaf, _ in holder.named_parameters(recurse=False):
                 roles.setdefault(f"{owner}.{leaf}", role)
-    for name, _ in index.model.named_parameters(remove_duplicate=False):
+    for name in index.parameters:
         for pattern, reason in mapping.ignore:
             if matches(name, pattern):
                 roles.setdefault(name, f"untouched: {reason}" if reason else "untouched")
@@ -68,7 +68,7 @@ def check_coverage(index: Index, mapping: Mapping, norms: Sequence[NormMapping])
         )
     embeddings = find_sites(index, mapping.embedding).values()
     width = {site.shape[site.output] for site in embeddings}
-    tensors: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors: dict[str, Tensor] = dict(index.parameters)
     # Fixed positions are no parameters, but are added to the stream all the same.
     for name, buffer in model.named_buffers():
         if buffer.is_floating_point() and buffer.dim() and buffer.shape[-1] in width:

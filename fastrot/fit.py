@@ -4,22 +4,22 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastrot.checks import (
     AlreadyRotatedError,
     check_flag,
     check_loaded,
     check_model,
-    check_norm,
     check_overlaps,
     check_parameter,
 )
 from fastrot.edits import Plan, Rotate, Scale, WeightEdit
 from fastrot.errors import RotationError
 from fastrot.foreign import check_foreign
-from fastrot.index import outline
+from fastrot.index import Index, outline
 from fastrot.memory import check_memory
+from fastrot.norms import check_norms
 from fastrot.online import check_site
 from fastrot.record import applied_groups
 from fastrot.resolve import on_meta
@@ -53,20 +53,26 @@ def check(model: "PreTrainedModel", plan: Plan, *, trust: bool = False) -> Plan:
     if not isinstance(plan, Plan):
         raise TypeError(f"expected a plan that fastrot.plan made, got {type(plan).__name__}")
     check_model(model)
+    return checked(Index(model), plan, trust)
+
+
+def checked(index: Index, plan: Plan, trust: bool) -> Plan:
+    """The rest of :func:`check`, for a model that was checked and what is a plan."""
     check_flag("trust", trust)
-    check_first_time(model, plan.transform_config)
-    _check_same(model, plan)
-    return fitted(model, plan, trust)
+    check_first_time(index, plan.transform_config)
+    _check_same(index, plan)
+    return fitted(index, plan, trust)
 
 
-def fitted(model: "PreTrainedModel", plan: Plan, trust: bool) -> Plan:
-    """The rest of :func:`check`, which is all that a plan needs that was just made of a model."""
+def fitted(index: Index, plan: Plan, trust: bool) -> Plan:
+    """The rest of it, which is all that a plan needs that was just made of a model."""
+    model = index.model
     if not plan.weights and not plan.online:
         groups = ", ".join(plan.transform_config.config_groups)
         raise RotationError(
             f"transform_config describes no transform: {groups} names no place in 'apply'"
         )
-    check_weights(model, plan)
+    check_weights(index, plan)
     if plan.online and getattr(model, "use_kernels", False):
         raise RotationError(
             "the model uses kernels from the hub, which replace whole modules and pass by the "
@@ -75,33 +81,33 @@ def fitted(model: "PreTrainedModel", plan: Plan, trust: bool) -> Plan:
     loaded = not on_meta(model)
     for site in plan.online:
         if loaded:
-            check_loaded(site.module, model.get_submodule(site.module))
+            check_loaded(site.module, index.module(site.module))
         check_site(model, site)
     if not trust:
-        check_foreign(model, plan, classes=plan.by_table)
-    return replace(plan, notes=notes(model, plan)) if loaded else plan
+        check_foreign(index, plan, classes=plan.by_table)
+    return replace(plan, notes=notes(index, plan)) if loaded else plan
 
 
-def check_first_time(model: "PreTrainedModel", config: TransformConfig) -> None:
+def check_first_time(index: Index, config: TransformConfig) -> None:
     """Refuse rotations of which one is on the model already."""
-    there = applied_groups(model.config)
+    there = applied_groups(index.config)
     twice = [name for name in config.config_groups if name in there]
     moved = [name for name in twice if config.config_groups[name].type == PERMUTATION]
     if twice and moved == twice:
         raise AlreadyRotatedError(
-            f"the channels of this {type(model).__name__} have changed places already "
+            f"the channels of this {index.class_name} have changed places already "
             f"({' and '.join(moved)}); leave permutations out, their order stays"
         )
     if twice:
         raise AlreadyRotatedError(
-            f"{' and '.join(twice)} is already on this {type(model).__name__}; a second time "
+            f"{' and '.join(twice)} is already on this {index.class_name}; a second time "
             "would undo or scramble it; start from the original weights"
         )
 
 
-def check_weights(model: nn.Module, plan: Plan) -> None:
+def check_weights(index: Index, plan: Plan) -> None:
     """Refuse weights that the plan can't be carried out on, and steps that don't fit them."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
+    parameters = index.parameters
     seen: set[str] = set()
     for edit in plan.weights:
         if edit.parameter in seen:
@@ -109,25 +115,22 @@ def check_weights(model: nn.Module, plan: Plan) -> None:
         seen.add(edit.parameter)
         for problem in _misfits(edit, parameters):
             raise RotationError(f"the plan does not fit {edit.parameter}: {problem}")
-    if on_meta(model):
+    if on_meta(index.model):
         return
-    for norm in plan.norms:
-        if norm.kind == "scale":
-            continue
-        check_norm(norm.name, model.get_submodule(norm.name), norm.offset, norm.kind, norm.width)
+    check_norms((norm, index.module(norm.name)) for norm in plan.norms if norm.kind != "scale")
     for name in plan.parameters:
         check_parameter(name, parameters[name])
-    check_overlaps(model, plan.parameters)
+    check_overlaps(index.model, plan.parameters)
     check_memory((name, parameters[name]) for name in plan.parameters)
 
 
-def _check_same(model: nn.Module, plan: Plan) -> None:
+def _check_same(index: Index, plan: Plan) -> None:
+    model, parameters = index.model, index.parameters
     if type(model).__name__ != plan.model_class:
         raise RotationError(
             f"the plan was made for a {plan.model_class}, not for a {type(model).__name__}; plan "
             "this model"
         )
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, shape in plan.shapes.items():
         there = tuple(parameters[name].shape) if name in parameters else None
         if there != shape:
@@ -144,7 +147,7 @@ def _check_same(model: nn.Module, plan: Plan) -> None:
                 f"the plan puts {site.group} on {site.module}, which this {type(model).__name__} "
                 "does not have; plan this model"
             ) from None
-    if plan.outline != outline(model):
+    if plan.outline != outline(index):
         raise RotationError(
             f"the plan was made for a {plan.model_class} with other parameters, or tied in "
             "another way, than this one; plan this model"

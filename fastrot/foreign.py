@@ -7,6 +7,8 @@ one, may read or write what is rotated; only its author can say that it does not
 import functools
 import gc
 import re
+import sys
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch.nn.modules import module as torch_module
 
 from fastrot.edits import Plan, Rotate
 from fastrot.errors import RotationError
+from fastrot.index import Index
 from fastrot.mapping import STREAM
 from fastrot.rotations import PERMUTATION
 
@@ -32,22 +35,22 @@ class ForeignCodeError(RotationError):
     """A forward or a hook that fastrot knows nothing of, where a rotation acts."""
 
 
-def check_foreign(model: nn.Module, plan: Plan, *, classes: bool) -> None:
+def check_foreign(index: Index, plan: Plan, *, classes: bool) -> None:
     """Refuse forwards and hooks of others on the way of what a plan rotates.
 
     For R1 that is every module with a weight of the plan, all modules around it, and in these the
     dropouts and norms without weights; for others the module itself and the block around it.
 
     Args:
-        model: the model the plan was made for.
+        index: of the model the plan was made for.
         plan: what will be rotated.
         classes: whether classes must be known too; not if the user described them.
 
     Raises:
         ForeignCodeError: names the module, the code, and the way out.
     """
-    for name in _touched(model, plan):
-        module = model.get_submodule(name)
+    for name in _touched(index, plan):
+        module = index.module(name)
         where = f"{name or 'the model'} ({type(module).__name__})"
         for what in _foreign(module, classes):
             raise ForeignCodeError(
@@ -77,7 +80,10 @@ def check_whole(model: nn.Module, *, trust: bool = False) -> None:
     """
     from transformers import PreTrainedModel
 
-    inside = {id(module) for module in model.modules() if any(True for _ in module.parameters())}
+    parts = [module for module in model.modules() if any(True for _ in module.parameters())]
+    if not _held(model) and (trust or not _shared(parts)):
+        return
+    inside = set(map(id, parts))
     kinds = _with_subclasses(PreTrainedModel)
     for other in [found for found in gc.get_objects() if type(found) in kinds]:
         if id(other) not in inside:
@@ -98,6 +104,20 @@ def check_whole(model: nn.Module, *, trust: bool = False) -> None:
                     )
 
 
+def _held(model: nn.Module) -> bool:
+    """Whether something holds a model as modules hold others; quicker than to ask all objects."""
+    holders = (list(d.values()) for d in gc.get_referrers(model) if isinstance(d, dict))
+    return any(all(v is None or issubclass(type(v), nn.Module) for v in d) for d in holders)
+
+
+def _shared(parts: list[nn.Module]) -> bool:
+    """Whether anything but each other refers to the parts of a model, which come after it."""
+    within = Counter(id(child) for part in parts for child in part._modules.values())
+    (alone,) = map(sys.getrefcount, [object()])  # what a list holds, and nothing else
+    counts = list(map(sys.getrefcount, parts))
+    return any(n - alone != within[id(p)] for p, n in zip(parts[1:], counts[1:], strict=True))
+
+
 def _with_subclasses(kind: type) -> set[type]:
     found: set[type] = {kind}
     below: type
@@ -106,7 +126,7 @@ def _with_subclasses(kind: type) -> set[type]:
     return found
 
 
-def _touched(model: nn.Module, plan: Plan) -> list[str]:
+def _touched(index: Index, plan: Plan) -> list[str]:
     stream: dict[str, None] = {}
     names: dict[str, None] = {}
     for edit in plan.weights:
@@ -117,12 +137,12 @@ def _touched(model: nn.Module, plan: Plan) -> list[str]:
         if any(isinstance(s, Rotate) and s.rotation.kind == PERMUTATION for s in edit.steps):
             # Every channel takes its number along, through all that is between.
             block = holder.rpartition(".")[0]
-            inside = model.get_submodule(block).named_modules(prefix=block)
+            inside = index.module(block).named_modules(prefix=block)
             names |= dict.fromkeys(name for name, _ in inside)
     for norm in plan.written_norms:
         stream |= dict.fromkeys(_around(norm.module, True))
     for name in list(stream):
-        stream |= dict.fromkeys(_passed(model, name))
+        stream |= dict.fromkeys(_passed(index, name))
     names = stream | names
     for site in plan.online:
         # Attention and experts are blocks themselves.
@@ -142,9 +162,9 @@ def _around(name: str, whole: bool) -> Iterator[str]:
             return
 
 
-def _passed(model: nn.Module, name: str) -> Iterator[str]:
+def _passed(index: Index, name: str) -> Iterator[str]:
     """What has no weight that a table could name, and passes the stream on."""
-    for leaf, child in model.get_submodule(name).named_children():
+    for leaf, child in index.module(name).named_children():
         bare = next(child.parameters(), None) is None
         if bare and ON_STREAM.search(leaf) and not INSIDE.match(leaf):
             yield f"{name}.{leaf}" if name else leaf

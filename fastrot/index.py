@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any, TypeVar
 
 from torch import nn
@@ -42,6 +43,15 @@ class Index:
         self.rotations: dict[Rotation, Rotation] = {}
         self.units: dict[Rotation, Rotation] = {}
         self._named: dict[str, set[str]] = {}
+
+    @cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Every parameter by each of its names."""
+        return dict(self.model.named_parameters(remove_duplicate=False))
+
+    def module(self, name: str) -> nn.Module:
+        """A module by any of its names."""
+        return self.modules[name] if name in self.modules else self.model.get_submodule(name)
 
     @property
     def config(self) -> Any:
@@ -83,11 +93,11 @@ class Index:
         return {name: things[name] for name in self.things if name in found}
 
 
-def outline(model: nn.Module) -> str:
+def outline(model: nn.Module | Index) -> str:
     """A digest of the names and shapes of all parameters, and of which of them are one."""
     first: dict[int, str] = {}
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in Index.of(model).parameters.items():
         tied = first.setdefault(id(parameter), name)
         digest.update(f"{name} {tuple(parameter.shape)} {tied}\n".encode())
     return digest.hexdigest()

@@ -1,10 +1,13 @@
-"""Whose memory a weight lies on: torch's own, another's, one that other processes see."""
+"""Whose memory a weight lies on (torch's own, another's, one that others see), and new tensors."""
 
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.overrides import has_torch_function
 
 from fastrot.errors import RotationError
 
@@ -16,6 +19,16 @@ class _Mapping(NamedTuple):
     end: int
     rights: str
     path: str
+
+
+def on_cpu() -> AbstractContextManager[Any]:
+    """New tensors lie on the CPU, whatever default device or mode surrounds the caller.
+
+    Where they do anyway nothing is entered: under a mode every call of torch goes through Python.
+    """
+    probe = torch.empty(0)
+    plain = probe.device.type == "cpu" and not has_torch_function((probe,))
+    return nullcontext() if plain else torch.device("cpu")
 
 
 def owned(tensor: Tensor) -> bool:

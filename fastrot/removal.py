@@ -17,6 +17,7 @@ from fastrot.index import Index
 from fastrot.integrations.marks import unmark
 from fastrot.journal import Journal, Undo, exclusive
 from fastrot.mapping import STREAM, NormMapping
+from fastrot.memory import on_cpu
 from fastrot.online import installed, rotation_at, uninstall
 from fastrot.record import applications, ordered, own_config, retrace, sealed, without_groups
 from fastrot.resolve import resolve
@@ -52,7 +53,7 @@ def remove(
             so that it can't be undone alone; or a model with adapters. The model is untouched then;
             after other errors as for :func:`fastrot.apply`.
     """
-    with exclusive(model), torch.device("cpu"):
+    with exclusive(model), on_cpu():
         _remove(model, groups, undo)
 
 
@@ -100,9 +101,9 @@ def _remove(model: "PreTrainedModel", groups: str | Iterable[str] | None, undo: 
     _check_known(plans, wanted)
     for name, plan in plans:
         if name in wanted:
-            check_weights(model, plan)
+            check_weights(index, plan)
             _check_installed(model, plan)
-    fusion = Fusion(model, _inverse([plan for name, plan in plans if name in wanted]))
+    fusion = Fusion(index, _inverse([plan for name, plan in plans if name in wanted]))
     lost = partial(mark_damaged, model, fusion.parameters)
     with Journal(fusion.overwritten, undo, lost) as journal:
         config = own_config(model, journal)

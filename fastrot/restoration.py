@@ -10,6 +10,7 @@ from fastrot.foreign import check_whole
 from fastrot.integrations.guard import lift, missing
 from fastrot.integrations.marks import mark
 from fastrot.journal import Journal, exclusive
+from fastrot.memory import on_cpu
 from fastrot.online import attach, check_site, installed, make
 from fastrot.record import QUANT_METHOD, check_online, online_sites, own_config, retrace
 
@@ -35,7 +36,7 @@ def restore(model: "PreTrainedModel") -> None:
             is a part of a larger one, or a rotation can't act in it. The model is untouched.
     """
     check_whole(model, trust=True)
-    with exclusive(model), torch.device("cpu"):
+    with exclusive(model), on_cpu():
         _restore(model)
 
 

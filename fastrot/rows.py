@@ -72,8 +72,8 @@ def present(index: Index, row: Architecture) -> Architecture:
     def kept(patterns: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(p for p in patterns if find_holders(index, (p,), missing_ok=True))
 
-    names = [name for name, _ in index.model.named_parameters(remove_duplicate=False)]
     roles = {role: kept(getattr(mapping, role)) for role in ROLES}
+    names = index.parameters
     ignore = tuple(u for u in mapping.ignore if any(matches(name, u.pattern) for name in names))
     feeds = {
         Norm(norm.norm, norm.offset, norm.kind): kept(norm.linears)

@@ -1,16 +1,20 @@
 """Whether the numbers allow it: finite in, finite out, decided before the first write."""
 
+import math
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastrot.edits import Plan, Rotate, Scale, WeightEdit
+from fastrot.edits import Plan, Rotate, WeightEdit
 from fastrot.errors import RotationError
 from fastrot.fuse import rotated, scale_of
+from fastrot.index import Index
 from fastrot.mapping import STREAM
+from fastrot.scalars import numbers
 
 SAMPLE = 4096
 """Vectors whose channels are looked at for the dynamic range."""
@@ -26,7 +30,7 @@ class PrecisionWarning(UserWarning):
     """A rotation that is exact, but rounds more coarsely than the model does by itself."""
 
 
-def check_values(model: nn.Module, plan: Plan) -> None:
+def check_values(model: nn.Module | Index, plan: Plan) -> None:
     """Refuse weights of which a rotation would make infinities, or nothing but rounding error.
 
     No entry of a rotated vector is larger than the vector's norm, so that the norm of the whole
@@ -40,23 +44,26 @@ def check_values(model: nn.Module, plan: Plan) -> None:
     Raises:
         ValueRangeError: names the weight, the figure and the way out.
     """
+    parameters = Index.of(model).parameters
     with torch.no_grad():
-        for edit in plan.weights:
-            weight = model.get_parameter(edit.parameter).detach()
-            scales = [scale_of(model.get_parameter, s) for s in edit.steps if isinstance(s, Scale)]
-            largest = 1.0
-            for scale in scales:
-                _check_finite(edit.parameter, scale)
-                largest *= float(scale.abs().max())
-            bound = 1.01 * float(torch.linalg.vector_norm(weight)) * largest
+        weights = [parameters[edit.parameter].detach() for edit in plan.weights]
+        scales = {
+            step: scale_of(parameters.__getitem__, step)
+            for step in dict.fromkeys(chain(*(edit.scales for edit in plan.weights)))
+        }
+        norms = numbers(map(torch.linalg.vector_norm, weights))
+        largest = dict(zip(scales, numbers(s.abs().max() for s in scales.values()), strict=True))
+        for edit, weight, norm in zip(plan.weights, weights, norms, strict=True):
+            bound = 1.01 * norm * math.prod(largest[step] for step in edit.scales)
             if not bound < torch.finfo(weight.dtype).max:
-                _check_finite(edit.parameter, weight)
+                for values in (*(scales[step] for step in edit.scales), weight):
+                    _check_finite(edit.parameter, values)
                 _check_on_trial(model, edit, weight)
-            if weight.dtype == torch.float16 and weight.dim() > 1 and scales:
-                check_not_lost(edit, weight, scales)
+            if weight.dtype == torch.float16 and weight.dim() > 1 and edit.scales:
+                check_not_lost(edit, weight, [scales[step] for step in edit.scales])
 
 
-def dynamic_range(model: nn.Module, plan: Plan) -> float:
+def dynamic_range(model: nn.Module | Index, plan: Plan) -> float:
     """How far the residual stream's largest channels stand out of the others, at least 1.
 
     The largest of the root mean square of the channels over their median, of the embedding and of
@@ -65,21 +72,22 @@ def dynamic_range(model: nn.Module, plan: Plan) -> float:
     """
     if not any(STREAM in edit.groups for edit in plan.weights):
         return 1.0
-    found = [1.0]
-    for channels in _writers(model, plan):
-        median = float(channels.median())
-        if median > 0:
-            found.append(float(channels.square().mean().sqrt()) / median)
-    return max(found)
+    figures = numbers(
+        figure
+        for channels in _writers(Index.of(model), plan)
+        for figure in (channels.median(), channels.square().mean().sqrt())
+    )
+    pairs = zip(figures[::2], figures[1::2], strict=True)
+    return max([1.0, *(mean / median for median, mean in pairs if median > 0)])
 
 
-def notes(model: nn.Module, plan: Plan) -> tuple[str, ...]:
+def notes(index: Index, plan: Plan) -> tuple[str, ...]:
     """What the weights predict about precision, for the plan's table; empty if nothing is odd."""
-    narrow = [p for p in plan.parameters if model.get_parameter(p).dtype in NARROW]
-    ratio = dynamic_range(model, plan) if narrow else 1.0
+    narrow = [p for p in plan.parameters if index.parameters[p].dtype in NARROW]
+    ratio = dynamic_range(index, plan) if narrow else 1.0
     if ratio < 2:
         return ()
-    dtype = str(model.get_parameter(narrow[0]).dtype).removeprefix("torch.")
+    dtype = str(index.parameters[narrow[0]].dtype).removeprefix("torch.")
     return (
         f"a few channels of the residual stream are massive (root mean square {ratio:.1f} times "
         f"the median): with R1 the rounding error of {dtype} may grow as much. Compare by "
@@ -102,7 +110,7 @@ def _check_finite(name: str, values: Tensor) -> None:
         )
 
 
-def _check_on_trial(model: nn.Module, edit: WeightEdit, weight: Tensor) -> None:
+def _check_on_trial(model: nn.Module | Index, edit: WeightEdit, weight: Tensor) -> None:
     most = float(rotated(model, edit).abs().max())
     limit = torch.finfo(weight.dtype).max
     if not most <= limit:
@@ -163,15 +171,15 @@ def check_not_lost(edit: WeightEdit, weight: Tensor, scales: list[Tensor]) -> No
         )
 
 
-def _writers(model: nn.Module, plan: Plan) -> Iterator[Tensor]:
+def _writers(index: Index, plan: Plan) -> Iterator[Tensor]:
     """The root mean square of every channel, of all that writes into the stream."""
     # transformers finds no embedding by itself where names or classes are the user's.
     with suppress(AttributeError, NotImplementedError):
-        embedding: Any = model.get_input_embeddings().weight.detach()  # type: ignore[operator]
+        embedding: Any = index.model.get_input_embeddings().weight.detach()  # type: ignore[operator]
         vectors = embedding[:: max(1, len(embedding) // SAMPLE)]
         yield torch.linalg.vector_norm(vectors.float(), dim=0) / len(vectors) ** 0.5
     for edit in plan.weights:
-        weight = model.get_parameter(edit.parameter).detach()
+        weight = index.parameters[edit.parameter].detach()
         if weight.dim() != 2:
             continue
         written = any(

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import gc
 import types
 
 import pytest
@@ -19,6 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaModel
 from zoo import FAMILIES, build, inputs
 
 import fastrot
+from fastrot.foreign import check_whole
 
 STREAM = ("R1",)
 BLOCK = ("R4",)
@@ -330,6 +332,32 @@ def test_a_part_that_another_model_shares_is_refused():
     third.model = alone.model
     del third
     fastrot.apply(alone)
+
+
+def test_a_head_that_another_model_shares_is_refused():
+    model, other = tiny("llama"), tiny("llama")
+    other.lm_head = model.lm_head
+    with pytest.raises(fastrot.RotationError, match="'lm_head' of a LlamaForCausalLM is a part"):
+        fastrot.apply(model)
+    fastrot.apply(model, trust=True)
+
+
+def test_only_what_others_hold_is_looked_for_among_all_objects(monkeypatch):
+    """Which takes longer than all other checks."""
+    asked = []
+    everything = gc.get_objects
+    monkeypatch.setattr(gc, "get_objects", lambda: asked.append(1) or everything())
+    check_whole(model := tiny("llama"))
+    assert not asked
+    layers = model.model.layers
+    check_whole(model)
+    assert len(asked) == 1
+    check_whole(model, trust=True)
+    assert len(asked) == 1
+    with pytest.raises(fastrot.RotationError, match="'model' of a LlamaForCausalLM"):
+        check_whole(model.model, trust=True)
+    assert len(asked) == 2
+    assert len(layers) == len(model.model.layers)
 
 
 def test_models_that_are_being_made_elsewhere_are_no_obstacle():

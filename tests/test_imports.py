@@ -13,7 +13,7 @@ import fastrot
 
 ROOT = Path(fastrot.__file__).parent
 ROOMS = (
-    ("errors", "signals", "version"),
+    ("errors", "scalars", "signals", "version"),
     ("hadamard",),
     ("journal", "memory"),
     ("kernels",),
@@ -22,7 +22,7 @@ ROOMS = (
     ("checks",),
     ("transform_config",),
     ("edits", "patterns"),
-    ("index",),
+    ("index", "norms"),
     ("sites",),
     ("heads", "coverage", "ends"),
     ("arguments", "rows"),

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import difference, fingerprint, logits, random_ids, relative_error, tiny
+from torch.overrides import TorchFunctionMode, has_torch_function
 
 import fastrot
+from fastrot.memory import on_cpu
 
 UP = "model.layers.0.mlp.up_proj.weight"
 ROTATIONS = ("R1", "R2", "R3", "R4")
@@ -122,3 +124,36 @@ def test_nothing_is_lost_where_everything_moved(monkeypatch):
     with pytest.raises(MemoryError):
         fastrot.apply(model, ROTATIONS)
     assert difference(before, fingerprint(model)) == []
+
+
+class ZerosElsewhere(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        away = {"device": "meta"} if function is torch.zeros else {}
+        return function(*args, **{**away, **(kwargs or {})})
+
+
+@pytest.mark.parametrize("around", [lambda: torch.device("meta"), ZerosElsewhere])
+def test_new_tensors_lie_on_the_cpu(around):
+    with around():
+        assert torch.zeros(2).is_meta
+        with on_cpu():
+            assert not torch.zeros(2).is_meta
+            assert not torch.empty(2).is_meta
+        assert torch.zeros(2).is_meta
+
+
+def test_a_default_device_does_not_matter():
+    torch.set_default_device("meta")
+    try:
+        with on_cpu():
+            assert not torch.zeros(2).is_meta
+    finally:
+        torch.set_default_device(None)
+
+
+def test_torch_stays_as_quick_as_it_is():
+    """A mode would send every call, and every attribute of a tensor, through Python."""
+    with on_cpu():
+        assert not has_torch_function((torch.empty(0),))
+    with torch.device("cpu"):
+        assert has_torch_function((torch.empty(0),))

@@ -26,13 +26,14 @@ from fastrot.checkpoint.outputs import Job, files_of, sealed_job
 from fastrot.checkpoint.source import indexed, outline, read_json, weight_files
 from fastrot.checkpoint.tasks import Coded, Task, place_of, tasks_of
 from fastrot.checkpoint.trace import Trace, stored_names, trace
-from fastrot.checks import check_norm, quant_method
+from fastrot.checks import quant_method
 from fastrot.edits import OnlineSite, Plan
 from fastrot.errors import RotationError
 from fastrot.fit import check
 from fastrot.integrations.guard import lift
 from fastrot.integrations.marks import GUARD
 from fastrot.journal import Journal
+from fastrot.norms import check_norms
 from fastrot.online import OnlineRotation, attach, check_site, installed, make
 from fastrot.recipe import Recipe
 from fastrot.record import QUANT_METHOD, check_online, online_sites, sealed, with_application
@@ -216,7 +217,7 @@ def _norms(
             if getattr(module, leaf, None) is not None:
                 norms[name] = _read(name, made, entries)
                 setattr(module, leaf, nn.Parameter(norms[name], requires_grad=False))
-        check_norm(norm.name, module, norm.offset, norm.kind, norm.width)
+        check_norms([(norm, module)])
     return norms
 
 

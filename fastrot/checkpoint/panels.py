@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastrot.checkpoint.tasks import Task
 from fastrot.edits import Rotate, Scale
-from fastrot.fuse.writes import Write, as_written, scale_of, writes_of
+from fastrot.fuse.writes import Write, as_written, scale_of, scales_of, writes_of
 from fastrot.kernels.weight import Workspace
 from fastrot.values import check_converted, check_not_lost, check_rotated
 
@@ -75,12 +75,13 @@ class Panel:
     def writes(self, memory: Tensor, norms: Norms) -> list[Write]:
         """What the kernels do to it, prepared."""
         x, y = self._views(memory)
+        scales = scales_of(norms.__getitem__)
         return [
             write
             for action in self.task.actions
             if action.edit is not None
             for write in writes_of(
-                norms.__getitem__, self._box(x, action.box), self._box(y, action.box), action.edit
+                scales, self._box(x, action.box), self._box(y, action.box), action.edit
             )
         ]
 
@@ -109,9 +110,7 @@ class Panel:
             writes = self.writes(memory, norms)
             workspace = _enough(workspace, writes)
             for action in self.task.actions:
-                scales = (
-                    [s for s in action.edit.steps if isinstance(s, Scale)] if action.edit else []
-                )
+                scales = action.edit.scales if action.edit else ()
                 if action.edit and scales and y.dtype == torch.float16 and y.dim() > 1:
                     factors = [scale_of(norms.__getitem__, scale) for scale in scales]
                     check_not_lost(action.edit, self._box(y, action.box), factors)

@@ -93,6 +93,11 @@ class WeightEdit:
     source: str | None = None
 
     @property
+    def scales(self) -> tuple[Scale, ...]:
+        """The scales among its factors."""
+        return tuple(step for step in self.steps if isinstance(step, Scale))
+
+    @property
     def groups(self) -> tuple[str, ...]:
         """Names of the schemes that its rotations come from, each once."""
         turns = (step for step in self.steps if isinstance(step, Rotate))

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fastrot.edits import Plan, WeightEdit
-from fastrot.fuse.writes import Write, as_written, workspaces_for, writes_of
+from fastrot.fuse.writes import Write, as_written, scales_of, workspaces_for, writes_of
+from fastrot.index import Index
 from fastrot.journal import Journal
 from fastrot.memory import owned
 
@@ -29,22 +30,23 @@ class Fusion:
             in the dtype of the arithmetic.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan):
-        self._model = model
+    def __init__(self, model: nn.Module | Index, plan: Plan):
+        self._index = Index.of(model)
         self.parameters = plan.parameters
         self._untied: dict[str, nn.Parameter] = {}
         self._moved: dict[str, Tensor] = {}
         self._resets = [(self._target(n.parameter), n.value) for n in plan.written_norms]
         self._writes: list[tuple[Tensor, list[Write]]] = []
         # Untied heads come first: they read the embedding as it was.
+        scales = scales_of(self._index.parameters.__getitem__)
         with as_written():
             for edit in sorted(plan.weights, key=lambda edit: edit.source is None):
-                source = model.get_parameter(edit.parameter)
+                source = self._index.parameters[edit.parameter]
                 if edit.source is not None:
                     fresh = nn.Parameter(_like(source), source.requires_grad)
                     self._untied[edit.parameter] = fresh
                 target = self._target(edit.parameter)
-                self._writes.append((target, writes_of(model.get_parameter, source, target, edit)))
+                self._writes.append((target, writes_of(scales, source, target, edit)))
             self._workspaces = workspaces_for([w for _, writes in self._writes for w in writes])
 
     @property
@@ -58,7 +60,7 @@ class Fusion:
         """What is written: the parameter, or new memory if it is untied, or its own not torch's."""
         if name in self._untied:
             return self._untied[name]
-        parameter = self._model.get_parameter(name)
+        parameter = self._index.parameters[name]
         if owned(parameter):
             return parameter
         return self._moved.setdefault(name, _like(parameter))
@@ -71,7 +73,7 @@ class Fusion:
             progress: show a bar.
         """
         for name, parameter in self._untied.items():
-            journal.replace(self._model, name, parameter)
+            journal.replace(self._index.model, name, parameter)
         bar = tqdm(self._writes, "rotating weights", unit="weight") if progress else None
         journal.writing()
         with as_written():
@@ -86,18 +88,19 @@ class Fusion:
             for norm, value in self._resets:
                 norm.fill_(value)
             for name, data in self._moved.items():
-                journal.set(self._model.get_parameter(name), "data", data)
+                journal.set(self._index.parameters[name], "data", data)
         if bar is not None:
             with suppress(OSError, ValueError):
                 bar.close()
 
 
-def rotated(model: nn.Module, edit: WeightEdit) -> Tensor:
+def rotated(model: nn.Module | Index, edit: WeightEdit) -> Tensor:
     """What an edit makes of its parameter, in float64, without touching it."""
-    source = model.get_parameter(edit.parameter)
+    parameters = Index.of(model).parameters
+    source = parameters[edit.parameter]
     with as_written():
         target = torch.empty(source.shape, dtype=torch.float64, device=source.device)
-        writes = writes_of(model.get_parameter, source, target, edit)
+        writes = writes_of(scales_of(parameters.__getitem__), source, target, edit)
         workspaces = workspaces_for(writes)
         for rotation, x, out in writes:
             rotation.run(x, out, workspaces[x.device])

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache, partial
 from itertools import zip_longest
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,6 +14,7 @@ from fastrot.fuse.torch_weight import TorchRotation
 from fastrot.kernels import gpu_weight
 from fastrot.kernels.gpu_weight import TritonRotation
 from fastrot.kernels.weight import Side, TwoSided, Workspace
+from fastrot.memory import on_cpu
 from fastrot.rotations.stages import Matrix, Permutation, Signs, Stage, merged
 
 if TYPE_CHECKING:  # it imports numba, and whoever only plans has no use for that
@@ -21,6 +23,9 @@ if TYPE_CHECKING:  # it imports numba, and whoever only plans has no use for tha
 
 Norms = Callable[[str], Tensor]
 """The weight of a norm by the name of the parameter."""
+
+Scales = Callable[[Scale, torch.dtype], Tensor]
+"""The factors of a step in a dtype."""
 
 _Step = tuple[Stage, ...] | Tensor
 """A rotation as its stages, or a diagonal as long as the dimension."""
@@ -41,7 +46,7 @@ def as_written() -> Iterator[None]:
         torch.no_grad(),
         torch.autocast("cpu", enabled=False),
         torch.autocast("cuda", enabled=False),
-        torch.device("cpu"),
+        on_cpu(),
     ):
         yield
 
@@ -61,11 +66,11 @@ def workspaces_for(writes: list[Write]) -> dict[torch.device, Workspace]:
     return made
 
 
-def writes_of(norms: Norms, source: Tensor, target: Tensor, edit: WeightEdit) -> list[Write]:
+def writes_of(scales: Scales, source: Tensor, target: Tensor, edit: WeightEdit) -> list[Write]:
     """All factors of ``edit``, prepared.
 
     Args:
-        norms: finds the norms' weights.
+        scales: makes the factors of a step, in a dtype.
         source: ``(n,)``, ``(rows, cols)`` or ``(experts, rows, cols)``, floating point.
         target: as ``source``, which it may be.
         edit: the factors, and the dtype of the arithmetic.
@@ -79,7 +84,7 @@ def writes_of(norms: Norms, source: Tensor, target: Tensor, edit: WeightEdit) ->
         if isinstance(step, Rotate):
             of_dim.append(step)
         else:
-            of_dim.append(scale_of(norms, step, edit.dtype).to(x.device))
+            of_dim.append(scales(step, edit.dtype).to(x.device))
     sides = [_pieces(x.shape[dim], steps[dim]) for dim in (dims - 2, dims - 1)]
     pairs = list(zip(*(t.view(-1, *t.shape[-2:]) for t in (x, out)), strict=True))
     writes: list[Write] = []
@@ -98,6 +103,11 @@ def scale_of(norms: Norms, step: Scale, dtype: torch.dtype = torch.float64) -> T
     gamma = norms(step.norm).detach().to(dtype) + step.offset
     # A bias on a channel of weight zero was refused, unless it is zero as well.
     return torch.where(gamma == 0, 0.0, 1 / gamma) if step.inverse else gamma
+
+
+def scales_of(norms: Norms) -> Scales:
+    """Factors that several weights share, each made once."""
+    return cache(partial(scale_of, norms))
 
 
 def _pieces(length: int, steps: list[Rotate | Tensor]) -> list[tuple[slice, list[_Step]]]:

@@ -7,12 +7,12 @@ from itertools import takewhile
 
 from torch import nn
 
-from fastrot.checks import check_norm_form
 from fastrot.coverage import some
 from fastrot.edits import FoldedNorm, Rotate, Scale
 from fastrot.errors import RotationError
 from fastrot.index import Index, find_holders
 from fastrot.mapping import NormMapping
+from fastrot.norms import check_norm_form
 from fastrot.resolve.places import layer_of
 from fastrot.resolve.steps import Steps
 from fastrot.sites import Site, find_sites

@@ -61,14 +61,13 @@ def resolve(
             steps=(*steps.scales.get(name, ()), *steps.rotates.get(name, ())),
             dtype=dtype,
         )
-        for name, _ in index.model.named_parameters(remove_duplicate=False)
+        for name in index.parameters
         if name in steps.rotates or name in steps.scales
     ]
     if mapping is not None and STREAM in config.config_groups:
         check_one_stream(edits, sites)
         check_coverage(index, mapping, norms)
     edits = untie(index, mapping, edits)
-    parameters = dict(index.model.named_parameters(remove_duplicate=False))
     written = (norm.parameter for norm in steps.norms if norm.weighted)
     return Plan(
         model_class=index.class_name,
@@ -78,10 +77,10 @@ def resolve(
         transform_config=config,
         seed=seed,
         shapes={
-            name: tuple(parameters[name].shape)
+            name: tuple(index.parameters[name].shape)
             for name in (*(edit.parameter for edit in edits), *written)
         },
-        outline=outline(index.model),
+        outline=outline(index),
         by_table=by_table,
     )
 

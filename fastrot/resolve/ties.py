@@ -13,7 +13,7 @@ from fastrot.mapping import Mapping
 def untie(index: Index, mapping: Mapping | None, edits: Sequence[WeightEdit]) -> list[WeightEdit]:
     """Split tied parameters whose edits differ, if they are embedding and head; refuse others."""
     tied: dict[int, list[str]] = defaultdict(list)
-    for name, parameter in index.model.named_parameters(remove_duplicate=False):
+    for name, parameter in index.parameters.items():
         tied[id(parameter)].append(name)
     by_name = {edit.parameter: edit for edit in edits}
     heads = _heads(index, mapping)

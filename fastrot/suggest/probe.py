@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fastrot.checks import check_norm
-from fastrot.edits import Part
+from fastrot.edits import FoldedNorm, Part
 from fastrot.mapping import NormKind
+from fastrot.norms import check_norms
 from fastrot.sites import Site, find_sites
 from fastrot.suggest.tiny import logits, random_ids
 
@@ -305,7 +305,7 @@ def _norm(name: str, module: nn.Module) -> Norm | None:
     kinds: tuple[NormKind, ...] = ("rms", "layer")
     for kind, offset in product(kinds, (0.0, 1.0)):
         try:
-            check_norm(name, module, offset, kind, weight.numel())
+            check_norms([(FoldedNorm(name, offset, kind, weight.numel()), module)])
         except Exception:  # another kind, or no norm at all
             continue
         return Norm(offset, kind, weight.numel())
