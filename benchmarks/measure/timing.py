@@ -36,13 +36,11 @@ def timed(run: Run, nbytes: int, moved: float) -> Job:
         quantiles = (0.5, 0.9)
         if nbytes < 4 << 20:
             how, times = "graph of many, warm L2", do_bench_cudagraph(run, quantiles=quantiles)
-        elif nbytes < 128 << 20:
+        else:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 run()
             how = "graph of one, flushed L2"
             times = do_bench(graph.replay, warmup=10, rep=60, quantiles=quantiles)
-        else:
-            how, times = "flushed L2", do_bench(run, warmup=10, rep=60, quantiles=quantiles)
     median, p90 = times
     return {"median_ms": median, "p90_ms": p90, "gb_per_s": moved / median / 1e6, "how": how}
