@@ -195,6 +195,34 @@ def test_a_forward_that_does_not_is_right(kind):
     assert getattr(rotated.model.layers[0].mlp, "calls", 2) == 2
 
 
+GIVEN = "scale_of_a_tool"
+
+
+class Keeper(LlamaMLP):
+    """Reads what is not named in its code; changes a state that it has, and adds one."""
+
+    def forward(self, x):
+        self.calls += 1
+        self.largest = x.abs().amax()
+        return super().forward(x) * getattr(self, GIVEN, 1.0)
+
+
+def test_a_compiled_block_has_the_state_of_an_eager_one():
+    model = tiny("llama")
+    fastrot.apply(model, "R4")
+    eager = model.model.layers[0].mlp
+    eager.__class__, eager.calls = Keeper, 0
+    setattr(eager, GIVEN, 2.0)
+    block = copy.deepcopy(eager)
+    compiled = torch.compile(block, backend="eager", fullgraph=True)
+    for seed in range(3):
+        x = torch.randn(2, model.config.hidden_size, generator=torch.Generator().manual_seed(seed))
+        assert relative_error(compiled(x), eager(x)) < 1e-5
+        assert block.calls == eager.calls == seed + 1
+        assert torch.equal(block.largest, eager.largest)
+    assert not {"fastrot_viewed", "down_proj"} & vars(block).keys()
+
+
 def no_forward(mlp):
     mlp.forward = lambda x: mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
 

@@ -185,7 +185,7 @@ def test_refusals(change, error, message):
 @pytest.mark.parametrize("impl", ["cpu", *["triton"] * (TRITON and DEVICE == "cpu")])
 def test_opcheck(impl):
     q, k = torch.randn(3, 4, 64), torch.randn(3, 2, 64)
-    cos, sin = (t.float() for t in tables(9, 64))
+    cos, sin = (t.cpu() for t in tables(9, 64))
     positions = torch.tensor([1, 2, 8])
     for arguments in (
         (q, k, None, cos[:3], sin[:3], None, None, None, False, 64, 0.125, None, None, False, impl),

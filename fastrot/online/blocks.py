@@ -6,9 +6,6 @@ can lose the rotation, and an adapter put around it later sees the rotated input
 """
 
 import functools
-import inspect
-from collections.abc import Iterator
-from types import CodeType
 from typing import Any
 
 import torch
@@ -18,7 +15,7 @@ from fastrot.edits import OnlineSite
 from fastrot.errors import RotationError
 from fastrot.online.parallel import check_part, input_dim
 from fastrot.online.rotation import OnlineRotation
-from fastrot.online.view import view, write_back
+from fastrot.online.view import mentioned, view, write_back
 
 Place = tuple[str, str]
 """Name of a linear module in its block, and ``input`` or ``output``."""
@@ -144,32 +141,12 @@ def check_block(name: str, site: OnlineSite, model: nn.Module) -> None:
     """Refuse a linear module that no forward of the module around it calls by its name."""
     owner, _, child = name.rpartition(".")
     block = model.get_submodule(owner)
-    if child not in _mentioned(type(block)):
+    if child not in mentioned(type(block)):
         raise RotationError(
             f"{site.group}: nothing in the code of {owner or 'the model'} "
             f"({type(block).__name__}) calls {child!r} by its name, so its {site.location} can't "
             "be rotated online"
         )
-
-
-def _mentioned(kind: type) -> frozenset[str]:
-    """All attributes that the methods of a class read, but those of torch's own."""
-    functions = (
-        inspect.unwrap(value) if callable(value) else value
-        for owner in kind.__mro__
-        if owner.__module__.partition(".")[0] != "torch"
-        for name, value in vars(owner).items()
-        if name != "__init__"
-    )
-    codes = (getattr(function, "__code__", None) for function in functions)
-    return frozenset(name for code in codes if code for name in _names(code))
-
-
-def _names(code: CodeType) -> Iterator[str]:
-    yield from code.co_names
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _names(constant)
 
 
 def places_of(block: nn.Module) -> tuple[Place, ...]:
