@@ -89,6 +89,10 @@ ATTRIBUTES = {
         "get_output_embeddings set_attn_implementation set_experts_implementation",
     ),
     "a model that was loaded": (loaded, "_weight_conversions"),
+    "a parameter that was loaded": (
+        lambda: next(loaded().parameters()),
+        "_is_hf_initialized",
+    ),
     "a conversion of names": (
         lambda: transformers.core_model_loading.WeightRenaming("a", "b"),
         "add_tensor convert was_used source_patterns",
@@ -127,7 +131,7 @@ IMPLEMENTATIONS = {
 BY_NAME = ("getattr", "hasattr", "setattr")
 
 TORCH = {
-    *("_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks"),
+    *("_apply", "_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks"),
     *("_forward_pre_hooks_with_kwargs", "_load_state_dict_pre_hooks", "_orig_mod"),
     *("_global_forward_hooks", "_global_forward_pre_hooks", "_replace"),
     *("_C", "_are_functorch_transforms_active", "_parser", "_cache"),
