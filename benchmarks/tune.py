@@ -41,6 +41,11 @@ class Case(NamedTuple):
     tile: Tile
 
 
+def whole(size: int, piece: int) -> bool:
+    """Whether a tile is made of such pieces; without a piece its size is a power of two."""
+    return size % piece == 0 and size > piece if piece else size & (size - 1) == 0
+
+
 def candidates(tile: Tile) -> list[Tile]:
     """Launches of a cut, persistent ones with one program: how many fit is seen when compiled."""
     alone = product(tile.left_bases, tile.left_power) == 1
@@ -55,8 +60,13 @@ def candidates(tile: Tile) -> list[Tile]:
         elif elements >= 16384:
             launches += itertools.product((32, 64), (0, 1), (2, 3))
         for block, resident, stages in launches:
-            config = Config(warps, block, resident, stages)
-            found.append(replace(tile, config=config, A=A, copies=A if alone else tile.copies))
+            pieces = itertools.product((0, 64), (0, 32, 64)) if resident and not block else [(0, 0)]
+            for rows, columns in pieces:
+                if whole(A, rows) and whole(tile.B, columns):
+                    config = Config(warps, block, resident, stages, rows, columns)
+                    found.append(
+                        replace(tile, config=config, A=A, copies=A if alone else tile.copies)
+                    )
     return found
 
 
