@@ -48,7 +48,6 @@ def _listed(held: dict[str, Any], module: nn.Module) -> list[tuple[str, Any]]:
     return [(name, held[name]) for name in _names(id(module)) if name in held]
 
 
-@torch.compiler.assume_constant_result
 def _names(address: int) -> tuple[str, ...]:
     """The attributes that a module has, and those that its methods may set.
 
@@ -56,6 +55,10 @@ def _names(address: int) -> tuple[str, ...]:
     """
     module: nn.Module = ctypes.cast(address, ctypes.py_object).value
     return tuple({**module.__dict__, **dict.fromkeys(sorted(mentioned(type(module))))})
+
+
+# torch.compiler.assume_constant_result sets no more, but imports the whole compiler.
+_names._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def mentioned(kind: type) -> frozenset[str]:
