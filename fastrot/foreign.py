@@ -105,17 +105,28 @@ def check_whole(model: nn.Module, *, trust: bool = False) -> None:
 
 
 def _held(model: nn.Module) -> bool:
-    """Whether something holds a model as modules hold others; quicker than to ask all objects."""
+    """Whether something holds a model as modules hold others, in a dict of modules alone.
+
+    The collector walks all objects for it, but in C.
+    """
     holders = (list(d.values()) for d in gc.get_referrers(model) if isinstance(d, dict))
     return any(all(v is None or issubclass(type(v), nn.Module) for v in d) for d in holders)
 
 
 def _shared(parts: list[nn.Module]) -> bool:
-    """Whether anything but each other refers to the parts of a model, which come after it."""
+    """Whether anything but each other refers to the parts of a model, which come after it.
+
+    Or to what one of them holds its own parts in, which ``copy.copy`` does not copy.
+    """
     within = Counter(id(child) for part in parts for child in part._modules.values())
-    (alone,) = map(sys.getrefcount, [object()])  # what a list holds, and nothing else
+    # What the list of parts and this call count for.
+    alone = next(map(sys.getrefcount, [object()]))
     counts = list(map(sys.getrefcount, parts))
-    return any(n - alone != within[id(p)] for p, n in zip(parts[1:], counts[1:], strict=True))
+    if any(n - alone != within[id(p)] for p, n in zip(parts[1:], counts[1:], strict=True)):
+        return True
+    bare = nn.Module()
+    own = sys.getrefcount(bare._modules)
+    return any(sys.getrefcount(part._modules) != own for part in parts)
 
 
 def _with_subclasses(kind: type) -> set[type]:

@@ -298,3 +298,16 @@ def test_prompts_are_those_of_the_library(pair):
     first, second = (verify_first_layers(*pair, 1, seed=seed).error for seed in (0, 1))
     assert first == verify_first_layers(*pair, 1).error != second
     assert random_prompts(load(pair[0]), 0)[0].shape == (4, 64)
+
+
+def test_a_median_over_logits_of_zero():
+    some, nothing = torch.ones(1, 3, 4), torch.zeros(1, 3, 4)
+    one_of_three = some.clone()
+    one_of_three[0, 0] = 0
+    assert median_error([one_of_three], [one_of_three]) == 0
+    assert median_error([some], [nothing]) == torch.inf
+    assert median_error([1.5 * one_of_three], [one_of_three]) == 0.5
+
+
+def test_the_layers_that_there_are_are_told(pair):
+    assert "first 3 layers" in str(verify_first_layers(*pair, 99))

@@ -334,6 +334,17 @@ def test_a_part_that_another_model_shares_is_refused():
     fastrot.apply(alone)
 
 
+@pytest.mark.parametrize("of", [lambda model: model, lambda model: model.model])
+def test_what_a_shallow_copy_shares_is_refused(of):
+    """``copy.copy`` shares the dict of children itself, so that these have no more holders."""
+    model = tiny("llama")
+    twin = copy.copy(of(model))
+    with pytest.raises(fastrot.RotationError, match="is a part of this LlamaForCausalLM too"):
+        fastrot.apply(model)
+    del twin
+    fastrot.apply(model)
+
+
 def test_a_head_that_another_model_shares_is_refused():
     model, other = tiny("llama"), tiny("llama")
     other.lm_head = model.lm_head

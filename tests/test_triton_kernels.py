@@ -137,6 +137,26 @@ def test_in_place(n: int, inner: int, dtype: torch.dtype) -> None:
     assert torch.equal(x, out)
 
 
+def test_more_vectors_than_a_launch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, signs = make(7, 64, 1, torch.float32, True)
+    whole, parts = torch.empty_like(x), torch.full_like(x, float("nan"))
+    monkeypatch.setattr(gpu, "FEW", 0)
+    transform(x, whole, signs, 0.125, False)
+    monkeypatch.setattr(gpu, "MOST", 3)
+    transform(x, parts, signs, 0.125, False)
+    assert torch.equal(parts, whole)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_signs_in_a_pass_of_their_own_on_inference_tensors(transpose: bool) -> None:
+    x, signs = make(2, 32768, 1, torch.float16, True)
+    with torch.inference_mode():
+        given, out = x.clone(), torch.full_like(x, float("nan"))
+    with patch.object(gpu, "FEW", 0):
+        transform(given, out, signs, 32768**-0.5, transpose)
+    check_error(out, exact(x, signs, 32768**-0.5, transpose))
+
+
 def test_round_trip() -> None:
     x, signs = make(2, 768, 1, torch.float64, True)
     y, z = torch.empty_like(x), torch.empty_like(x)

@@ -88,7 +88,12 @@ def verify_first_layers(
     """
     if layers < 1:
         raise ValueError(f"layers={layers}: logits are those of one layer or more")
-    original, rotated = (_Cut(Path(folder).resolve(), layers) for folder in (source, target))
+    original = _Cut(Path(source).resolve(), layers)
+    layers = original.layers
+    try:
+        rotated = _Cut(Path(target).resolve(), layers)
+    except NotComparedError as error:  # of the target alone, so it is no model like the source
+        raise RotationError(f"{target}: {error}") from error
     check_vocabularies(original.model, rotated.model)
     original.check_memory()
     prompts = random_prompts(original.model, seed)
@@ -114,8 +119,13 @@ def median_error(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     as many or as few as chance will have it. A rotation that is not undone is at all positions.
     """
     pairs = [(a.double(), b.double()) for a, b in zip(got, expected, strict=True)]
-    errors = [((a - b).norm(dim=-1) / b.norm(dim=-1)).flatten() for a, b in pairs]
+    errors = [_quotient((a - b).norm(dim=-1), b.norm(dim=-1)).flatten() for a, b in pairs]
     return float(torch.cat(errors).median())
+
+
+def _quotient(difference: Tensor, norm: Tensor) -> Tensor:
+    """Logits may be zero, as those of a word whose embedding is; then nothing is off by nothing."""
+    return torch.where((difference == 0) & (norm == 0), 0.0, difference / norm)
 
 
 class _Cut:
@@ -123,6 +133,7 @@ class _Cut:
 
     Attributes:
         model: on the meta device, with the recorded online rotations of these layers.
+        layers: how many it has.
         eps: distance from 1 to the next number, in the coarsest dtype of the checkpoint.
     """
 
@@ -132,7 +143,7 @@ class _Cut:
         self.model = outline(folder).eval()
         self._entries, self._coded, _ = numbers_of(folder, self.model)
         sites = online_sites(self.model)
-        _shorten(self.model, layers)
+        self.layers = min(layers, _shorten(self.model, layers))
         kept = {name for name, _ in self.model.named_modules()}
         rotations = put_on(self.model, [site for site in sites if site.module in kept])
         lift(self.model)
@@ -186,8 +197,12 @@ class _Cut:
         return numbers
 
 
-def _shorten(model: Any, layers: int) -> None:
-    """Cut the lists of layers of a decoder, and take away what sees and hears."""
+def _shorten(model: Any, layers: int) -> int:
+    """Cut the lists of layers of a decoder, and take away what sees and hears.
+
+    Returns:
+        How many layers there were.
+    """
     from transformers import PreTrainedModel
 
     text = model.config.get_text_config()
@@ -199,11 +214,14 @@ def _shorten(model: Any, layers: int) -> None:
         for name, child in part.named_children()
         if isinstance(child, nn.ModuleList) and len(child) == count
     ]
-    if not lists or model.config.is_encoder_decoder:
+    if model.config.is_encoder_decoder:
+        raise NotComparedError(f"a {type(model).__name__} is an encoder with a decoder")
+    if not lists:
         raise NotComparedError(f"a {type(model).__name__} has no list of {count} decoder layers")
     for part, name, child in lists:
         setattr(part, name, child[:layers])
     _blind(model, [part for part, _, _ in lists])
+    return int(count)
 
 
 def _blind(module: nn.Module, decoders: list[nn.Module]) -> None:

@@ -30,6 +30,10 @@ FEW = 4
 """Programs on each multiprocessor up to which vectors are shared by several."""
 
 
+MOST = 1 << 30
+"""Vectors of a launch: the kernels count them in 32 bits."""
+
+
 class Route(NamedTuple):
     """The passes over the factors of H_n from left to right; the last may be one over rows."""
 
@@ -56,6 +60,10 @@ def transform(x: Tensor, out: Tensor, signs: Tensor | None, scale: float, transp
     """
     _check(x)
     if x.numel() == 0:
+        return
+    if x.shape[0] > MOST:
+        for part, result in zip(x.split(MOST), out.split(MOST), strict=True):
+            transform(part, result, signs, scale, transpose)
         return
     from fastrot.kernels.gpu_axis import launch_axis
     from fastrot.kernels.gpu_few import cut_for, is_exact, launch_few

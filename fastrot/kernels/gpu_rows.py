@@ -201,12 +201,15 @@ def launch_rows(
     """
     if signs is not None and not tile.config.signs:
         n = product(tile.left_bases + tile.right_bases, tile.left_power * tile.right_power)
-        if transpose:
-            made = launch_rows(x, out, None, scale, True, tile, multiprocessors)
-            out.view(-1, n).mul_(signs.to(out.dtype))
-            return made
-        torch.mul(x.view(-1, n), signs.to(x.dtype), out=out.view(-1, n))
-        return launch_rows(out, out, None, scale, False, tile, multiprocessors)
+        with torch.inference_mode(out.is_inference()):
+            if transpose:
+                made = launch_rows(x, out, None, scale, True, tile, multiprocessors)
+                out.view(-1, n).mul_(signs.to(out.dtype))
+                return made
+            # Nothing is rounded before the transform.
+            signed = out if out.dtype == x.dtype else torch.empty_like(x)
+            torch.mul(x.view(-1, n), signs.to(x.dtype), out=signed.view(-1, n))
+            return launch_rows(signed, out, None, scale, False, tile, multiprocessors)
     backend = backend_of(x.device)
     constants = rows_constants(tile, x.dtype, out.dtype, signs is not None, transpose, backend)
     operand = parts_of(x.dtype, backend)[0]
