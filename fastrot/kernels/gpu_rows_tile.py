@@ -20,6 +20,25 @@ from fastrot.kernels.gpu_matrix import SYLVESTER, add_left, add_right, dot_left,
 
 
 @triton.jit
+def _place(
+    i,
+    j,
+    remaining,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROW_SIZE: tl.constexpr,
+    COLUMN_SIZE: tl.constexpr,
+    BOUNDED: tl.constexpr,
+):
+    """The offset of rows i and columns j in a tile, and whether there is such an element."""
+    inside = (i < ROWS) & (j < COLUMNS)
+    if BOUNDED:
+        # Compares vectors, not elements, so that the mask is constant along 16-byte runs.
+        inside &= i // ROW_SIZE * (COLUMNS // COLUMN_SIZE) + j // COLUMN_SIZE < remaining
+    return i * COLUMNS + j, inside
+
+
+@triton.jit
 def _load(
     x,
     signs,
@@ -35,11 +54,7 @@ def _load(
     SIGNS: tl.constexpr,
 ):
     """Rows i and columns j of a tile, times their signs; zero outside."""
-    inside = (i < ROWS) & (j < COLUMNS)
-    if BOUNDED:
-        # Compares vectors, not elements, so that the mask is constant along 16-byte runs.
-        inside &= i // ROW_SIZE * (COLUMNS // COLUMN_SIZE) + j // COLUMN_SIZE < remaining
-    offset = i * COLUMNS + j
+    offset, inside = _place(i, j, remaining, ROWS, COLUMNS, ROW_SIZE, COLUMN_SIZE, BOUNDED)
     v = tl.load(x + base + offset, mask=inside, other=0.0)
     if SIGNS:
         d = tl.load(signs + offset % (ROW_SIZE * COLUMN_SIZE), mask=inside, other=0.0)
@@ -64,10 +79,7 @@ def _store(
     SIGNS: tl.constexpr,
 ):
     """The counterpart of :func:`_load`."""
-    inside = (i < ROWS) & (j < COLUMNS)
-    if BOUNDED:
-        inside &= i // ROW_SIZE * (COLUMNS // COLUMN_SIZE) + j // COLUMN_SIZE < remaining
-    offset = i * COLUMNS + j
+    offset, inside = _place(i, j, remaining, ROWS, COLUMNS, ROW_SIZE, COLUMN_SIZE, BOUNDED)
     if SIGNS:
         d = tl.load(signs + offset % (ROW_SIZE * COLUMN_SIZE), mask=inside, other=0.0)
         y = y * d.to(tl.float32)

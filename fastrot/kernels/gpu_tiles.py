@@ -126,9 +126,9 @@ TUNED: dict[tuple[str, int], dict[Form, Config | None]] = {
         Form(128, 256): None,
     },
 }
-"""What `benchmarks/tune.py` found fastest on an H200, by backend and bits. Where nothing was
-measured, the configurations above hold. None: two passes are faster, or one adds up too many parts
-for four ulp.
+"""What was fastest on an H200, by backend and bits (`benchmarks/tune.py`, sweeps of the pieces);
+64 x 128 of 16 bits is a guess from its neighbours. Where nothing was measured, the configurations
+above hold. None: two passes are faster, or one adds up too many parts for four ulp.
 """
 
 
@@ -187,9 +187,8 @@ def tile_for(
                 cost *= A * B / (copies * a * width)
                 cost *= 1.0 if width % 8 == 0 else 1.5  # narrow accesses
                 cost *= 1.0 if A * B >= 4096 else 3.0  # too little to load at a time
-                cost *= (
-                    1.0 if A <= 128 or a == 1 else 1.3 if config.rows else 1.5
-                )  # larger left matrix
+                if A > 128 and a > 1:  # many blocks of left matrix, or loaded for every tile
+                    cost *= 1.3 if config.rows else 1.5
                 if best is None or cost <= best.cost:
                     best = Tile(*left, *right, copies, packed, A, B, config, cost)
     return best
