@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from oracles import correctly_rounded, rms, transformed
 from torch import Tensor
 
+from fastrot.kernels import _cpu_threads
 from fastrot.kernels.cpu import transform
 from fastrot.kernels.cpu_weight import rotate_matrix
 from fastrot.kernels.weight import Side
@@ -375,7 +376,25 @@ def test_exact_sums_are_rounded_once(n):
     assert torch.equal(actual(x, None, scale, False), sums * scale)
 
 
+@pytest.fixture
+def without_openmp(monkeypatch):
+    monkeypatch.setattr(_cpu_threads, "_openmp", lambda: None)
+
+
+def test_threads_that_stay_and_threads_that_end(threads, request):
+    x = torch.randn(400, 1024, 1, generator=generator(9))
+    exact = actual(x, None, 1 / 32, False)
+    request.getfixturevalue("without_openmp")
+    assert torch.equal(actual(x, None, 1 / 32, False), exact)
+
+
+@pytest.mark.skipif(not torch.backends.openmp.is_available(), reason="torch was built without")
+def test_the_threads_of_torch_are_found():
+    assert _cpu_threads._openmp() is not None
+
+
 @pytest.mark.parametrize("error", [RuntimeError, MemoryError])
+@pytest.mark.usefixtures("without_openmp")
 def test_a_machine_without_more_threads(error, threads, monkeypatch):
     def none(*_):
         raise error

@@ -142,7 +142,7 @@ def _aligned(nbytes: int) -> int:
 
 
 def _enough(workspace: Workspace, writes: Iterable[Write]) -> Workspace:
-    scratch, panel = len(workspace.scratch), max(map(len, workspace.panels), default=0)
+    scratch, panel = len(workspace.scratch), workspace.panel
     needed = max((w.rotation.scratch for w in writes), default=0)
     wide = max((w.rotation.panel for w in writes), default=0)
     if needed <= scratch and wide <= panel:

@@ -48,14 +48,36 @@ def lanes_of(typing_context, one):
 
 
 @intrinsic
-def address_of(typing_context, array):
-    """The address of an array's data."""
+def word(typing_context, base, index):
+    """The int64 at this index behind an address."""
 
     def emit(context, builder, signature, args):
-        data = context.make_array(array)(context, builder, args[0]).data
-        return builder.ptrtoint(data, I64)
+        place = builder.inttoptr(args[0], I64.as_pointer())
+        return builder.load(builder.gep(place, [args[1]]))
 
-    return types.int64(array), emit
+    return types.int64(types.int64, types.int64), emit
+
+
+@intrinsic
+def number(typing_context, base, index, one):
+    """The number of the type of ``one`` at this index behind an address."""
+
+    def emit(context, builder, signature, args):
+        place = builder.inttoptr(args[0], context.get_value_type(one).as_pointer())
+        return builder.load(builder.gep(place, [args[1]]))
+
+    return one(types.int64, types.int64, one), emit
+
+
+@intrinsic
+def take(typing_context, address, count):
+    """Add to the int64 at an address that threads share; what it was before."""
+
+    def emit(context, builder, signature, args):
+        place = builder.inttoptr(args[0], I64.as_pointer())
+        return builder.atomic_rmw("add", place, args[1], "monotonic")
+
+    return types.int64(types.int64, types.int64), emit
 
 
 @intrinsic(prefer_literal=True)

@@ -6,11 +6,13 @@ import hashlib
 import inspect
 from collections.abc import Callable
 from contextlib import suppress
+from ctypes import CFUNCTYPE, c_char_p
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from numba import njit, types
+from numba import types
 from numba.core.caching import FunctionCache
+from numba.core.ccallback import CFunc
 from numba.core.compiler import compile_internal
 from numba.core.targetconfig import ConfigStack
 from numba.extending import lower_builtin, type_callable
@@ -45,16 +47,35 @@ class _Cache(FunctionCache):
             super().save_overload(sig, data)
 
 
-def kernel(function: Callable[..., Any]) -> Any:
-    """``njit`` with an on-disk cache where Numba finds a place for one.
+class Kernel:
+    """Native code of a function of one address, compiled when it is first needed.
 
-    The cache sees changes of this file only; the digest in the name tells it of the others.
+    It is kept on disk where Numba finds a place for that. Numba's index of what is there sees
+    changes of one file only; the digest in the name tells it of the others.
     """
-    function.__qualname__ = f"{function.__name__}_{_SOURCES}"
-    compiled = njit(error_model="numpy", nogil=True)(function)
-    with suppress(RuntimeError, OSError):  # nowhere to write
-        compiled._cache = _Cache(function)
-    return compiled
+
+    def __init__(self, function: Callable[[int], None]) -> None:
+        self._function = function
+
+    def __call__(self, argument: bytes) -> None:
+        """Run it with the address of ``argument``, without the interpreter's lock."""
+        self.native(argument)
+
+    @cached_property
+    def native(self):
+        """The code as a function of ctypes."""
+        return CFUNCTYPE(None, c_char_p)(self.code.address)
+
+    @cached_property
+    def code(self):
+        """What Numba made, or found on disk."""
+        function = self._function
+        function.__qualname__ = f"{function.__name__}_{_SOURCES}"
+        code = CFunc(function, ((types.int64,), types.void), {}, {"error_model": "numpy"})
+        with suppress(RuntimeError, OSError):  # nowhere to write
+            code._cache = _Cache(function)
+        code.compile()
+        return code
 
 
 def part(function: Callable[..., None]) -> Callable[..., None]:

@@ -17,6 +17,7 @@ from fastrot.kernels._cpu_blocks import (
     narrow,
     tabulate,
     widen,
+    word,
 )
 from fastrot.kernels._cpu_compile import part
 from fastrot.kernels._cpu_vectors import FLOAT32, FLOAT64, LOG_RADIX, VECTOR_BYTES
@@ -89,7 +90,9 @@ def stages(panel, log, until, widest, ld, vectors, factor, one):
 def columns(panel, rows, ld, vectors, bases, codes, work, one):
     """Transform the columns of a panel of ``rows``, ``vectors`` vectors wide, in place."""
     stride, blocks = rows, 1
-    for m in bases:
+    at_bases, count = bases
+    for index in range(count):
+        m = word(at_bases, index)
         stride //= m
         for block in range(blocks):
             for row in range(stride):
@@ -136,24 +139,24 @@ def narrow_rows(panel, height, ld, width, side, turned, work, one):
     ``COLUMNS`` vectors of them lie side by side in the panel ``turned``. Between the elements that
     those before meet lie whole vectors.
     """
-    size, _, tail, bases, codes = side
+    size, _, tail, at_bases, count, codes = side
     lanes = lanes_of(one)
     item = VECTOR_BYTES // lanes
     per_row = width // size
     heads, outer = 0, 1
     while outer * tail < size:
-        outer *= bases[heads]
+        outer *= word(at_bases, heads)
         heads += 1
+    bases = at_bases + 8 * heads, count - heads
     if heads:
         for row in range(height):
             for block in range(per_row):
                 at = panel + row * ld + block * size * item
-                head = bases[:heads]
+                head = at_bases, heads
                 columns(at, outer, tail * item, tail // lanes, head, codes, work, one)
-        for m in bases[:heads]:
-            codes += m * m // 4
+        for index in range(heads):
+            codes += word(at_bases, index) ** 2 // 4
         size, per_row = tail, per_row * outer
-        bases = bases[heads:]
     group = COLUMNS * lanes
     pitch = group * item
     for first in range(0, height * per_row, group):
@@ -233,14 +236,15 @@ def wide_row(
     between lies in ``dst`` where that has the compute type, else in the panel ``space``. Of sizes
     that are no powers of two ``src`` is a panel, on which the other factors act in place.
     """
-    size, power, _, bases, codes = side
+    size, power, _, at_bases, factors, codes = side
+    bases = at_bases, factors
     lanes = lanes_of(one)
     ones = work[1] + COLUMNS * VECTOR_BYTES
     vectors = size // lanes
     most = 1 << LOG_RADIX
-    if vectors <= most or bases.size:
+    if vectors <= most or factors:
         radix = min(power // lanes, most)
-        for start in range(0, bases.size and width // lanes, vectors):
+        for start in range(0, factors and width // lanes, vectors):
             at, span = src + start * VECTOR_BYTES, radix * VECTOR_BYTES
             columns(at, vectors // radix, span, radix, bases, codes, work, one)
         count = width // lanes

@@ -2,6 +2,7 @@
 
 import math
 from functools import lru_cache
+from struct import Struct
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from fastrot.kernels import _cpu_vectors as vectors
 from fastrot.kernels._cpu_memory import HUGE_BYTES, ask_for_huge_pages, require_writable
 from fastrot.kernels._cpu_threads import on_threads
 from fastrot.kernels.arguments import check_place, check_signs, check_sizes
+from fastrot.kernels.weight import Workspace
 
 ROW_BYTES = 1 << 14
 """Short rows are taken together up to this size: the panel stays in the first-level cache."""
@@ -23,9 +25,8 @@ PANEL_BYTES = 1 << 19
 """A panel of columns stays in the second level."""
 TASK_ELEMENTS = 1 << 17
 """Work that a thread takes at a time; what is not more runs without threads."""
-
-SHARES = 4
-"""Of the tasks, for each thread: few, and enough for threads of unequal speed."""
+CALL = Struct("=23qd")
+"""What a kernel is told, see ``_cpu_kernels.sweep``."""
 
 KINDS = {
     torch.float64: (vectors.FLOAT64, 8),
@@ -38,24 +39,32 @@ Matrix = tuple[int, int, int, int]
 """Address, kind, bytes of an element, bytes from row to row."""
 
 
+Diagonals = tuple[int, int, int, int]
+"""Addresses and lengths of those of rows and columns."""
+
+
 class SweepPlan(NamedTuple):
     """How a matrix is cut.
 
     Attributes:
+        kernel: for the compute type.
         words: what ``kernels.sweep`` takes as its plan.
         codes: whose addresses are among the words.
         constants: of the compute type, see :func:`constants_of`.
         nothing: the identity as a pair of diagonals.
+        places: addresses of constants and words.
         width: columns of a tile.
         memory: bytes that a thread needs.
         tasks: number of tiles.
         step: tiles that a thread takes at a time.
     """
 
+    kernel: Any
     words: NDArray[np.int64]
     codes: tuple[NDArray[np.uint8], ...]
     constants: NDArray[Any]
-    nothing: tuple[NDArray[Any], NDArray[Any]]
+    nothing: Diagonals
+    places: tuple[int, int]
     width: int
     memory: int
     tasks: int
@@ -94,10 +103,8 @@ def transformed(
     if signs is not None or plan.tasks > plan.step:
         write(x, out, size, dim, signs, scale, transpose)
         return out
-    memory, no = np.empty(plan.memory, np.uint8), plan.nothing[0]
     source, target = (x.data_ptr(), kind, item, ld), (out.data_ptr(), kind, item, ld)
-    rest = plan.words, no, no, no, no, memory, plan.constants, float(scale)
-    kernels.sweep(0, plan.tasks, *source, *target, *rest)
+    _run_here(plan, source, target, plan.nothing, plan.nothing, scale)
     return out
 
 
@@ -172,19 +179,15 @@ def _sweep(
     before = after = plan.nothing
     if signs is not None:
         weights = as_array(signs, torch.float64 if dtype == torch.float64 else torch.float32)
-        if columns:
-            diagonals = weights, after[1]
-        else:
-            recurring = weights if plan.width == size else np.tile(weights, plan.width // size)
-            diagonals = before[0], recurring
+        if not columns and plan.width != size:
+            weights = np.tile(weights, plan.width // size)
+        diagonal = diagonal_of(weights)
+        diagonals = (*diagonal, *after[2:]) if columns else (*after[:2], *diagonal)
         before, after = (before, diagonals) if transpose else (diagonals, after)
     if plan.tasks > plan.step:
         run(plan, source, target, before, after, scale)
-        return
-    words, constants = plan.words, plan.constants
-    memory = np.empty(plan.memory, np.uint8)
-    last, scale = plan.tasks, float(scale)
-    kernels.sweep(0, last, *source, *target, words, *before, *after, memory, constants, scale)
+    else:
+        _run_here(plan, source, target, before, after, scale)
 
 
 @lru_cache
@@ -223,11 +226,22 @@ def as_array(vector: Tensor, dtype: torch.dtype) -> NDArray[Any]:
     return array
 
 
+def address_of(array: NDArray[Any]) -> int:
+    """Of its first number."""
+    address: int = array.__array_interface__["data"][0]
+    return address
+
+
+def diagonal_of(weights: NDArray[Any]) -> tuple[int, int]:
+    """Address and length of a diagonal, which the caller keeps."""
+    return address_of(weights), weights.size
+
+
 @lru_cache
-def no_diagonals(dtype: torch.dtype) -> tuple[NDArray[Any], NDArray[Any]]:
-    """The identity as a pair of diagonals."""
-    empty = torch.empty(0, dtype=dtype).numpy()
-    return empty, empty
+def no_diagonals(dtype: torch.dtype) -> Diagonals:
+    """The identity as a pair of diagonals: a one that recurs for rows, null for columns."""
+    constants = constants_of(dtype)
+    return address_of(constants) + constants.nbytes - dtype.itemsize, 1, 0, 1
 
 
 @lru_cache
@@ -313,10 +327,13 @@ def plan_sweep(
     panel = ld, tile[0] * ld, turned
     words = *shape, *tile, strip, *panel, *sides[0].words(), *sides[1].words(), *bases
     tasks = -(-rows // tile[0]) * -(-cols // tile[1])
+    constants, table = constants_of(dtype), np.array(words, np.int64)
     return SweepPlan(
-        words=np.array(words, np.int64),
+        kernel=kernels.in_float64 if dtype == torch.float64 else kernels.in_float32,
+        words=table,
         codes=tuple(side.codes for side in sides),
-        constants=constants_of(dtype),
+        constants=constants,
+        places=(address_of(constants), address_of(table)),
         nothing=no_diagonals(dtype),
         width=tile[1],
         memory=vector + panel[1] + turned + work,
@@ -329,12 +346,12 @@ def run(
     plan: SweepPlan,
     source: Matrix,
     target: Matrix,
-    before: tuple[NDArray[Any], NDArray[Any]],
-    after: tuple[NDArray[Any], NDArray[Any]],
+    before: Diagonals,
+    after: Diagonals,
     scale: float,
-    panels: list[NDArray[np.uint8]] | None = None,
+    workspace: Workspace | None = None,
 ) -> None:
-    """Sweep all tiles, on the threads torch would use, or one for each of ``panels``.
+    """Sweep all tiles, on the threads torch would use or those that a workspace is for.
 
     Args:
         plan: how the matrix is cut.
@@ -343,27 +360,26 @@ def run(
         before: the diagonals of rows and columns before the transforms.
         after: those behind them.
         scale: factor of the result.
-        panels: memory of the threads, at least ``plan.memory`` bytes each; default, made here.
+        workspace: with ``plan.memory`` bytes or more for each thread; default, made here.
     """
-    rest = *source, *target, plan.words, *before, *after
-    scale = float(scale)
-    threads = torch.get_num_threads() if panels is None else len(panels)
+    threads = workspace.threads if workspace else torch.get_num_threads()
     threads = min(threads, -(-plan.tasks // plan.step))
-    shares = iter(_shares(plan.tasks, plan.step, threads))
-
-    def work(index: int) -> None:
-        memory = np.empty(plan.memory, np.uint8) if panels is None else panels[index]
-        for first, last in shares:
-            kernels.sweep(first, last, *rest, memory, plan.constants, scale)
-
-    on_threads(work, threads)
+    panels = workspace.panels if workspace else np.empty(threads * plan.memory, np.uint8)
+    shared = np.zeros(2, np.int64)
+    ways = address_of(panels), plan.memory, address_of(shared), plan.tasks, plan.step
+    call = CALL.pack(*ways, *source, *target, *before, *after, *plan.places, scale)
+    on_threads(plan.kernel, call, threads)
 
 
-def _shares(tasks: int, step: int, threads: int) -> list[tuple[int, int]]:
-    """Ranges that threads take one after the other: some for each, of at least ``step``.
-
-    Taking one costs a thread the interpreter's lock, and if another holds it at that moment, the
-    time until it is woken, which may be longer than the work.
-    """
-    step = max(step, -(-tasks // (SHARES * threads)))
-    return [(first, min(first + step, tasks)) for first in range(0, tasks, step)]
+def _run_here(
+    plan: SweepPlan,
+    source: Matrix,
+    target: Matrix,
+    before: Diagonals,
+    after: Diagonals,
+    scale: float,
+) -> None:
+    """:func:`run` on this thread."""
+    memory = np.empty(plan.memory, np.uint8)
+    ways = address_of(memory), plan.memory, 0, plan.tasks, plan.step
+    plan.kernel(CALL.pack(*ways, *source, *target, *before, *after, *plan.places, scale))

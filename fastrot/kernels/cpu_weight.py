@@ -8,14 +8,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastrot.kernels import _cpu_kernels as kernels
 from fastrot.kernels._cpu_memory import prepare_output
 from fastrot.kernels.cpu import (
     KINDS,
+    Diagonals,
     Matrix,
     SweepPlan,
     as_array,
-    no_diagonals,
+    diagonal_of,
     plan_sweep,
     run,
 )
@@ -24,15 +24,16 @@ from fastrot.kernels.weight import Side, TwoSided, Workspace
 TILE_BYTES = 1 << 22
 """The largest panel for two sides at once; beyond, a scratch matrix takes the intermediate."""
 
-Diagonals = tuple[NDArray[Any], NDArray[Any]]
+Pair = tuple[NDArray[Any] | None, NDArray[Any] | None]
+"""Diagonals of rows and columns; None is the identity."""
 
 
 class _Sweep(NamedTuple):
     """One pass over a matrix, with everything but addresses."""
 
     plan: SweepPlan
-    before: Diagonals
-    after: Diagonals
+    before: Pair
+    after: Pair
     scale: float
 
 
@@ -78,17 +79,16 @@ class MatrixRotation:
                 plan,
                 _matrix(source) if index == 0 else scratch,
                 _matrix(target) if index == last else scratch,
-                before,
-                after,
+                _places(before, plan.nothing),
+                _places(after, plan.nothing),
                 scale,
-                workspace.panels,
+                workspace,
             )
 
     def rehearse(self, source: Tensor, target: Tensor, workspace: Workspace) -> None:
-        """Compile what a run calls, or load it from disk, by a sweep over nothing."""
-        plan, place = plan_sweep((1, 1), (1, False), (1, False), 4, self.dtype), (0, 0, 4, 4)
-        memory, none = np.empty(plan.memory, np.uint8), plan.nothing
-        kernels.sweep(0, 0, *place, *place, plan.words, *none, *none, memory, plan.constants, 1.0)
+        """Compile what a run calls, or load it from disk."""
+        for sweep in self._sweeps:
+            assert sweep.plan.kernel.native
 
 
 def rotate_matrix(
@@ -112,7 +112,7 @@ def _sweeps(stage: TwoSided, shape: tuple[int, int], item: int, dtype: torch.dty
     nothing = 1, False
     on_left = (left.size, left.transpose) if left else nothing
     on_right = (right.size, right.transpose) if right else nothing
-    none = no_diagonals(dtype)
+    none = None, None
     before = (
         _diagonal(stage.row_gamma, left, False, shape[0], dtype),
         _diagonal(stage.gamma, right, False, shape[1], dtype),
@@ -131,13 +131,21 @@ def _sweeps(stage: TwoSided, shape: tuple[int, int], item: int, dtype: torch.dty
 
 def _diagonal(
     gamma: Tensor | None, side: Side | None, transpose: bool, length: int, dtype: torch.dtype
-) -> NDArray[Any]:
+) -> NDArray[Any] | None:
     """The diagonal along one dimension: gamma, times the signs if they stand on this end."""
-    weights = no_diagonals(dtype)[0] if gamma is None else as_array(gamma, dtype)
+    weights = None if gamma is None else as_array(gamma, dtype)
     if side is None or side.signs is None or side.transpose != transpose:
         return weights
     signs = np.tile(as_array(side.signs, dtype), length // side.size)
-    return weights * signs if weights.size else signs
+    return signs if weights is None else weights * signs
+
+
+def _places(pair: Pair, nothing: Diagonals) -> Diagonals:
+    rows, cols = pair
+    return (
+        *(nothing[:2] if rows is None else diagonal_of(rows)),
+        *(nothing[2:] if cols is None else diagonal_of(cols)),
+    )
 
 
 def _matrix(w: Tensor) -> Matrix:

@@ -45,8 +45,8 @@ class Workspace:
             if on_cpu
             else torch.empty(scratch, dtype=torch.uint8, device=device)
         )
-        count = torch.get_num_threads() if on_cpu else 0
-        self.panels = [np.empty(panel, np.uint8) for _ in range(count)]
+        self.panel, self.threads = panel, torch.get_num_threads() if on_cpu else 0
+        self.panels = np.empty(self.threads * panel, np.uint8)
 
     def matrix(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """The scratch memory as a matrix."""
