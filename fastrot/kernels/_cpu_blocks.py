@@ -11,12 +11,15 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from fastrot.kernels._cpu_vectors import I8, I32, I64, ITEMS, LOG_RADIX, VECTOR_BYTES, Vector
+from fastrot.kernels._cpu_vectors import I16, I32, I64, ITEMS, LOG_RADIX, VECTOR_BYTES, Vector
 
 COLUMNS = 2
 """Vectors side by side in a dense factor."""
 TABLES = 8
 """Tables of a dense factor that are in cache at once."""
+UNROLLED = 8
+CODE_BYTES = 2
+UNIT = 8
 
 
 def _literal(value: types.Type) -> int:
@@ -153,12 +156,67 @@ def _slots(builder, vector, count):
         return [builder.alloca(vector.type(vector.element)) for _ in range(count)]
 
 
+def _scale(builder, vector, slots, numbers, step):
+    """Multiply by the numbers at an address, ``step`` apart, unless that is null."""
+    with builder.if_then(builder.icmp_signed("!=", numbers, I64(0))):
+        for i, slot in enumerate(slots):
+            place = vector.address(numbers, i, step)
+            number = builder.load(builder.inttoptr(place, vector.element.as_pointer()))
+            builder.store(builder.fmul(builder.load(slot), vector.splat(number)), slot)
+
+
 def _weigh(builder, vector, slots, weights, step):
     """Multiply by the vectors at ``weights``, ``step`` apart, unless that is null."""
     with builder.if_then(builder.icmp_signed("!=", weights, I64(0))):
         for i, slot in enumerate(slots):
             weight = vector.load(vector.address(weights, i, step))
             builder.store(builder.fmul(builder.load(slot), weight), slot)
+
+
+@intrinsic(prefer_literal=True)
+def cross(
+    typing_context, src, step, kind, cols, cols_step, rows, rows_step, dst, dst_step, dst_kind,
+    new_cols, new_cols_step, new_rows, new_rows_step, factor, radix, one,
+):  # fmt: skip
+    """H_radix across the vectors at ``src``, ``step`` apart, rounded to those at ``dst``.
+
+    Before, they are multiplied by the vectors of weights at ``cols``, ``cols_step`` apart, and by
+    the numbers at ``rows``, ``rows_step`` apart; afterwards likewise, and by ``factor``. Null is no
+    weights. A radix of one is a copy.
+    """
+
+    def emit(context, builder, signature, args):
+        source, step, kind, cols, cols_step, rows, rows_step, *after = args
+        target, target_step, target_kind, new_cols, new_cols_step, *last = after
+        new_rows, new_rows_step, factor, radix, _ = last
+        vector = Vector(builder, one)
+
+        def work(count):
+            slots = _slots(builder, vector, count)
+
+            def load(kind):
+                for i, slot in enumerate(slots):
+                    builder.store(vector.widen(vector.address(source, i, step), kind), slot)
+
+            def save(kind):
+                for i, slot in enumerate(slots):
+                    place = vector.address(target, i, target_step)
+                    vector.narrow(builder.load(slot), place, kind)
+
+            _choose(builder, kind, range(4), load)
+            _scale(builder, vector, slots, rows, rows_step)
+            _weigh(builder, vector, slots, cols, cols_step)
+            values = vector.butterfly([builder.load(slot) for slot in slots])
+            for slot, value in zip(slots, values, strict=True):
+                builder.store(builder.fmul(value, vector.splat(factor)), slot)
+            _scale(builder, vector, slots, new_rows, new_rows_step)
+            _weigh(builder, vector, slots, new_cols, new_cols_step)
+            _choose(builder, target_kind, range(4), save)
+
+        _choose(builder, radix, [1 << bits for bits in range(LOG_RADIX + 1)], work)
+
+    words = [types.int64] * 14
+    return types.void(*words, one, types.int64, one), emit
 
 
 @intrinsic(prefer_literal=True)
@@ -268,7 +326,7 @@ def tabulate(typing_context, base, step, table, width, one):
 
 @intrinsic(prefer_literal=True)
 def accumulate(typing_context, table, codes, groups, src, dst, width, one):
-    """``dst = src + Σ table[codes[g]]``; ``width`` vectors, ``groups`` codes of uint8."""
+    """``dst = src + Σ table[codes[g]]``; ``width`` vectors, ``groups`` codes of uint16."""
     columns = _literal(width)
 
     def emit(context, builder, signature, args):
@@ -276,13 +334,22 @@ def accumulate(typing_context, table, codes, groups, src, dst, width, one):
         vector = Vector(builder, one)
         places = [vector.address(source, i, VECTOR_BYTES) for i in range(columns)]
         sums = [cgutils.alloca_once_value(builder, vector.load(place)) for place in places]
-        pointer = builder.inttoptr(codes, I8.as_pointer())
-        with cgutils.for_range(builder, groups) as loop:
-            code = builder.zext(builder.load(builder.gep(pointer, [loop.index])), I64)
-            entry = vector.address(table, code, COLUMNS * VECTOR_BYTES)
+        pointer = builder.inttoptr(codes, I16.as_pointer())
+
+        def add(index):
+            code = builder.zext(builder.load(builder.gep(pointer, [index])), I64)
+            entry = vector.address(table, code, UNIT)
             for i, total in enumerate(sums):
                 value = vector.load(vector.address(entry, i, VECTOR_BYTES))
                 builder.store(builder.fadd(builder.load(total), value), total)
+
+        many = builder.sdiv(groups, I64(UNROLLED))
+        with cgutils.for_range(builder, many) as loop:
+            for i in range(UNROLLED):
+                add(builder.add(builder.mul(loop.index, I64(UNROLLED)), I64(i)))
+        done = builder.mul(many, I64(UNROLLED))
+        with cgutils.for_range(builder, builder.sub(groups, done)) as loop:
+            add(builder.add(done, loop.index))
         for i, total in enumerate(sums):
             vector.store(builder.load(total), vector.address(target, i, VECTOR_BYTES))
 

@@ -13,112 +13,139 @@ import numpy as np
 
 from fastrot.kernels._cpu_blocks import COLUMNS, lanes_of, number, prefetch, take, word
 from fastrot.kernels._cpu_compile import Kernel, part
-from fastrot.kernels._cpu_parts import (
-    columns,
-    load,
-    narrow_rows,
-    save,
-    wide_row,
-)
+from fastrot.kernels._cpu_parts import LINE_BYTES, columns, load, narrow_rows, save, wide_row
 from fastrot.kernels._cpu_vectors import FLOAT32, FLOAT64, VECTOR_BYTES
 
-LINE_BYTES = 64
 PLAN_WORDS = 18
 """Of a plan, before the bases of both sides."""
-AHEAD = 16
-"""Rows by which prefetching precedes the access to a narrow tile."""
+SHORT_BYTES, AHEAD = 1024, 8
+"""Of tiles whose rows are as short, rows by which prefetching precedes the access."""
+
+
+@part
+def _right(source, before, target, after, scale, spot, side, left_size, place, work, one):
+    """The right side of a tile, from memory into the panel, or to the end if there is no left."""
+    src, src_kind, src_ld = source
+    dst, dst_kind, dst_ld = target
+    old, old_rows, recur = before
+    new, new_rows, recur_after = after
+    top, height, width = spot
+    panel, ld, turned = place
+    lanes = lanes_of(one)
+    item, src_item, dst_item = VECTOR_BYTES // lanes, 8 >> min(src_kind, 2), 8 >> min(dst_kind, 2)
+    own = FLOAT64 if item == 8 else FLOAT32
+    wide = side[0] > 1 and side[1] >= lanes
+    ones = work[1] + COLUMNS * VECTOR_BYTES
+    for row in range(height):
+        factor = number(old_rows, (top + row) % recur, one)
+        at, here, there = src + row * src_ld, panel + row * ld, dst + row * dst_ld
+        if not wide:
+            weights, moving = (old, 1) if old else (ones, 0)
+            load(at, src_kind, src_item, here, width, factor, weights, moving, one)
+        elif left_size > 1:
+            wide_row(
+                at, src_kind, src_item, old, here, own, item, 0, factor, side, width, turned, work,
+                one,
+            )  # fmt: skip
+        else:
+            factor *= scale * number(new_rows, (top + row) % recur_after, one)
+            wide_row(
+                at, src_kind, src_item, old, there, dst_kind, dst_item, new, factor, side, width,
+                turned, work, one,
+            )  # fmt: skip
+    if not wide and side[0] > 1:
+        narrow_rows(panel, height, ld, width, side, turned, work, one)
+    for row in range(0 if wide or left_size > 1 else height):
+        factor = scale * number(new_rows, (top + row) % recur_after, one)
+        weights, moving = (new, 1) if new else (ones, 0)
+        here, there = panel + row * ld, dst + row * dst_ld
+        save(here, there, dst_kind, dst_item, width, factor, weights, moving, one)
+
+
+@part
+def _left(source, before, target, after, scale, spot, side, right_size, place, work, one):
+    """The left side of a tile, from memory, or from the panel if there is a right, to the end."""
+    src, src_kind, src_ld = source
+    dst, dst_kind, dst_ld = target
+    old, old_rows, recur = before
+    new, new_rows, recur_after = after
+    top, height, width = spot
+    panel, ld, _ = place
+    size, bases, codes, strip = side
+    lanes = lanes_of(one)
+    item, src_item, dst_item = VECTOR_BYTES // lanes, 8 >> min(src_kind, 2), 8 >> min(dst_kind, 2)
+    own, nothing = FLOAT64 if item == 8 else FLOAT32, (0, 0, 0, 0)
+    ones = work[1] + COLUMNS * VECTOR_BYTES
+    soon = AHEAD if width * item <= SHORT_BYTES else 0
+    for start in range(0, width, strip):
+        count = min(strip, width - start)
+        here = panel + start * item
+        between = (here, ld, own, 0)
+        fetched = (src + start * src_item, src_ld, src_kind, soon)
+        heavy, weights, moving = (old + start * item if old else 0), ones, 0
+        before_all = (heavy, 0, old_rows + top % recur * item if recur > 1 else 0, item)
+        if heavy:
+            weights, moving = heavy, 1
+        if right_size > 1:
+            fetched, before_all = between, nothing
+        elif count % lanes or bases[1]:
+            for row in range(height):
+                factor = number(old_rows, (top + row) % recur, one)
+                at, to = fetched[0] + row * src_ld, here + row * ld
+                for line in range(0, soon and count * src_item, LINE_BYTES):
+                    prefetch(at + soon * src_ld + line, 0)
+                load(at, src_kind, src_item, to, count, factor, weights, moving, one)
+            fetched, before_all = between, nothing
+        light, weights, moving = (new + start * item if new else 0), ones, 0
+        after_all = (light, 0, new_rows + top % recur_after * item if recur_after > 1 else 0, item)
+        if light:
+            weights, moving = light, 1
+        there, by = (dst + start * dst_item, dst_ld, dst_kind, soon), scale
+        if count % lanes:
+            there, after_all, by = between, nothing, one
+        columns(
+            fetched, before_all, there, after_all, by, (here, ld), size,
+            (count + lanes - 1) // lanes, bases, codes, work, one,
+        )  # fmt: skip
+        for row in range(height if count % lanes else 0):
+            factor = scale * number(new_rows, (top + row) % recur_after, one)
+            at, to = here + row * ld, dst + start * dst_item + row * dst_ld
+            save(at, to, dst_kind, dst_item, count, factor, weights, moving, one)
 
 
 @part
 def tiles(call, first, last, memory, one):
     """Tiles ``first`` to ``last - 1`` of a call, see :func:`sweep`."""
-    src_at, src_kind, src_item, src_ld = word(call, 5), word(call, 6), word(call, 7), word(call, 8)
-    dst_at, dst_kind, dst_item, dst_ld = (
-        word(call, 9),
-        word(call, 10),
-        word(call, 11),
-        word(call, 12),
-    )
-    before_rows = word(call, 13), word(call, 14)
-    before_cols = word(call, 15), word(call, 16)
-    after_rows = word(call, 17), word(call, 18)
-    after_cols = word(call, 19), word(call, 20)
-    zeros, plan = word(call, 21), word(call, 22)
-    scale = type(one)(number(call, 23, 1.0))
+    src_at, src_kind, src_ld = word(call, 5), word(call, 6), word(call, 7)
+    dst_at, dst_kind, dst_ld = word(call, 8), word(call, 9), word(call, 10)
+    before_rows, before_cols = (word(call, 11), word(call, 12)), (word(call, 13), word(call, 14))
+    after_rows, after_cols = (word(call, 15), word(call, 16)), (word(call, 17), word(call, 18))
+    zeros, plan, scale = word(call, 19), word(call, 20), type(one)(number(call, 21, 1.0))
     rows, cols, tile_rows, tile_cols = word(plan, 0), word(plan, 1), word(plan, 2), word(plan, 3)
-    strip, ld = word(plan, 4), word(plan, 5)
-    left_size = word(plan, 8)
-    left_codes = word(plan, 12)
-    bases = plan + 8 * PLAN_WORDS
-    left_bases = bases, word(plan, 11)
-    right = (
-        word(plan, 13), word(plan, 14), word(plan, 15), bases + 8 * word(plan, 11), word(plan, 16),
-        word(plan, 17),
-    )  # fmt: skip
     lanes = lanes_of(one)
-    item = VECTOR_BYTES // lanes
-    ones = zeros + COLUMNS * VECTOR_BYTES
+    item, src_item, dst_item = VECTOR_BYTES // lanes, 8 >> min(src_kind, 2), 8 >> min(dst_kind, 2)
     panel = (memory + VECTOR_BYTES - 1) // VECTOR_BYTES * VECTOR_BYTES
     turned = panel + word(plan, 6)
     work = (turned + word(plan, 7), zeros)
+    left_bases, right_bases = word(plan, 11), plan + 8 * (PLAN_WORDS + word(plan, 11))
+    left = word(plan, 8), (plan + 8 * PLAN_WORDS, left_bases), word(plan, 12), word(plan, 4)
+    size, power, tail = word(plan, 13), word(plan, 14), word(plan, 15)
+    right = size, power, tail, right_bases, word(plan, 16), word(plan, 17)
+    place = panel, word(plan, 5), turned
     across = (cols + tile_cols - 1) // tile_cols
-    wide = right[0] > 1 and right[1] >= lanes
-    direct = wide and right[4] == 0
-    batch = 1 if wide else tile_rows
-    reading = AHEAD * src_ld if left_size > 1 and tile_cols < cols else 0
-    writing = AHEAD * dst_ld if reading else 0
-    own = FLOAT64 if item == 8 else FLOAT32
     for tile in range(first, last):
         top, edge = tile // across * tile_rows, tile % across * tile_cols
         height, width = min(tile_rows, rows - top), min(tile_cols, cols - edge)
-        weights, moving = ones, 0
-        if before_cols[0]:
-            weights, moving = before_cols[0] + edge % before_cols[1] * item, 1
-        heavy = 0
-        if after_cols[0]:
-            heavy = after_cols[0] + edge % after_cols[1] * item
-        for start in range(0, height, batch):
-            for row in range(start, min(start + batch, height)):
-                factor = number(before_rows[0], (top + row) % before_rows[1], one)
-                at, here = src_at + (top + row) * src_ld + edge * src_item, panel + row * ld
-                for line in range(0, reading and width * src_item, LINE_BYTES):
-                    prefetch(at + reading + line, 0)
-                kind, size, old = src_kind, src_item, weights * moving
-                if not direct:
-                    load(at, src_kind, src_item, here, width, factor, weights, moving, one)
-                    at, kind, size, old, factor = here, own, item, 0, one
-                if wide:
-                    to, to_kind, to_item, new = here, own, item, 0
-                    if left_size == 1:
-                        to = dst_at + (top + row) * dst_ld + edge * dst_item
-                        to_kind, to_item, new, factor = dst_kind, dst_item, heavy, factor * scale
-                        factor *= number(after_rows[0], (top + row) % after_rows[1], one)
-                    wide_row(
-                        at, kind, size, old, to, to_kind, to_item, new, factor, right, width,
-                        turned, work, one,
-                    )  # fmt: skip
-            if right[0] > 1 and not wide:
-                here, rest = panel + start * ld, height - start
-                narrow_rows(here, min(batch, rest), ld, width, right, turned, work, one)
-        if wide and left_size == 1:
-            continue
-        weights, moving = ones, 0
-        if heavy:
-            weights, moving = heavy, 1
-        for start in range(0, width, strip):
-            count = min(strip, width - start)
-            here = panel + start * item
-            if left_size > 1:
-                vectors = (count + lanes - 1) // lanes
-                columns(here, left_size, ld, vectors, left_bases, left_codes, work, one)
-            for row in range(height):
-                factor = scale * number(after_rows[0], (top + row) % after_rows[1], one)
-                at = dst_at + (top + row) * dst_ld + (edge + start) * dst_item
-                for line in range(0, writing and count * dst_item, LINE_BYTES):
-                    prefetch(at + writing + line, 1)
-                here = panel + row * ld + start * item
-                place = weights + moving * start * item
-                save(here, at, dst_kind, dst_item, count, factor, place, moving, one)
+        old = before_cols[0] + edge % before_cols[1] * item if before_cols[0] else 0
+        new = after_cols[0] + edge % after_cols[1] * item if after_cols[0] else 0
+        source = src_at + top * src_ld + edge * src_item, src_kind, src_ld
+        target = dst_at + top * dst_ld + edge * dst_item, dst_kind, dst_ld
+        before, after = (old, before_rows[0], before_rows[1]), (new, after_rows[0], after_rows[1])
+        spot = top, height, width
+        if left[0] == 1 or size > 1:
+            _right(source, before, target, after, scale, spot, right, left[0], place, work, one)
+        if left[0] > 1:
+            _left(source, before, target, after, scale, spot, left, size, place, work, one)
 
 
 @part

@@ -7,14 +7,17 @@ type.
 """
 
 from fastrot.kernels._cpu_blocks import (
+    CODE_BYTES,
     COLUMNS,
     TABLES,
     accumulate,
     butterfly,
     copy_one,
+    cross,
     finish,
     lanes_of,
     narrow,
+    prefetch,
     tabulate,
     widen,
     word,
@@ -22,6 +25,7 @@ from fastrot.kernels._cpu_blocks import (
 from fastrot.kernels._cpu_compile import part
 from fastrot.kernels._cpu_vectors import FLOAT32, FLOAT64, LOG_RADIX, VECTOR_BYTES
 
+LINE_BYTES = 64
 LOG_PART = 8
 """Vectors of a row that go through all their stages while they are in the first level."""
 FAR_LOG_RADIX = 3
@@ -57,7 +61,7 @@ def _dense(base, step, vectors, m, codes, work, one):
             for i in range(m):
                 source = zeros if first == 0 else sums + i * wide
                 target = at + i * step if first + count == groups else sums + i * wide
-                row = codes + i * groups + first
+                row = codes + (i * groups + first) * CODE_BYTES
                 if full:
                     accumulate(table, row, count, source, target, COLUMNS, one)
                 else:
@@ -65,31 +69,9 @@ def _dense(base, step, vectors, m, codes, work, one):
 
 
 @part
-def stages(panel, log, until, widest, ld, vectors, factor, one):
-    """The butterflies of strides 2^(log - 1) … 2^until on a panel of 2^log rows, times ``factor``.
-
-    ``widest`` is the logarithm of the largest radix. Stages are split evenly over the passes.
-    """
-    blocks = 1
-    while log > until:
-        passes = (log - until + widest - 1) // widest
-        bits = (log - until + passes - 1) // passes
-        log -= bits
-        for block in range(blocks):
-            for row in range(1 << log):
-                at = panel + ((block << log + bits) + row) * ld
-                for j in range(vectors):
-                    if log == until and factor != one:
-                        butterfly(at + j * VECTOR_BYTES, ld << log, 1 << bits, factor, 1, one)
-                    else:
-                        butterfly(at + j * VECTOR_BYTES, ld << log, 1 << bits, one, 0, one)
-        blocks <<= bits
-
-
-@part
-def columns(panel, rows, ld, vectors, bases, codes, work, one):
-    """Transform the columns of a panel of ``rows``, ``vectors`` vectors wide, in place."""
-    stride, blocks = rows, 1
+def dense(panel, ld, size, vectors, bases, codes, work, one):
+    """The dense factors of columns of ``size`` elements, in place."""
+    stride, blocks = size, 1
     at_bases, count = bases
     for index in range(count):
         m = word(at_bases, index)
@@ -99,21 +81,128 @@ def columns(panel, rows, ld, vectors, bases, codes, work, one):
                 at = panel + (block * m * stride + row) * ld
                 _dense(at, stride * ld, vectors, m, codes, work, one)
         blocks *= m
-        codes += m * m // 4
-    log = 0
-    while 1 << log < stride:
-        log += 1
-    inner = log
-    while inner and ld << inner > LEVEL1_BYTES:
-        inner -= 1
-    if log <= 2 * LOG_RADIX:
-        inner = log
-    for near in range(2):
-        top, until = (inner, 0) if near else (log, inner)
-        widest = LOG_RADIX if near else FAR_LOG_RADIX
+        codes += m * m // 4 * CODE_BYTES
+
+
+@part
+def stages(panel, log, until, widest, ld, factor, one):
+    """The butterflies of strides 2^(log - 1) … 2^until on 2^log vectors, times ``factor``.
+
+    Vectors are ``ld`` apart. ``widest`` is the logarithm of the largest radix. Stages are split
+    evenly over the passes.
+    """
+    blocks = 1
+    while log > until:
+        passes = (log - until + widest - 1) // widest
+        bits = (log - until + passes - 1) // passes
+        log -= bits
         for block in range(blocks):
-            stages(panel + (block << top) * ld, top, until, widest, ld, vectors, one, one)
-        blocks <<= top - until
+            for row in range(1 << log):
+                at = panel + ((block << log + bits) + row) * ld
+                if log == until and factor != one:
+                    butterfly(at, ld << log, 1 << bits, factor, 1, one)
+                else:
+                    butterfly(at, ld << log, 1 << bits, one, 0, one)
+        blocks <<= bits
+
+
+@part
+def _pass(source, before, target, after, factor, log, bits, vectors, one):
+    """The butterflies of strides 2^(log - 1) … 2^(log - bits) on 2^log rows, into other rows."""
+    lanes = lanes_of(one)
+    stride, radix = 1 << log - bits, 1 << bits
+    for row in range(stride):
+        at, ld, kind, soon = source
+        to, to_ld, to_kind, later = target
+        for i in range(0, radix * stride if soon else 0, stride):
+            for line in range(0, vectors * lanes * (8 >> min(kind, 2)), LINE_BYTES):
+                prefetch(at + (row + i + soon) * ld + line, 0)
+        for i in range(0, radix * stride if later else 0, stride):
+            for line in range(0, vectors * lanes * (8 >> min(to_kind, 2)), LINE_BYTES):
+                prefetch(to + (row + i + later) * to_ld + line, 1)
+        for j in range(vectors):
+            at, to = source[0], target[0]
+            cols, cols_ld, rows, step = before
+            at += row * ld + j * lanes * (8 >> min(kind, 2))
+            if cols:
+                cols += row * cols_ld + j * VECTOR_BYTES
+            if rows:
+                rows += row * step
+            new, new_ld, news, new_step = after
+            to += row * to_ld + j * lanes * (8 >> min(to_kind, 2))
+            if new:
+                new += row * new_ld + j * VECTOR_BYTES
+            if news:
+                news += row * new_step
+            cross(
+                at, ld * stride, kind, cols, cols_ld * stride, rows, step * stride,
+                to, to_ld * stride, to_kind, new, new_ld * stride, news, new_step * stride,
+                factor, radix, one,
+            )  # fmt: skip
+
+
+@part
+def _passes(source, before, between, target, after, factor, log, count, vectors, one):
+    """All butterflies of 2^log rows in so many passes; what is between lies in a panel."""
+    nothing = (0, 0, 0, 0)
+    rows = 1 << log
+    for left in range(count, 1, -1):
+        bits = (log + left - 1) // left
+        for skip in range(0, rows, 1 << log):
+            here = (source[0] + skip * source[1], source[1], source[2], source[3])
+            there = (between[0] + skip * between[1], between[1], between[2], 0)
+            _pass(here, before, there, nothing, one, log, bits, vectors, one)
+        source, before = between, nothing
+        log -= bits
+    cols, cols_ld, news, step = after
+    for skip in range(0, rows, 1 << log):
+        here = (source[0] + skip * source[1], source[1], source[2], source[3])
+        there = (target[0] + skip * target[1], target[1], target[2], target[3])
+        new = (
+            cols + skip * cols_ld if cols else 0, cols_ld, news + skip * step if news else 0, step
+        )  # fmt: skip
+        _pass(here, before, there, new, factor, log, log, vectors, one)
+
+
+@part
+def columns(
+    source, before, target, after, factor, panel, size, vectors, bases, codes, work, one
+):  # fmt: skip
+    """Transform columns of ``size`` elements from a matrix into another, by way of a panel.
+
+    The first pass over the elements reads and weighs them, unless there are dense factors: these
+    act on the panel. The last one weighs, rounds and writes them. The matrices may be the same.
+    """
+    own = FLOAT64 if lanes_of(one) * 8 == VECTOR_BYTES else FLOAT32
+    between, nothing = (panel[0], panel[1], own, 0), (0, 0, 0, 0)
+    ld, blocks = panel[1], 1
+    dense(panel[0], ld, size, vectors, bases, codes, work, one)
+    for index in range(bases[1]):
+        blocks *= word(bases[0], index)
+    log = 0
+    while blocks << log < size:
+        log += 1
+    left = max(1, (log + LOG_RADIX - 1) // LOG_RADIX)
+    while left > 1 and ld << log > LEVEL1_BYTES:
+        bits = (log + left - 1) // left
+        for block in range(blocks):
+            here = (source[0] + (block << log) * source[1], source[1], source[2], source[3])
+            there = (panel[0] + (block << log) * ld, ld, own, 0)
+            _pass(here, before, there, nothing, one, log, bits, vectors, one)
+        source, before = between, nothing
+        log -= bits
+        blocks <<= bits
+        left -= 1
+    cols, cols_ld, rows, step = after
+    for block in range(blocks):
+        skip = block << log
+        within = (panel[0] + skip * ld, ld, own, 0)
+        here = (source[0] + skip * source[1], source[1], source[2], source[3])
+        there = (target[0] + skip * target[1], target[1], target[2], target[3])
+        _passes(
+            here, before, within, there, (cols, cols_ld, rows + skip * step if rows else 0, step),
+            factor, log, left, vectors, one,
+        )  # fmt: skip
 
 
 @part
@@ -142,6 +231,7 @@ def narrow_rows(panel, height, ld, width, side, turned, work, one):
     size, _, tail, at_bases, count, codes = side
     lanes = lanes_of(one)
     item = VECTOR_BYTES // lanes
+    own = FLOAT64 if item == 8 else FLOAT32
     per_row = width // size
     heads, outer = 0, 1
     while outer * tail < size:
@@ -153,9 +243,9 @@ def narrow_rows(panel, height, ld, width, side, turned, work, one):
             for block in range(per_row):
                 at = panel + row * ld + block * size * item
                 head = at_bases, heads
-                columns(at, outer, tail * item, tail // lanes, head, codes, work, one)
+                dense(at, tail * item, outer, tail // lanes, head, codes, work, one)
         for index in range(heads):
-            codes += word(at_bases, index) ** 2 // 4
+            codes += word(at_bases, index) ** 2 // 4 * CODE_BYTES
         size, per_row = tail, per_row * outer
     group = COLUMNS * lanes
     pitch = group * item
@@ -165,7 +255,10 @@ def narrow_rows(panel, height, ld, width, side, turned, work, one):
             _turn(panel, ld, per_row, size, item, first, count, turned, pitch, back, one)
             if not back:
                 vectors = (count + lanes - 1) // lanes
-                columns(turned, size, pitch, vectors, bases, codes, work, one)
+                here, no = (turned, pitch, own, 0), (0, 0, 0, 0)
+                columns(
+                    here, no, here, no, one, (turned, pitch), size, vectors, bases, codes, work, one
+                )  # fmt: skip
 
 
 @part
@@ -227,51 +320,77 @@ def _finish_all(src, kind, item, before, dst, dst_kind, dst_item, after, factor,
 
 
 @part
+def _power_row(src, kind, before, dst, dst_kind, after, factor, log, panel, ones, one):
+    """Transform a row of 2^log vectors, more than one radix, by way of a panel.
+
+    The stages within neighbouring vectors come first, so that memory is read in its order.
+    """
+    lanes = lanes_of(one)
+    item = VECTOR_BYTES // lanes
+    own = FLOAT64 if item == 8 else FLOAT32
+    size = 8 >> min(kind, 2)
+    near = min(log, LOG_PART)
+    near += (log - near) % FAR_LOG_RADIX == 1
+    for j in range(0, 1 << log, 1 << near):
+        at, to, count = src + j * lanes * size, panel + j * VECTOR_BYTES, 1 << near
+        old = before + j * VECTOR_BYTES if before else 0
+        _finish_all(at, kind, size, old, to, own, item, 0, one, 1 << LOG_RADIX, count, one)
+        if near < log:
+            stages(to, near, LOG_RADIX, LOG_RADIX, VECTOR_BYTES, one, one)
+    until, widest = (near, FAR_LOG_RADIX) if near < log else (LOG_RADIX, LOG_RADIX)
+    # Writing rows apart from each other is slow where memory is fresh.
+    if panel != dst or after:
+        stages(panel, log, until, widest, VECTOR_BYTES, one, one)
+        weights, moving = (after, 1) if after else (ones, 0)
+        save(
+            panel, dst, dst_kind, 8 >> min(dst_kind, 2), lanes << log, factor, weights, moving, one
+        )
+        return
+    stages(panel, log, until, widest, VECTOR_BYTES, factor, one)
+
+
+@part
 def wide_row(
     src, kind, item, before, dst, dst_kind, dst_item, after, factor, side, width, space, work, one
 ):
     """Transform the blocks of a row whose power of two is at least a vector.
 
-    The stages within neighbouring vectors come first, so that memory is read in its order; what is
-    between lies in ``dst`` where that has the compute type, else in the panel ``space``. Of sizes
-    that are no powers of two ``src`` is a panel, on which the other factors act in place.
+    What is between lies in ``dst`` where that has the compute type, else in the panel ``space``.
     """
-    size, power, _, at_bases, factors, codes = side
-    bases = at_bases, factors
+    size, power, _, at_bases, count, codes = side
+    bases = at_bases, count
     lanes = lanes_of(one)
-    ones = work[1] + COLUMNS * VECTOR_BYTES
-    vectors = size // lanes
-    most = 1 << LOG_RADIX
-    if vectors <= most or factors:
-        radix = min(power // lanes, most)
-        for start in range(0, factors and width // lanes, vectors):
-            at, span = src + start * VECTOR_BYTES, radix * VECTOR_BYTES
-            columns(at, vectors // radix, span, radix, bases, codes, work, one)
-        count = width // lanes
-        _finish_all(
-            src, kind, item, before, dst, dst_kind, dst_item, after, factor, radix, count, one
-        )
-        return
     own_item = VECTOR_BYTES // lanes
     own = FLOAT64 if own_item == 8 else FLOAT32
+    ones = work[1] + COLUMNS * VECTOR_BYTES
     log = 0
-    while 1 << log < vectors:
+    while lanes << log < power:
         log += 1
-    near = min(log, LOG_PART)
-    near += (log - near) % FAR_LOG_RADIX == 1
-    for first in range(0, width // lanes, vectors):
-        there = dst + first * lanes * dst_item
-        panel = there if dst_kind == own else space
-        # Sums of numbers such as integers are exact until they are multiplied, so that comes last.
-        saved = after or panel != there
-        behind = one if saved else factor
-        for j in range(0, vectors, 1 << near):
-            at, part = src + (first + j) * lanes * item, panel + j * VECTOR_BYTES
-            old, count = before + (first + j) * VECTOR_BYTES if before else 0, 1 << near
-            _finish_all(at, kind, item, old, part, own, own_item, 0, one, most, count, one)
-            within = behind if near == log else one
-            stages(part, near, LOG_RADIX, LOG_RADIX, VECTOR_BYTES, 1, within, one)
-        stages(panel, log, near, FAR_LOG_RADIX, VECTOR_BYTES, 1, behind, one)
-        if saved:
-            heavy = after + first * VECTOR_BYTES if after else ones
-            save(panel, there, dst_kind, dst_item, size, factor, heavy, after != 0, one)
+    if count == 0 and log <= LOG_RADIX:
+        _finish_all(
+            src, kind, item, before, dst, dst_kind, dst_item, after, factor, 1 << log,
+            width // lanes, one,
+        )  # fmt: skip
+        return
+    for first in range(0, width, size):
+        at, at_kind, at_item, to = src + first * item, kind, item, dst + first * dst_item
+        old = before + first * own_item if before else 0
+        new = after + first * own_item if after else 0
+        if count:
+            weights, moving = (old, 1) if old else (ones, 0)
+            load(at, kind, item, space, size, one, weights, moving, one)
+            dense(space, power * own_item, size // power, power // lanes, bases, codes, work, one)
+            at, at_kind, at_item, old = space, own, own_item, 0
+        if log <= LOG_RADIX:
+            _finish_all(
+                at, at_kind, at_item, old, to, dst_kind, dst_item, new, factor, 1 << log,
+                size // lanes, one,
+            )  # fmt: skip
+            continue
+        panel = to if dst_kind == own else space
+        for skip in range(0, size, power):
+            _power_row(
+                at + skip * at_item, at_kind, old + skip * own_item if old else 0,
+                to + skip * dst_item, dst_kind, new + skip * own_item if new else 0, factor, log,
+                panel + skip * own_item, ones, one,
+            )  # fmt: skip

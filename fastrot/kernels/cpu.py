@@ -23,20 +23,26 @@ ROW_BYTES = 1 << 14
 """Short rows are taken together up to this size: the panel stays in the first-level cache."""
 PANEL_BYTES = 1 << 19
 """A panel of columns stays in the second level."""
+STRIP_BYTES = 1 << 21
+"""A panel of whole columns is in the third level: long pieces of rows matter more."""
+LONG_PIECE = 64
+"""Elements of a row, fewer of which in a panel are better read twice, and"""
+LONG_BYTES = 1 << 22
+"""the size of tensors for which that is so."""
 TASK_ELEMENTS = 1 << 17
 """Work that a thread takes at a time; what is not more runs without threads."""
-CALL = Struct("=23qd")
+CALL = Struct("=21qd")
 """What a kernel is told, see ``_cpu_kernels.sweep``."""
 
 KINDS = {
-    torch.float64: (vectors.FLOAT64, 8),
-    torch.float32: (vectors.FLOAT32, 4),
-    torch.bfloat16: (vectors.BFLOAT16, 2),
-    torch.float16: (vectors.FLOAT16, 2),
+    torch.float64: vectors.FLOAT64,
+    torch.float32: vectors.FLOAT32,
+    torch.bfloat16: vectors.BFLOAT16,
+    torch.float16: vectors.FLOAT16,
 }
 
-Matrix = tuple[int, int, int, int]
-"""Address, kind, bytes of an element, bytes from row to row."""
+Matrix = tuple[int, int, int]
+"""Address, kind, bytes from row to row."""
 
 
 Diagonals = tuple[int, int, int, int]
@@ -61,7 +67,7 @@ class SweepPlan(NamedTuple):
 
     kernel: Any
     words: NDArray[np.int64]
-    codes: tuple[NDArray[np.uint8], ...]
+    codes: tuple[NDArray[np.uint16], ...]
     constants: NDArray[Any]
     nothing: Diagonals
     places: tuple[int, int]
@@ -95,16 +101,17 @@ def transformed(
     A decode step finds the caches full of weights, so what a call costs there is how much Python it
     touches: what depends on shapes alone is checked with the plan, once.
     """
-    plan, _, _, kind, item, ld = _plan(x.shape, size, dim, transpose, x.dtype)
+    passes = _plan(x.shape, size, dim, transpose, x.dtype)
     if signs is not None:
         check_place(signs, size, x.device)
         check_signs(signs)
     out = torch.empty_like(x)
-    if signs is not None or plan.tasks > plan.step:
+    plan, ld = passes[0][:2]
+    if signs is not None or plan.tasks > plan.step or len(passes) > 1:
         write(x, out, size, dim, signs, scale, transpose)
         return out
-    source, target = (x.data_ptr(), kind, item, ld), (out.data_ptr(), kind, item, ld)
-    _run_here(plan, source, target, plan.nothing, plan.nothing, scale)
+    kind, nothing = KINDS[x.dtype], plan.nothing
+    _run_here(plan, (x.data_ptr(), kind, ld), (out.data_ptr(), kind, ld), nothing, nothing, scale)
     return out
 
 
@@ -121,11 +128,15 @@ def write(
 
     ``out`` must be writable and not empty.
     """
-    plan, columns, large, kind, item, ld = _plan(x.shape, size, dim, transpose, x.dtype)
-    if large:
+    if out.nbytes >= HUGE_BYTES:
         ask_for_huge_pages(x, out)
-    source, target = (x.data_ptr(), kind, item, ld), (out.data_ptr(), kind, item, ld)
-    _sweep(plan, source, target, signs, x.dtype, size, columns, transpose, scale)
+    passes = _plan(x.shape, size, dim, transpose, x.dtype)
+    kind, read = KINDS[x.dtype], x.data_ptr()
+    for index, (plan, ld, columns, weighed) in enumerate(passes, 1):
+        source, target = (read, kind, ld), (out.data_ptr(), kind, ld)
+        weights, factor = signs if weighed else None, scale if index == len(passes) else 1.0
+        _sweep(plan, source, target, weights, x.dtype, size, columns, transpose, factor)
+        read = out.data_ptr()
 
 
 def beside(
@@ -149,7 +160,7 @@ def beside(
         check_place(signs, size, a.device)
         check_signs(signs)
     out = a.new_empty((rows, whole))
-    kind, item = KINDS[a.dtype]
+    kind, item = KINDS[a.dtype], a.itemsize
     at, here, ld = a.data_ptr(), out.data_ptr(), whole * item
     end, steps = width * item, a.stride()
     parts = [(at, here, steps[0], whole)]
@@ -159,7 +170,7 @@ def beside(
             (b.data_ptr(), here + end, b.stride(0), whole - width),
         ]
     for read, written, step, cols in parts:
-        source, target = (read, kind, item, step * item), (written, kind, item, ld)
+        source, target = (read, kind, step * item), (written, kind, ld)
         plan = _plan_rows(rows, cols, size, transpose, a.dtype)
         _sweep(plan, source, target, signs, a.dtype, size, False, transpose, scale)
     return out
@@ -195,25 +206,58 @@ def _plan_rows(rows: int, cols: int, n: int, transpose: bool, dtype: torch.dtype
     """Of blocks of ``n`` along rows that need not follow each other."""
     check_sizes(torch.Size((rows, cols)), dtype, n, 1)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    return plan_sweep((rows, cols), (1, False), (n, transpose), KINDS[dtype][1], compute)
+    return plan_sweep((rows, cols), (1, False), (n, transpose), dtype.itemsize, compute)
+
+
+class _Pass(NamedTuple):
+    """Over a tensor: its plan, bytes from row to row; whether it is of columns, and has signs."""
+
+    plan: SweepPlan
+    ld: int
+    columns: bool = True
+    weighed: bool = True
 
 
 @lru_cache
 def _plan(
     shape: torch.Size, n: int, dim: int, transpose: bool, dtype: torch.dtype
-) -> tuple[SweepPlan, bool, bool, int, int, int]:
-    """Its plan; whether it is of columns, and large; bytes and kind of an element, of a row."""
+) -> tuple[_Pass, ...]:
+    """One pass over a tensor; two, each of some factors, along a long first dimension.
+
+    Of long columns the panel holds short pieces of many rows, which memory is slow to give. Two
+    passes read more, but wider. What is between is rounded to ``dtype``, so that it must be the
+    type in which the kernel computes.
+    """
     check_sizes(shape, dtype, n, dim)
-    kind, item = KINDS[dtype]
-    inner = math.prod(shape[dim + 1 :])
+    item, inner = dtype.itemsize, math.prod(shape[dim + 1 :])
     outer = shape.numel() // (n * inner)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
-    large = outer * n * inner * item >= HUGE_BYTES
     if inner == 1:
         plan = plan_sweep((1, outer * n), (1, False), (n, transpose), item, compute)
-        return plan, False, large, kind, item, outer * n * item
-    plan = plan_sweep((outer * n, inner), (n, transpose), (1, False), item, compute)
-    return plan, True, large, kind, item, inner * item
+        return (_Pass(plan, outer * n * item, columns=False),)
+    rows, cols = outer * n, inner
+    near = _near(n, item) if dtype == compute and inner * n * item > LONG_BYTES else 1
+    plan = plan_sweep(
+        (rows, cols), (n if near == 1 else near, transpose), (1, False), item, compute
+    )
+    whole = _Pass(plan, cols * item)
+    if near == 1:
+        return (whole,)
+    rows, cols = rows // near, cols * near
+    plan = plan_sweep((rows, cols), (n // near, transpose), (1, False), item, compute)
+    far = _Pass(plan, cols * item, weighed=False)
+    return (far, whole) if transpose else (whole, far)
+
+
+def _near(n: int, item: int) -> int:
+    """The power of two that the first of two passes transforms; 1 if one pass does it all."""
+    if n * item * LONG_PIECE <= STRIP_BYTES:
+        return 1
+    bases, power = factors(n)
+    near = 1
+    while near * near < n and 2 * near <= power:
+        near *= 2
+    return near if factors(n // near) == (bases, power // near) else 1
 
 
 def as_array(vector: Tensor, dtype: torch.dtype) -> NDArray[Any]:
@@ -263,7 +307,7 @@ class _Side(NamedTuple):
     power: int
     tail: int
     bases: tuple[int, ...]
-    codes: NDArray[np.uint8]
+    codes: NDArray[np.uint16]
 
     def words(self) -> tuple[int, ...]:
         return self.size, self.power, self.tail, len(self.bases), self.codes.ctypes.data
@@ -272,7 +316,7 @@ class _Side(NamedTuple):
 @lru_cache
 def _side(size: int, transpose: bool, lanes: int) -> _Side:
     bases, power = factors(size)
-    codes = [np.empty(0, np.uint8), *(_codes(m, transpose) for m in bases)]
+    codes = [np.empty(0, np.uint16), *(_codes(m, transpose) for m in bases)]
     tail = size
     for m in bases:
         if tail // m % lanes:
@@ -281,12 +325,13 @@ def _side(size: int, transpose: bool, lanes: int) -> _Side:
     return _Side(size, power, tail, bases, np.concatenate(codes))
 
 
-def _codes(m: int, transpose: bool) -> NDArray[np.uint8]:
+def _codes(m: int, transpose: bool) -> NDArray[np.uint16]:
     """Which entry of the tables is each signed sum of four: (m outputs, m / 4 groups)."""
     matrix = base_matrix(m) if transpose else base_matrix(m).T
     signs = (matrix.reshape(m, m // 4, 4) < 0) @ np.array([1, 2, 4, 8])
     table = np.arange(m // 4) % blocks.TABLES
-    codes: NDArray[np.uint8] = (table * 16 + signs).astype(np.uint8).ravel()
+    step = blocks.COLUMNS * vectors.VECTOR_BYTES // blocks.UNIT
+    codes: NDArray[np.uint16] = ((table * 16 + signs) * step).astype(np.uint16).ravel()
     return codes
 
 
@@ -305,18 +350,24 @@ def plan_sweep(
     sides = _side(*left, lanes), _side(*right, lanes)
     size = sides[1].size
     narrow = size > 1 and sides[1].power < lanes
+    strip = 1 << 20
     if left[0] > 1:
         line = max(kernels.LINE_BYTES // storage, lanes)
         wanted = line * max(1, PANEL_BYTES // (left[0] * item * line))
+        if size == 1:
+            strip = line * max(1, STRIP_BYTES // (left[0] * item * line))
+            wanted = strip * max(1, TASK_ELEMENTS // (left[0] * strip))
         tile = left[0], min(cols, -(-wanted // size) * size)
     else:
         wanted = blocks.COLUMNS * lanes if narrow else max(1, ROW_BYTES // (item * size))
         width = min(cols, wanted * size)
         tile = min(rows, max(1, wanted * size // width)), width
-    strip = tile[1]
     if left[0] > 1 and size > 1:
         strip = max(4, PANEL_BYTES // 16 // (left[0] * vector)) * lanes
-    ld = -(-tile[1] * item // vector) * vector
+    ld = (
+        -(-(min(strip, tile[1]) if left[0] > 1 and size == 1 else tile[1]) * item // vector)
+        * vector
+    )
     if tile[0] > 1 and ld % (4 * vector) == 0:
         ld += vector  # rows a power of two apart would share few sets of the cache
     turned = (

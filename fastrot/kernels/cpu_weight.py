@@ -72,7 +72,7 @@ class MatrixRotation:
     def run(self, source: Tensor, target: Tensor, workspace: Workspace) -> None:
         """Write the stages of ``source`` into ``target``, which may be the same memory."""
         ld = self.shape[1] * self.dtype.itemsize
-        scratch = workspace.scratch.data_ptr(), KINDS[self.dtype][0], self.dtype.itemsize, ld
+        scratch = workspace.scratch.data_ptr(), KINDS[self.dtype], ld
         last = len(self._sweeps) - 1
         for index, (plan, before, after, scale) in enumerate(self._sweeps):
             run(
@@ -149,5 +149,4 @@ def _places(pair: Pair, nothing: Diagonals) -> Diagonals:
 
 
 def _matrix(w: Tensor) -> Matrix:
-    kind, item = KINDS[w.dtype]
-    return w.data_ptr(), kind, item, w.stride(0) * item
+    return w.data_ptr(), KINDS[w.dtype], w.stride(0) * w.element_size()
