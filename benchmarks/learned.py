@@ -64,14 +64,43 @@ def losses_of(
         return {name: evaluate(model, windows[name]) for name in DOMAINS}
 
 
-def measure(args: argparse.Namespace, found: dict[str, Any]) -> None:
-    """Fill in the cells that are not there yet."""
+def taken_away(exact: Losses, before: Losses, after: Losses) -> dict[str, float]:
+    """The share of what quantization adds that is closed, and its paired standard error."""
+    gain, left = compare(after, before), before.mean - exact.mean
+    return {"closed": -gain.mean / left, "error": gain.error / left}
+
+
+def prepared(args: argparse.Namespace) -> tuple[Any, dict[str, Tensor]]:
+    """SmolLM2 in float32, and its :func:`texts`."""
     with tempfile.TemporaryDirectory() as place:
         folder = write(args.model or Path(place) / "smollm2")
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        windows = texts(AutoTokenizer.from_pretrained(folder), args.other, args.tokens)
+        return base, texts(AutoTokenizer.from_pretrained(folder), args.other, args.tokens)
+
+
+def parser_of(description: str) -> argparse.ArgumentParser:
+    """The arguments that :func:`prepared` and :func:`started` need."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--model", type=Path, help="where SmolLM2 is kept; default: nowhere")
+    parser.add_argument("--other", type=Path, nargs="+", default=[])
+    parser.add_argument("--tokens", type=int, default=60 * CONTEXT)
+    return parser
+
+
+def started(path: Path | None, what: str) -> dict[str, Any]:
+    """What a file has already, or the beginning of one."""
+    if path and path.exists():
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+    return {"kind": "measurement", "what": what, "machine": machine(), "cells": {}}
+
+
+def measure(args: argparse.Namespace, found: dict[str, Any]) -> None:
+    """Fill in the cells that are not there yet."""
+    base, windows = prepared(args)
     found["tokens"] = {name: w[:, 1:].numel() for name, w in windows.items()}
-    cells: dict[str, Any] = found.setdefault("cells", {})
+    cells = found["cells"]
     wanted = [
         (scheme, seed, method)
         for seed in range(args.seeds)
@@ -106,17 +135,14 @@ def measure(args: argparse.Namespace, found: dict[str, Any]) -> None:
         cell["seconds"] = time.perf_counter() - began
         after = losses_of(base, recipe, scheme, windows)
         for name in DOMAINS:
-            gain = compare(after[name], hadamard[scheme][name])
-            left = hadamard[scheme][name].mean - exact[name].mean
             cell[name] = {
                 "float": exact[name].mean,
                 "hadamard": hadamard[scheme][name].mean,
                 "learned": after[name].mean,
-                "closed": -gain.mean / left,
-                "error": gain.error / left,
+                **taken_away(exact[name], hadamard[scheme][name], after[name]),
             }
             shown = f"{scheme:<14} seed {seed}  {method or 'fastrot':<9}  {name:<12}"
-            print(f"{shown} {-gain.mean / left:6.1%}", flush=True)
+            print(f"{shown} {cell[name]['closed']:6.1%}", flush=True)
         cells[f"{scheme} {seed}{method and ' '}{method}"] = cell
         if args.json:
             args.json.write_text(json.dumps(found, indent=2) + "\n")
@@ -124,20 +150,13 @@ def measure(args: argparse.Namespace, found: dict[str, Any]) -> None:
 
 def main() -> None:
     """Print shares; write all figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--model", type=Path, help="where SmolLM2 is kept; default: nowhere")
-    parser.add_argument("--other", type=Path, nargs="+", default=[])
+    parser = parser_of(__doc__)
     parser.add_argument("--schemes", nargs="+", default=SCHEMES)
     parser.add_argument("--peers", nargs="*", default=[], choices=PEERS)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=60 * CONTEXT)
     parser.add_argument("--steps", type=int, default=300)
     args = parser.parse_args()
-    found: dict[str, Any] = {"kind": "measurement", "what": "learned", "machine": machine()}
-    if args.json and args.json.exists():
-        found = json.loads(args.json.read_text())
-    measure(args, found)
+    measure(args, started(args.json, "learned"))
 
 
 if __name__ == "__main__":
