@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 
 def descend_from_own_words(model: Any, window: Tensor, generator: torch.Generator) -> None:
@@ -23,9 +22,11 @@ def descend_from_own_words(model: Any, window: Tensor, generator: torch.Generato
     """
     with torch.enable_grad():
         logits = model(input_ids=window.to(model.device)).logits[0].float()
-        odds = logits.detach().softmax(-1).cpu()
-        drawn = torch.multinomial(odds, 1, generator=generator)[:, 0]
-        cross_entropy(logits, drawn.to(logits.device), reduction="sum").backward()
+        # The gradient of the summed cross entropy: the odds, less one at what was drawn.
+        gradient = logits.detach().softmax(-1)
+        drawn = torch.multinomial(gradient.cpu(), 1, generator=generator).to(logits.device)
+        gradient.scatter_add_(-1, drawn, torch.full_like(drawn, -1, dtype=gradient.dtype))
+        logits.backward(gradient)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrot.lab.fisher import descend_from_own_words, only_activations
+from fastrot.lab.layerwise import layerwise
 from fastrot.lab.outliers import CACHED, observed
 from fastrot.lab.quantized import linears_of
 
@@ -46,20 +47,26 @@ def capture(
 ) -> Captured:
     """Run a model on windows of text, one after the other, forwards and backwards.
 
+    Beside the model this takes the memory of what is kept, of the graph of one layer, of the inputs
+    of all layers, and of the logits, each of one window.
+
     Args:
         model: a causal language model in float32, on which hooks may stand meanwhile.
         windows: token ids, ``(n, length)``.
         sites: whose vectors are wanted.
-        kept: vectors of a site, over all windows.
+        kept: vectors of a site, over all windows, about.
         seed: of the sample and of the targets.
         done: told how many tokens were seen after each window.
     """
     generator = torch.Generator().manual_seed(seed)
-    each = min(windows.shape[1], -(-kept // len(windows)))
-    vectors: dict[Site, list[Tensor]] = defaultdict(list)
-    energies: dict[Site, list[Tensor]] = defaultdict(list)
-    weights: dict[str, list[Tensor]] = defaultdict(list)
+    count, length = windows.shape
+    apart = -(-count // kept)
+    each = min(length, -(-kept // -(-count // apart)))
+    vectors: dict[Site, Tensor] = {}
+    energies: dict[Site, ClippedMean] = {}
+    weights: dict[str, float] = defaultdict(float)
     chosen = torch.empty(0)
+    rows = slice(0)
 
     def see(site: str, layer: int, x: Tensor) -> None:
         if site not in sites:
@@ -67,36 +74,59 @@ def capture(
         seen = x.detach()
         # Some layers have flattened their tokens.
         seen = seen.transpose(1, 2)[0] if site in CACHED else seen.flatten(0, -2)
-        vectors[site, layer].append(seen[chosen].float().cpu())
+        if (site, layer) not in vectors:
+            size = -(-count // apart) * each, *seen.shape[1:]
+            vectors[site, layer] = torch.empty(size)
+        vectors[site, layer][rows] = seen[chosen].float().cpu()
 
         def note(gradient: Tensor) -> None:
-            energies[site, layer].append(gradient.float().square().sum(-1).flatten().cpu())
+            energy = gradient.float().square().sum(-1).flatten().cpu()
+            mean = energies.setdefault((site, layer), ClippedMean(count * len(energy)))
+            mean.add(energy)
 
         x.register_hook(note)
 
-    def mind(name: str, energy: Tensor) -> None:
-        weights[name].append(energy)
+    def mind(name: str, energy: float) -> None:
+        weights[name] += energy / count
 
-    with only_activations(model), observed(model, see), _weighed(model, mind):
-        for window in windows.split(1):
-            chosen = torch.randperm(window.shape[1], generator=generator)[:each]
+    with ExitStack() as stack:
+        stack.enter_context(only_activations(model))
+        stack.enter_context(layerwise(model))
+        stack.enter_context(observed(model, see))
+        stack.enter_context(_weighed(model, mind))
+        for number, window in enumerate(windows.split(1)):
+            chosen = torch.randperm(length, generator=generator)[: 0 if number % apart else each]
+            at = -(-number // apart) * each
+            rows = slice(at, at + len(chosen))
             descend_from_own_words(model, window, generator)
             if done is not None:
                 done(window.numel())
-    return Captured(
-        {site: torch.cat(found) for site, found in vectors.items()},
-        {site: _robust_mean(torch.cat(found)) for site, found in energies.items()},
-        {name: float(torch.stack(found).mean()) for name, found in weights.items()},
-    )
+    means = {site: found.result() for site, found in energies.items()}
+    return Captured(vectors, means, dict(weights))
 
 
-def _robust_mean(energies: Tensor) -> float:
-    most = energies.kthvalue(max(1, int(QUANTILE * len(energies)))).values
-    return float(energies.clamp(max=float(most)).mean())
+class ClippedMean:
+    """The mean of numbers of which those above a quantile count as it; these alone are kept."""
+
+    def __init__(self, count: int) -> None:
+        """Of so many numbers."""
+        self.count = count
+        self.kept = count - max(1, int(QUANTILE * count)) + 1
+        self.largest, self.rest = torch.empty(0), 0.0
+
+    def add(self, numbers: Tensor) -> None:
+        """Take some in, ``(n,)`` float32."""
+        numbers = torch.cat([self.largest, numbers]).sort(descending=True).values
+        self.largest = numbers[: self.kept].clone()
+        self.rest += float(numbers[self.kept :].double().sum())
+
+    def result(self) -> float:
+        """The mean, when all are in."""
+        return (self.rest + float(self.largest[-1]) * self.kept) / self.count
 
 
 @contextmanager
-def _weighed(model: Any, mind: Callable[[str, Tensor], None]) -> Iterator[None]:
+def _weighed(model: Any, mind: Callable[[str, float], None]) -> Iterator[None]:
     """Tell of every linear module in the layers how much the loss minds noise on its weight."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
@@ -105,7 +135,7 @@ def _weighed(model: Any, mind: Callable[[str, Tensor], None]) -> Iterator[None]:
 
             def note(gradient: Tensor) -> None:
                 energy = gradient.float().square().mean(-1) * lengths
-                mind(name, energy.mean().cpu())
+                mind(name, float(energy.mean()))
 
             output.register_hook(note)
 

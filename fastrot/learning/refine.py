@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.functional import cross_entropy
+from torch.nn.utils import parametrize
 
 from fastrot.edits import Plan
 from fastrot.edits.steps import Part
 from fastrot.lab.cache import watched
+from fastrot.lab.layerwise import layerwise
 from fastrot.lab.outliers import cached_sites
 from fastrot.lab.quantized import linears_of
 from fastrot.lab.quantizers import fake_quantize
@@ -51,6 +52,7 @@ def simulated(
         A function of the turns and of token ids, ``(n, length)``.
     """
     turns: dict[Place, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     inputs: dict[str, list[Slot]] = defaultdict(list)
     outputs: dict[str, list[Slot]] = defaultdict(list)
     for turn in turns_of(model, plan):
@@ -59,19 +61,19 @@ def simulated(
         [name for name, sites in SITES.items() if site in sites] for site in cached_sites(model)
     ]
     linears = linears_of(model)
+    matrices: dict[str, Any] = {name: module.weight for name, module in linears.items()}
     numbers = scheme.weights if scheme.weights and not scheme.weights.gptq else None
 
-    def weights() -> Iterator[tuple[str, Tensor]]:
+    def rounded() -> Iterator[tuple[str, Tensor]]:
         for name, module in linears.items():
             plain = isinstance(module, nn.Linear)
-            matrix: Any = module.weight
-            weight = matrix.detach()
+            weight = matrices[name].detach()
             weight = _turned(weight if plain else weight.T, turns, inputs[name])
             if numbers is not None:
                 weight = _turned(weight.T, turns, outputs[name]).T
                 weight = straight_through(weight, numbers)
                 weight = _turned(weight.T, turns, outputs[name], back=True).T
-            yield f"{name}.weight", weight if plain else weight.T
+            yield name, weight if plain else weight.T
 
     def round_input(slots: Sequence[Slot]) -> Callable[[nn.Module, tuple[Tensor, ...]], Any]:
         def before(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -91,17 +93,31 @@ def simulated(
     def loss(given: Turns, text: Tensor) -> Tensor:
         turns.clear()
         turns.update(given)
+        weights.clear()
+        weights.update(rounded())
         text = text.to(model.device)
-        logits = functional_call(
-            model, dict(weights()), kwargs={"input_ids": text[:, :-1]}, tie_weights=False
-        ).logits
+        logits = model(input_ids=text[:, :-1]).logits
         return cross_entropy(logits.flatten(0, 1).float(), text[:, 1:].flatten())
 
     with ExitStack() as stack:
         stack.enter_context(watched(model, round_cache))
+        stack.enter_context(layerwise(model))
         for name, module in linears.items():
             stack.callback(module.register_forward_pre_hook(round_input(inputs[name])).remove)
+            parametrize.register_parametrization(module, "weight", _Of(weights, name), unsafe=True)
+            stack.callback(parametrize.remove_parametrizations, module, "weight", False)
         yield loss
+
+
+class _Of(nn.Module):
+    """A weight as it was last made, also for a layer that runs again on the way back."""
+
+    def __init__(self, weights: Mapping[str, Tensor], name: str) -> None:
+        super().__init__()
+        self.weights, self.name = weights, name
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.weights.get(self.name, weight)
 
 
 def straight_through(x: Tensor, numbers: Numbers | None) -> Tensor:
