@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from oracles import correctly_rounded, rms, transformed
 from torch import Tensor
 
-from fastrot.kernels import _cpu_threads
+from fastrot.kernels import _cpu_threads, cpu
 from fastrot.kernels.cpu import transform
 from fastrot.kernels.cpu_weight import rotate_matrix
 from fastrot.kernels.weight import Side
@@ -391,6 +391,23 @@ def test_threads_that_stay_and_threads_that_end(threads, request):
 @pytest.mark.skipif(not torch.backends.openmp.is_available(), reason="torch was built without")
 def test_the_threads_of_torch_are_found():
     assert _cpu_threads._openmp() is not None
+
+
+@pytest.mark.parametrize("n", [16384, 14336])
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_long_first_dimension_in_two_passes(n, transpose, dtype, threads, monkeypatch):
+    monkeypatch.setattr(cpu, "LONG_BYTES", 1 << 16)
+    rng = generator(n)
+    x = torch.randn(2, n, 5, generator=rng, dtype=dtype)
+    cpu._plan.cache_clear()
+    assert len(cpu._plan(x.shape, n, 1, transpose, dtype)) == 2
+    signs = random_signs(n, rng)
+    exact = expected(x, signs, n**-0.5, transpose)
+    assert_within_budget(actual(x, signs, n**-0.5, transpose), exact)
+    transform(x, x, signs, n**-0.5, transpose)
+    assert_within_budget(x, exact)
+    cpu._plan.cache_clear()
 
 
 @pytest.mark.parametrize("error", [RuntimeError, MemoryError])

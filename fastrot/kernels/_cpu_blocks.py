@@ -17,9 +17,8 @@ COLUMNS = 2
 """Vectors side by side in a dense factor."""
 TABLES = 8
 """Tables of a dense factor that are in cache at once."""
-UNROLLED = 8
-CODE_BYTES = 2
-UNIT = 8
+CODE_BYTES, CODE_UNIT = 2, 8
+"""Of an entry's place in the tables: bytes of the number, and what it counts."""
 
 
 def _literal(value: types.Type) -> int:
@@ -338,16 +337,16 @@ def accumulate(typing_context, table, codes, groups, src, dst, width, one):
 
         def add(index):
             code = builder.zext(builder.load(builder.gep(pointer, [index])), I64)
-            entry = vector.address(table, code, UNIT)
+            entry = vector.address(table, code, CODE_UNIT)
             for i, total in enumerate(sums):
                 value = vector.load(vector.address(entry, i, VECTOR_BYTES))
                 builder.store(builder.fadd(builder.load(total), value), total)
 
-        many = builder.sdiv(groups, I64(UNROLLED))
+        many = builder.sdiv(groups, I64(TABLES))
         with cgutils.for_range(builder, many) as loop:
-            for i in range(UNROLLED):
-                add(builder.add(builder.mul(loop.index, I64(UNROLLED)), I64(i)))
-        done = builder.mul(many, I64(UNROLLED))
+            for i in range(TABLES):
+                add(builder.add(builder.mul(loop.index, I64(TABLES)), I64(i)))
+        done = builder.mul(many, I64(TABLES))
         with cgutils.for_range(builder, builder.sub(groups, done)) as loop:
             add(builder.add(done, loop.index))
         for i, total in enumerate(sums):

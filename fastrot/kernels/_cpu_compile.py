@@ -22,7 +22,8 @@ from fastrot.kernels import _cpu_blocks
 
 def _digest() -> str:
     folder = Path(_cpu_blocks.__file__).parent
-    sources = ((folder / f"_cpu_{name}.py").read_bytes() for name in ("blocks", "parts", "vectors"))
+    names = "blocks", "parts", "rows", "vectors"
+    sources = ((folder / f"_cpu_{name}.py").read_bytes() for name in names)
     return hashlib.sha256(b"".join(sources)).hexdigest()[:12]
 
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from fastrot.kernels._cpu_blocks import COLUMNS, lanes_of, number, prefetch, take, word
 from fastrot.kernels._cpu_compile import Kernel, part
-from fastrot.kernels._cpu_parts import LINE_BYTES, columns, load, narrow_rows, save, wide_row
+from fastrot.kernels._cpu_parts import LINE_BYTES, columns, load, save
+from fastrot.kernels._cpu_rows import narrow_rows, wide_row
 from fastrot.kernels._cpu_vectors import FLOAT32, FLOAT64, VECTOR_BYTES
 
 PLAN_WORDS = 18

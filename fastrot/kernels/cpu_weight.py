@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastrot.kernels._cpu_memory import prepare_output
-from fastrot.kernels.cpu import (
+from fastrot.kernels.cpu_sweep import (
     KINDS,
     Diagonals,
     Matrix,
