@@ -102,15 +102,18 @@ def _left(source, before, target, after, scale, spot, side, right_size, place, w
         if light:
             weights, moving = light, 1
         there, by = (dst + start * dst_item, dst_ld, dst_kind, soon), scale
-        if count % lanes:
+        apart = right_size > 1 or count % lanes > 0
+        if apart:
             there, after_all, by = between, nothing, one
         columns(
             fetched, before_all, there, after_all, by, (here, ld), size,
             (count + lanes - 1) // lanes, bases, codes, work, one,
         )  # fmt: skip
-        for row in range(height if count % lanes else 0):
+        for row in range(height if apart else 0):
             factor = scale * number(new_rows, (top + row) % recur_after, one)
             at, to = here + row * ld, dst + start * dst_item + row * dst_ld
+            for line in range(0, soon and count * dst_item, LINE_BYTES):
+                prefetch(to + soon * dst_ld + line, 1)
             save(at, to, dst_kind, dst_item, count, factor, weights, moving, one)
 
 

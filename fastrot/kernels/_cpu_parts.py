@@ -26,7 +26,7 @@ from fastrot.kernels._cpu_vectors import FLOAT32, FLOAT64, LOG_RADIX, VECTOR_BYT
 LINE_BYTES = 64
 FAR_LOG_RADIX = 3
 """Of rows far apart no more than the ways of a cache set: they may all fall into one."""
-LEVEL1_BYTES = 1 << 14
+LEVEL1_BYTES = 1 << 15
 """Stages whose blocks are no larger run block by block."""
 
 
@@ -105,6 +105,14 @@ def _pass(source, before, target, after, factor, log, bits, vectors, one):
     """The butterflies of strides 2^(log - 1) … 2^(log - bits) on 2^log rows, into other rows."""
     lanes = lanes_of(one)
     stride, radix = 1 << log - bits, 1 << bits
+    own = FLOAT64 if lanes * 8 == VECTOR_BYTES else FLOAT32
+    weighed = before[0] or before[2] or after[0] or after[2] or factor != one
+    if source == target and source[2] == own and not weighed:
+        for row in range(stride if bits else 0):
+            for j in range(vectors):
+                at = source[0] + row * source[1] + j * VECTOR_BYTES
+                butterfly(at, source[1] * stride, radix, one, 0, one)
+        return
     for row in range(stride):
         at, ld, kind, soon = source
         to, to_ld, to_kind, later = target
@@ -176,9 +184,12 @@ def columns(
     log = 0
     while blocks << log < size:
         log += 1
-    left = max(1, (log + LOG_RADIX - 1) // LOG_RADIX)
-    while left > 1 and ld << log > LEVEL1_BYTES:
-        bits = (log + left - 1) // left
+    near = min(log, LOG_RADIX)
+    while near < log and ld << near + 1 <= LEVEL1_BYTES:
+        near += 1
+    while log > near:
+        passes = (log - near + FAR_LOG_RADIX - 1) // FAR_LOG_RADIX
+        bits = (log - near + passes - 1) // passes
         for block in range(blocks):
             here = (source[0] + (block << log) * source[1], source[1], source[2], source[3])
             there = (panel[0] + (block << log) * ld, ld, own, 0)
@@ -186,7 +197,7 @@ def columns(
         source, before = between, nothing
         log -= bits
         blocks <<= bits
-        left -= 1
+    left = max(1, (log + LOG_RADIX - 1) // LOG_RADIX)
     cols, cols_ld, rows, step = after
     for block in range(blocks):
         skip = block << log
