@@ -5,7 +5,8 @@
 Writes a checkpoint of random bfloat16 weights to FOLDER (6.6 GB; it stays there), then takes turns
 of `cp -r` and `sync` with `fastrot rotate --memory 512M` and `sync`, each into a new folder. The
 source is read once before, so that both find of it in memory what fits. In the end, one rotation
-with less address space than the checkpoint has bytes.
+with less address space than the checkpoint has bytes, and with `--peer-python`, a Python that has
+llm-compressor, one by that.
 """
 
 import argparse
@@ -93,6 +94,7 @@ def main() -> None:
     parser.add_argument("--memory", default="512M")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"])
+    parser.add_argument("--peer-python", help="of an environment with llm-compressor")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     source, target = arguments.folder / "source", arguments.folder / "target"
@@ -123,6 +125,15 @@ def main() -> None:
         "gb_per_s": size / seconds["rotate"] / 1e9,
         "address_space": {"bytes": SPACE, "seconds": limited[0], "peak_gib": limited[1]},
     }
+    if arguments.peer_python:
+        script = Path(__file__).parent / "peers" / "llm_compressor_files.py"
+        found = timed([arguments.peer_python, str(script), str(source), str(target)])
+        shutil.rmtree(target)
+        report["llm_compressor"] = {
+            "seconds": found[0],
+            "peak_gib": found[1],
+            "times_ours": found[0] / seconds["rotate"],
+        }
     print(json.dumps(report, indent=1))
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -157,15 +157,15 @@ def sweep(call, one):
     """The tiles of a call, ``dst = scale · A' Lᵀ (A src B) R B'``.
 
     Args:
-        call: address of what ``cpu.CALL`` packs, words but for the last, a float64: memory, bytes
-            of it for a thread, address of what threads share, number of tiles, tiles that a thread
-            takes at a time; source and target as a ``cpu.Matrix``; addresses and lengths of the
-            diagonals A, B, A' and B', which recur; constants; the plan; scale. Threads share two
-            counters, of threads and of tiles that were taken; null if there is one thread. B and B'
-            are null for the identity. Constants are ``COLUMNS`` vectors of zeros, one of ones. A
-            plan is the matrix's rows and columns and a tile's, the columns that the left side does
-            at once, the panel's ld and bytes and those of ``turned``; of each side size, power,
-            tail, number of bases and address of codes; the bases of both.
+        call: address of what ``cpu_sweep.CALL`` packs, words but for the last, a float64: memory,
+            bytes of it for a thread, address of what threads share, number of tiles, tiles that a
+            thread takes at a time; source and target as a ``cpu_sweep.Matrix``; addresses and
+            lengths of the diagonals A, B, A' and B', which recur; constants; the plan; scale.
+            Threads share two counters, of threads and of tiles that were taken; null if there is
+            one thread. B and B' are null for the identity. Constants are ``COLUMNS`` vectors of
+            zeros, one of ones. A plan is the matrix's rows and columns and a tile's, the columns
+            that the left side does at once, the panel's ld and bytes and those of ``turned``; of
+            each side size, power, tail, number of bases and address of codes; the bases of both.
         one: of the compute type.
     """
     memory, size, shared = word(call, 0), word(call, 1), word(call, 2)

@@ -25,6 +25,8 @@ STRIP_BYTES = 1 << 21
 """A panel of whole columns is in the third level: long pieces of rows matter more."""
 TASK_ELEMENTS = 1 << 17
 """Work that a thread takes at a time; what is not more runs without threads."""
+TILES = 16
+"""Of columns, at least so many, if their rows are of four lines or more: threads share them."""
 SPARE_BYTES = 1 << 17
 """No more memory is kept for the next call of the same kind."""
 CALL = Struct("=21qd")
@@ -39,7 +41,6 @@ KINDS = {
 
 Matrix = tuple[int, int, int]
 """Address, kind, bytes from row to row."""
-
 
 Diagonals = tuple[int, int, int, int]
 """Addresses and lengths of those of rows and columns."""
@@ -165,24 +166,18 @@ def plan_sweep(
     sides = _side(*left, lanes), _side(*right, lanes)
     size = sides[1].size
     narrow = size > 1 and sides[1].power < lanes
-    strip = 1 << 20
     if left[0] > 1:
         line = max(LINE_BYTES // storage, lanes)
-        wanted = line * max(1, PANEL_BYTES // (left[0] * item * line))
-        if size == 1:
-            strip = line * max(1, STRIP_BYTES // (left[0] * item * line))
-            wanted = strip * max(1, TASK_ELEMENTS // (left[0] * strip))
+        lines = max(1, (STRIP_BYTES if size == 1 else PANEL_BYTES) // (left[0] * item * line))
+        fair = cols * rows // left[0] // (line * TILES)
+        wanted = line * min(lines, max(4, fair))
         tile = left[0], min(cols, -(-wanted // size) * size)
     else:
         wanted = blocks.COLUMNS * lanes if narrow else max(1, ROW_BYTES // (item * size))
         width = min(cols, wanted * size)
         tile = min(rows, max(1, wanted * size // width)), width
-    if left[0] > 1 and size > 1:
-        strip = max(4, PANEL_BYTES // 16 // (left[0] * vector)) * lanes
-    ld = (
-        -(-(min(strip, tile[1]) if left[0] > 1 and size == 1 else tile[1]) * item // vector)
-        * vector
-    )
+    strip = tile[1] if size == 1 else max(4, PANEL_BYTES // 16 // (left[0] * vector)) * lanes
+    ld = -(-tile[1] * item // vector) * vector
     if tile[0] > 1 and ld % (4 * vector) == 0:
         ld += vector  # rows a power of two apart would share few sets of the cache
     turned = (
