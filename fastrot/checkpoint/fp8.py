@@ -34,6 +34,11 @@ class Scales:
     block: tuple[int, int]
 
     @property
+    def form(self) -> tuple[str, object]:
+        """What decides about the numbers besides codes and factors."""
+        return METHOD, self.block
+
+    @property
     def numbers(self) -> Entry:
         """The weight as the model has it, where its codes lie."""
         return self.codes
@@ -46,7 +51,7 @@ class Scales:
             out: takes them.
             first: place of the first row in the weight.
         """
-        factors = read_entry(self.factors).float()
+        factors = read_entry(self.factors).to(out.device, torch.float32)
         rows, cols = self.block
         out.copy_(codes)
         at = 0

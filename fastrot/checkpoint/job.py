@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastrot.api import plan as plan_model
+from fastrot.checkpoint.device import CPU
 from fastrot.checkpoint.drafts import Drafts, leftovers
 from fastrot.checkpoint.fp8 import METHOD as FP8
 from fastrot.checkpoint.fp8 import scales_of, without
@@ -50,6 +51,7 @@ def prepare(
     dtype: torch.dtype | None = None,
     drafts: Drafts = "copy",
     shard: int | None = None,
+    device: torch.device = CPU,
 ) -> Job:
     """Decide what becomes of a checkpoint; reads headers, norms and config.json.
 
@@ -60,6 +62,7 @@ def prepare(
         drafts: ``copy`` keeps the tensors of multi-token prediction as they are, which is exact
             without R1, or with ``keep_head``; ``drop`` leaves them out.
         shard: bytes of a file of weights; None leaves the files as they are.
+        device: where weights will be rotated; nothing is done there yet.
 
     Raises:
         RotationError: anything that can't be done, naming the tensor and the way out.
@@ -91,7 +94,7 @@ def prepare(
     tasks += [_copied(entries[name], coded.get(name), wanted) for name in kept]
     config, constants = _recorded(source, model, plan, made, wanted)
     outputs = files_of(tasks, constants, entries, metadata, shard)
-    return sealed_job(source, plan, outputs, norms, config)
+    return sealed_job(source, plan, outputs, norms, config, device)
 
 
 def numbers_of(

@@ -34,6 +34,11 @@ class Blocks:
     factors: Entry
 
     @property
+    def form(self) -> tuple[str, object]:
+        """What decides about the numbers besides codes and factors."""
+        return METHOD, BLOCK
+
+    @property
     def numbers(self) -> Entry:
         """The weight as the model has it, ``(experts, inputs, outputs)``, where its codes lie."""
         experts, outputs, count, _ = self.codes.shape
@@ -50,8 +55,8 @@ class Blocks:
         """
         exponents = read_entry(self.factors, slice(first, first + len(codes)))
         factors = exponents.view(torch.float8_e8m0fnu)
-        values = torch.tensor([*VALUES, *(-value for value in VALUES)])
-        byte = torch.arange(256)
+        values = torch.tensor([*VALUES, *(-value for value in VALUES)], device=out.device)
+        byte = torch.arange(256, device=out.device)
         pairs = torch.stack([values[byte % 16], values[byte // 16]], -1)
         _, rows, count, width = codes.shape
         step = max(1, CHUNK // (count * width))
@@ -59,7 +64,7 @@ class Blocks:
             blocks = numbers.T.unflatten(1, (count, width, 2))
             for start in range(0, rows, step):
                 part = slice(start, start + step)
-                scale = factors[expert, part].float()[..., None, None]
+                scale = factors[expert, part].float().to(out.device)[..., None, None]
                 blocks[part] = pairs[codes[expert, part].int()] * scale
 
 

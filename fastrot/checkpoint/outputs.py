@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from fastrot.checkpoint.device import CPU, arithmetic_of
 from fastrot.checkpoint.header import Entry, Layout, Metadata, header_of
 from fastrot.checkpoint.tasks import Task
 from fastrot.edits import Plan, Rotate
@@ -68,6 +70,7 @@ class Job:
         config: the new config.json.
         digest: of everything that decides a byte of the result, but the source's own bytes.
         sources: size and time of the source's files, by name; these stand for the bytes.
+        device: where weights are rotated.
     """
 
     source: Path
@@ -77,6 +80,7 @@ class Job:
     config: dict[str, Any]
     digest: str
     sources: Mapping[str, list[int]]
+    device: torch.device = CPU
 
     @property
     def nbytes(self) -> int:
@@ -129,12 +133,14 @@ def sealed_job(
     files: Sequence[OutputFile],
     norms: Mapping[str, Tensor],
     config: dict[str, Any],
+    device: torch.device = CPU,
 ) -> Job:
-    """The job whose files all carry a seal of it, and of the source that it reads."""
+    """The job whose files all carry a seal of it, of the source that it reads, and of rounding."""
     digest, states = _digest(plan, files, config), _states(files)
-    seal = hashlib.sha256(repr((digest, states)).encode()).hexdigest()[:32]
+    sealed = repr((digest, states, arithmetic_of(device)))
+    seal = hashlib.sha256(sealed.encode()).hexdigest()[:32]
     marked = (replace(file, metadata={**file.metadata, SEAL: seal}) for file in files)
-    return Job(source, plan, tuple(marked), norms, config, digest, states)
+    return Job(source, plan, tuple(marked), norms, config, digest, states, device)
 
 
 def _states(files: Iterable[OutputFile]) -> dict[str, list[int]]:
@@ -162,5 +168,13 @@ def _digest(plan: Plan, files: Sequence[OutputFile], config: dict[str, Any]) -> 
             done = [
                 (a.box, a.value, a.edit and [str(s) for s in a.edit.steps]) for a in task.actions
             ]
-            found.update(repr((place, done)).encode())
+            found.update(repr((place, done, _coded(task))).encode())
     return found.hexdigest()
+
+
+def _coded(task: Task) -> object:
+    """What makes numbers of the codes of a quantized source."""
+    if task.coded is None:
+        return None
+    factors = task.coded.factors
+    return *task.coded.form, factors.name, factors.file.name, factors.offset, factors.dtype

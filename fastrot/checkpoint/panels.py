@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Mapping
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastrot.checkpoint.tasks import Task
 from fastrot.edits import Rotate, Scale
+from fastrot.fuse.torch_weight import TorchRotation
 from fastrot.fuse.writes import Write, as_written, scale_of, scales_of, writes_of
 from fastrot.kernels.weight import Workspace
 from fastrot.values import check_converted, check_not_lost, check_rotated
@@ -85,16 +86,13 @@ class Panel:
             )
         ]
 
-    def rotate(self, memory: Tensor, norms: Norms, workspace: Workspace) -> Workspace:
-        """Do all that the task asks for.
+    def rotate(self, memory: Tensor, norms: Norms, workspace: Workspace) -> None:
+        """Do all that the task asks for, on the device where the memory lies.
 
         Args:
             memory: holds the source's bytes, and takes the result's.
             norms: the weights of folded norms.
-            workspace: memory of the kernels.
-
-        Returns:
-            The workspace, or a larger one if this was not enough.
+            workspace: memory of the kernels; it grows if that is not enough.
 
         Raises:
             ValueRangeError: the result is not finite, or float16 loses it.
@@ -108,7 +106,10 @@ class Panel:
             if y is not x:
                 y.copy_(x)
             writes = self.writes(memory, norms)
-            workspace = _enough(workspace, writes)
+            workspace.reserve(
+                max((w.rotation.scratch for w in writes), default=0),
+                max((w.rotation.panel for w in writes), default=0),
+            )
             for action in self.task.actions:
                 scales = action.edit.scales if action.edit else ()
                 if action.edit and scales and y.dtype == torch.float16 and y.dim() > 1:
@@ -123,7 +124,6 @@ class Panel:
                     check_rotated(action.edit, self._box(y, action.box))
             if y is not x:
                 check_converted(self.task.name, x, y)
-        return workspace
 
     def _views(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """The numbers before and after, which may be the same memory."""
@@ -141,26 +141,42 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNED) * ALIGNED
 
 
-def _enough(workspace: Workspace, writes: Iterable[Write]) -> Workspace:
-    scratch, panel = len(workspace.scratch), workspace.panel
-    needed = max((w.rotation.scratch for w in writes), default=0)
-    wide = max((w.rotation.panel for w in writes), default=0)
-    if needed <= scratch and wide <= panel:
-        return workspace
-    del workspace
-    return Workspace(max(needed, scratch), max(wide, panel))
+class Room(NamedTuple):
+    """Bytes that the rotation of one panel after the other takes.
+
+    Attributes:
+        panel: of the largest panel.
+        scratch: of the kernels' scratch memory, for any of the panels.
+        matrices: of dense matrices that are copied to a device for a panel.
+    """
+
+    panel: int
+    scratch: int
+    matrices: int
+
+    @property
+    def kernels(self) -> int:
+        """All but the panel."""
+        return self.scratch + self.matrices
+
+    @property
+    def least(self) -> int:
+        """All together."""
+        return self.panel + self.kernels
 
 
-def needs(tasks: Iterable[Task], norms: Norms, most: int) -> tuple[int, int]:
-    """Bytes of the largest panel, and of the scratch memory that any of the panels needs.
+def needs(tasks: Iterable[Task], norms: Norms, most: int, apart: bool = False) -> Room:
+    """What panels take.
 
     Args:
         tasks: what will be done.
         norms: the weights of folded norms.
         most: bytes of a panel of what may be cut.
+        apart: whether it is done on a device with memory of its own. What its kernels take is
+            found without it, so it is the most that they may take.
     """
     widest = 0
-    scratch: dict[Any, int] = {}
+    rooms: dict[Any, tuple[int, int]] = {}
     for task in tasks:
         panel = Panel(task, panels_of(task, most)[0])
         widest = max(widest, panel.nbytes)
@@ -175,11 +191,18 @@ def needs(tasks: Iterable[Task], norms: Norms, most: int) -> tuple[int, int]:
             task.layout.dtype,
             str(kind),
         )
-        if edits and key not in scratch:
+        if edits and key not in rooms:
             # Memory that is never touched.
             writes = panel.writes(torch.empty(panel.nbytes, dtype=torch.uint8), norms)
-            scratch[key] = max(write.rotation.scratch for write in writes)
-    return widest, max(scratch.values(), default=0)
+            rooms[key] = _apart(writes) if apart else (max(w.rotation.scratch for w in writes), 0)
+    scratch, matrices = zip((0, 0), *rooms.values(), strict=True)
+    return Room(widest, max(scratch), max(matrices))
+
+
+def _apart(writes: list[Write]) -> tuple[int, int]:
+    scratch = max(write.source.numel() * write.rotation.dtype.itemsize for write in writes)
+    rotations = {id(write.rotation): write.rotation for write in writes}.values()
+    return scratch, sum(r.matrices for r in rotations if isinstance(r, TorchRotation))
 
 
 def _kind(step: Scale | Rotate) -> object:

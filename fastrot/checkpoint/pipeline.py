@@ -8,10 +8,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from fastrot.checkpoint.device import CPU, Memory, own_stream, settled
 from fastrot.checkpoint.header import header_of, read_into
 from fastrot.checkpoint.outputs import OutputFile
 from fastrot.checkpoint.panels import Norms, Panel, panels_of
@@ -20,8 +19,6 @@ from fastrot.kernels.weight import Workspace
 from fastrot.signals import held_signals
 
 PAGE = 1 << 20
-
-_Memory = NDArray[np.uint8]
 
 
 class StoppedError(Exception):
@@ -33,14 +30,16 @@ class Buffers:
 
     Args:
         most: bytes in use, but a single panel may be larger.
+        device: where panels are rotated; if it has memory of its own, as much of that.
     """
 
-    def __init__(self, most: int):
-        self._most, self._used, self._stopped = most, 0, False
-        self._free: list[_Memory] = []
+    def __init__(self, most: int, device: torch.device = CPU):
+        self._most, self._device = most, device
+        self._used, self._stopped = 0, False
+        self._free: list[Memory] = []
         self._changed = threading.Condition()
 
-    def take(self, nbytes: int) -> _Memory:
+    def take(self, nbytes: int) -> Memory:
         """Memory of at least ``nbytes``, once there is room.
 
         Raises:
@@ -53,21 +52,21 @@ class Buffers:
             if self._stopped:
                 raise StoppedError
             room = max(size, self._most - self._used)
-            fits = [memory for memory in self._free if size <= len(memory) <= room]
+            fits = [memory for memory in self._free if size <= memory.nbytes <= room]
             if fits:
-                memory = min(fits, key=len)
+                memory = min(fits, key=lambda memory: memory.nbytes)
                 self._free = [other for other in self._free if other is not memory]
-                self._used += len(memory)
+                self._used += memory.nbytes
                 return memory
-            while self._free and sum(map(len, self._free)) > room - size:
+            while self._free and sum(m.nbytes for m in self._free) > room - size:
                 self._free.pop(0)
             self._used += size
-        return np.empty(size, np.uint8)
+        return Memory.on(self._device, size)
 
-    def give(self, memory: _Memory) -> None:
+    def give(self, memory: Memory) -> None:
         """Take memory back."""
         with self._changed:
-            self._used -= len(memory)
+            self._used -= memory.nbytes
             self._free.append(memory)
             self._changed.notify_all()
 
@@ -84,18 +83,22 @@ class _Loaded:
 
     file: OutputFile
     panel: Panel | None = None
-    memory: _Memory | None = None
+    memory: Memory | None = None
 
 
 class Pipeline:
     """Four stages: one thread reads, the caller's rotates, one writes, one brings to the disk.
+
+    Who reads also copies to the device, and who writes from it.
 
     Args:
         files: what to write, one after the other.
         norms: the weights of folded norms.
         part_of: where a file is written until it is whole.
         finish: gives a file that is whole, and on the disk, its name.
+        device: where panels are rotated.
         memory: bytes for panels; the scratch memory of kernels comes on top.
+        scratch: bytes of that.
         most: bytes of a panel of what may be cut.
         progress: is told of the bytes that were written.
     """
@@ -107,13 +110,16 @@ class Pipeline:
         part_of: Callable[[OutputFile], Path],
         finish: Callable[[OutputFile, Path], None],
         *,
+        device: torch.device = CPU,
         memory: int,
+        scratch: int,
         most: int,
         progress: Callable[[int], object],
     ):
         self._files, self._norms, self._most = files, norms, most
         self._part_of, self._finish, self._progress = part_of, finish, progress
-        self._buffers = Buffers(memory)
+        self._device, self._scratch = device, scratch
+        self._buffers = Buffers(memory, device)
         self._loaded: queue.SimpleQueue[_Loaded | None] = queue.SimpleQueue()
         self._rotated: queue.SimpleQueue[_Loaded | None] = queue.SimpleQueue()
         self._written: queue.SimpleQueue[tuple[OutputFile, Path] | None] = queue.SimpleQueue()
@@ -161,7 +167,8 @@ class Pipeline:
 
     def _guarded(self, stage: Callable[[], None]) -> None:
         try:
-            stage()
+            with own_stream(self._device):
+                stage()
         except BaseException as error:
             self._stop(error)
 
@@ -178,16 +185,24 @@ class Pipeline:
                         panel = Panel(task, rows)
                         start, length = panel.read
                         memory = self._buffers.take(panel.nbytes)
-                        read_into(descriptors[source.file], source, start, memory.data[:length])
+                        read_into(
+                            descriptors[source.file],
+                            source,
+                            start,
+                            memory.host.numpy().data[:length],
+                        )
+                        memory.send(panel)
                         self._loaded.put(_Loaded(file, panel, memory))
             self._loaded.put(_Loaded(file))
         self._loaded.put(None)
 
     def _rotate(self) -> None:
-        workspace = Workspace(0, 0)
+        workspace = Workspace(self._scratch, 0, self._device)
         while (item := self._loaded.get()) is not None and self._failure is None:
             if item.panel is not None and item.panel.acts:
-                workspace = item.panel.rotate(torch.from_numpy(item.memory), self._norms, workspace)
+                assert item.memory is not None
+                item.panel.rotate(item.memory.work, self._norms, workspace)
+                settled(self._device)
             self._rotated.put(item)
         self._rotated.put(None)
 
@@ -224,7 +239,7 @@ class Pipeline:
                 if item.panel is None:
                     return
                 assert item.memory is not None
-                raw = item.panel.result(torch.from_numpy(item.memory)).numpy()
+                raw = item.memory.fetch(item.panel).numpy()
                 start = starts[item.panel.task.name] + item.panel.wrote[0]
                 _write_at(descriptor, raw.data, start)
                 self._buffers.give(item.memory)

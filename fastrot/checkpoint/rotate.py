@@ -4,14 +4,16 @@ import logging
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm.auto import tqdm
 
+from fastrot.checkpoint.device import CPU, device_of, free_on, is_apart
 from fastrot.checkpoint.drafts import Drafts
 from fastrot.checkpoint.job import prepare
 from fastrot.checkpoint.outputs import Job, OutputFile
-from fastrot.checkpoint.panels import needs
+from fastrot.checkpoint.panels import Room, needs
 from fastrot.checkpoint.pipeline import Pipeline
 from fastrot.checkpoint.store import Store
 from fastrot.checkpoint.target import check_target, readable
@@ -92,32 +94,58 @@ def needs_of(
         OSError: a file can't be read.
     """
     job = prepare(Path(source).resolve(), plan, dtype=dtype, drafts=drafts, shard=shard)
-    widest, scratch = needs(_tasks(job), job.norms, LEAST)
     disk = sum(len(file.head) + file.nbytes for file in job.files)
-    return Needs(len(job.files), disk, widest + scratch)
+    return Needs(len(job.files), disk, _room(job, LEAST).least)
 
 
-def memory_for(job: Job, memory: int | None = None) -> tuple[int, int]:
-    """Bytes of all panels in flight, and of one panel, that leave room for scratch memory.
+class Shares(NamedTuple):
+    """How ``--memory`` is shared out, in bytes.
+
+    Attributes:
+        panels: of all panels in flight.
+        scratch: of the kernels' scratch memory.
+        most: of a panel of what may be cut.
+    """
+
+    panels: int
+    scratch: int
+    most: int
+
+
+def shares_of(job: Job, memory: int | None = None) -> Shares:
+    """Share out memory of the host, and as much of a GPU if the job is done there.
 
     Args:
         job: what is written.
-        memory: the limit of both together; None for what is enough.
+        memory: the limit of panels and scratch memory together; None for what is enough.
 
     Raises:
-        RotationError: the limit is too small for the largest weight.
+        RotationError: the limit is too small for the largest weight, or the GPU for the limit.
     """
     limit = MEMORY if memory is None else memory
     most = max(LEAST, min(PANEL, limit // 8))
-    widest, scratch = needs(_tasks(job), job.norms, most)
-    least = widest + scratch
-    if memory is not None and least > memory:
+    room = _room(job, most)
+    while memory is not None and room.least > memory and most > LEAST:
+        most = max(LEAST, most // 2)
+        room = _room(job, most)
+    if memory is not None and room.least > memory:
         raise RotationError(
             f"--memory {readable(memory)} is not enough for the largest weight, which takes "
-            f"{readable(widest)}, and {readable(scratch)} of scratch memory; give at least "
-            f"{readable(least)}"
+            f"{readable(room.panel)}, and {readable(room.kernels)} of scratch memory; give at "
+            f"least {readable(room.least)}"
         )
-    return max(limit - scratch, widest), most
+    taken, free = max(limit, room.least), free_on(job.device)
+    if free is not None and taken > free:
+        least = readable(_room(job, LEAST).least)
+        raise RotationError(
+            f"{job.device} has {readable(free)} free, and --memory {readable(taken)} is also what "
+            f"may be taken there; give less, but {least} or more, or --device cpu"
+        )
+    return Shares(max(limit - room.kernels, room.panel), room.scratch, most)
+
+
+def _room(job: Job, most: int) -> Room:
+    return needs(_tasks(job), job.norms, most, is_apart(job.device))
 
 
 def rotate_checkpoint(
@@ -130,15 +158,16 @@ def rotate_checkpoint(
     drafts: Drafts = "copy",
     shard: int | None = None,
     worker: Worker | None = None,
+    device: str | torch.device = CPU,
     fresh: bool = False,
     progress: bool = False,
 ) -> RotatedCheckpoint:
     """Write a rotated copy of a checkpoint without loading the model.
 
-    The result is that of :func:`fastrot.apply` on the loaded model, bit for bit, but that every
-    tensor keeps the dtype it has in the file. The target appears under its name when it is whole,
-    or never; until then it grows in a folder beside it. Repeating a call that was interrupted or
-    killed goes on where that stopped. The source is only read.
+    The result is that of :func:`fastrot.apply` on the model, loaded on that device, bit for bit,
+    but that every tensor keeps the dtype it has in the file. The target appears under its name
+    when it is whole, or never; until then it grows in a folder beside it. Repeating a call that was
+    interrupted or killed goes on where that stopped. The source is only read.
 
     Args:
         source: a checkpoint of transformers in safetensors.
@@ -146,7 +175,8 @@ def rotate_checkpoint(
         recipe: the rotations; R1 and R2 by default.
         dtype: of floating-point tensors; None leaves them as they are.
         memory: bytes for weights that are worked on, and scratch memory; Python and torch take
-            about 0.5 GiB besides. None takes 2 GiB, or what the largest weight needs.
+            about 0.5 GiB besides. The same is the limit on a GPU, where the scratch memory lies and
+            the weights a second time. None takes 2 GiB, or what the largest weight needs.
         drafts: what to do with tensors of multi-token prediction, which transformers does not
             load: ``copy`` them as they are, which is exact without R1 or with ``keep_head``, or
             ``drop`` them.
@@ -154,23 +184,27 @@ def rotate_checkpoint(
         worker: which of several processes this is; None asks torchrun, srun, SLURM or MPI through
             the environment. Every worker does some files; the last to finish completes the target.
             Under torchrun all stay until then, so that it can start a lost one anew.
+        device: where weights are rotated: the CPU, or a GPU; ``cuda`` is the launcher's local rank
+            modulo the number of GPUs. All workers and repetitions need one kind of device.
         fresh: throw away what an earlier call for this target left unfinished.
         progress: show a bar of the whole job, on the first worker.
 
     Raises:
-        RotationError: the rotation is not possible, a file is damaged, a tensor is missing, left
-            over or not finite, or the unfinished target is of another rotation.
+        RotationError: the rotation is not possible, the device is not there or too small, a file is
+            damaged, a tensor is missing, left over or not finite, or the unfinished target is of
+            another rotation or kind of device.
         OSError: a file can't be read or written, or there is no room.
     """
     source, target = Path(source).resolve(), Path(target).resolve()
     mine = worker_of() if worker is None else worker
+    place = device_of(device)
     if fresh and mine.size > 1:
         raise RotationError(
             "several workers can't each start afresh: remove the unfinished folder, or run one "
             "worker with --fresh first"
         )
     taken = occupied(source, target)
-    job = prepare(source, recipe or Recipe(), dtype=dtype, drafts=drafts, shard=shard)
+    job = prepare(source, recipe or Recipe(), dtype=dtype, drafts=drafts, shard=shard, device=place)
     return write(job, target, taken, worker=mine, memory=memory, fresh=fresh, progress=progress)
 
 
@@ -216,7 +250,7 @@ def write(
         return RotatedCheckpoint(job.plan, True, 0, 0)
     if taken is not None:
         raise taken
-    buffers, most = memory_for(job, memory)
+    shares = shares_of(job, memory)
     store.open(fresh)
     todo = store.missing(share(job.files, worker))
     bar = _Bar(job, store, progress and worker.rank == 0)
@@ -227,8 +261,10 @@ def write(
             job.norms,
             store.part_of,
             bar.finish,
-            memory=buffers,
-            most=most,
+            device=job.device,
+            memory=shares.panels,
+            scratch=shares.scratch,
+            most=shares.most,
             progress=bar.update,
         ).run()
 

@@ -20,6 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from fastrot.checkpoint.device import arithmetic_of
 from fastrot.checkpoint.outputs import Job, OutputFile
 from fastrot.checkpoint.target import companions, copy_companions, readable, sync
 from fastrot.errors import RotationError
@@ -56,6 +57,7 @@ class Store:
             "format": FORMAT,
             "fastrot": __version__,
             "rotations": str(self.job.plan).splitlines()[0],
+            "device": arithmetic_of(self.job.device),
             "digest": self.job.digest,
             "sources": self.job.sources,
             "files": self._sizes,

@@ -85,7 +85,7 @@ def sync(path: Path) -> None:
 
 
 def readable(nbytes: int) -> str:
-    """A size as the command line takes it."""
+    """A size as the command line takes it, rounded up: given back, it is enough."""
     if nbytes >= 1 << 30:
-        return f"{nbytes / (1 << 30):.2f}G"
+        return f"{-(-nbytes * 100 // (1 << 30)) / 100:.2f}G"
     return f"{-(-nbytes // (1 << 20))}M"

@@ -36,6 +36,10 @@ class Coded(Protocol):
     def numbers(self) -> Entry:
         """The weight as the model has it, where its codes lie."""
 
+    @property
+    def form(self) -> tuple[str, object]:
+        """What decides about the numbers besides codes and factors, and a name for it."""
+
     def decode(self, codes: Tensor, out: Tensor, first: int) -> None:
         """Write the numbers of some rows, from ``first`` on, into ``out``, float32."""
 

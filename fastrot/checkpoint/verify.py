@@ -157,8 +157,7 @@ def _compared(
                     yield task.name, f"is {there.dtype}"
                     continue
                 as_there = replace(task, layout=Layout(there.shape, there.dtype))
-                verdict, workspace = _judged(as_there, there, job, workspace)
-                yield task.name, verdict
+                yield task.name, _judged(as_there, there, job, workspace)
     for name in left:
         yield name, "is not of this rotation"
     yield from _unlike(job.config, target)
@@ -188,7 +187,7 @@ def _settings(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _judged(task: Task, there: Entry, job: Job, workspace: Workspace) -> tuple[str, Workspace]:
+def _judged(task: Task, there: Entry, job: Job, workspace: Workspace) -> str:
     verdict = EQUAL
     with task.source.file.open("rb") as old, there.file.open("rb") as new:
         for rows in panels_of(task, PANEL):
@@ -198,7 +197,7 @@ def _judged(task: Task, there: Entry, job: Job, workspace: Workspace) -> tuple[s
             read_into(old.fileno(), task.source, start, memory.data[:length])
             tensor = torch.from_numpy(memory)
             if panel.acts:
-                workspace = panel.rotate(tensor, job.norms, workspace)
+                panel.rotate(tensor, job.norms, workspace)
             expected = panel.result(tensor)
             raw = np.empty(max(1, len(expected)), np.uint8)
             start, length = panel.wrote
@@ -208,9 +207,9 @@ def _judged(task: Task, there: Entry, job: Job, workspace: Workspace) -> tuple[s
                 continue
             problem = _difference(got.view(there.dtype), expected.view(there.dtype))
             if problem:
-                return problem, workspace
+                return problem
             verdict = ROUNDED
-    return verdict, workspace
+    return verdict
 
 
 def _difference(got: Tensor, expected: Tensor) -> str:

@@ -61,6 +61,13 @@ def parser() -> argparse.ArgumentParser:
         "mpirun say",
     )
     rotate.add_argument(
+        "--device",
+        default="cpu",
+        metavar="D",
+        help="where weights are rotated: cpu, cuda or such as cuda:1; under torchrun cuda is the "
+        "GPU of the local rank; default: cpu",
+    )
+    rotate.add_argument(
         "--fresh", action="store_true", help="throw away what an earlier run left unfinished"
     )
     rotate.set_defaults(command=commands.rotate)

@@ -46,6 +46,7 @@ def rotate(args: Namespace) -> int:
         **_files_of(args),
         memory=args.memory,
         worker=args.worker,
+        device=args.device,
         fresh=args.fresh,
         progress=sys.stderr.isatty(),
     )

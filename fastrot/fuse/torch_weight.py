@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastrot.kernels.weight import Workspace
-from fastrot.rotations.stages import Stage, multiply
+from fastrot.rotations.stages import Matrix, Stage, multiply
 
 CHUNK_BYTES = 1 << 26
 """What a rotation takes at a time: its temporaries are a few times as large."""
@@ -25,6 +25,7 @@ class TorchRotation:
 
     Attributes:
         scratch: bytes that a run needs, the matrix in ``dtype``.
+        matrices: bytes of the dense ones, which lie where ``like`` does.
         kind: equal where the same kernels run on as much memory.
         panel: 0, see :class:`fastrot.kernels.cpu_weight.MatrixRotation`.
     """
@@ -49,6 +50,8 @@ class TorchRotation:
             for dim, step in chain(((1, s) for s in right), ((0, s) for s in left))
         ]
         self.scratch = like.numel() * dtype.itemsize
+        stages = (s for _, step in self._steps if not isinstance(step, Tensor) for s in step)
+        self.matrices = sum(stage.q.nbytes for stage in stages if isinstance(stage, Matrix))
         self.kind = (like.shape, like.device, dtype), tuple(map(_described, self._steps))
 
     def run(self, source: Tensor, target: Tensor, workspace: Workspace) -> None:

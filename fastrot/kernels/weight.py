@@ -39,15 +39,27 @@ class Workspace:
 
     def __init__(self, scratch: int, panel: int, device: torch.device | None = None):
         on_cpu = device is None or device.type == "cpu"
-        # NumPy asks for huge pages: touching fresh memory costs more than the transform.
-        self.scratch = (
-            torch.from_numpy(np.empty(scratch, np.uint8))
-            if on_cpu
-            else torch.empty(scratch, dtype=torch.uint8, device=device)
-        )
-        self.panel, self.threads = panel, torch.get_num_threads() if on_cpu else 0
-        self.panels = np.empty(self.threads * panel, np.uint8)
+        self._device = None if on_cpu else device
+        self.threads = torch.get_num_threads() if on_cpu else 0
+        self.scratch = _memory(scratch, self._device)
+        self.panel, self.panels = panel, np.empty(self.threads * panel, np.uint8)
+
+    def reserve(self, scratch: int, panel: int) -> None:
+        """Grow to these bytes if there are less; what was there goes first, with all it holds."""
+        if scratch > len(self.scratch):
+            del self.scratch
+            self.scratch = _memory(scratch, self._device)
+        if panel > self.panel:
+            del self.panels
+            self.panel, self.panels = panel, np.empty(self.threads * panel, np.uint8)
 
     def matrix(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         """The scratch memory as a matrix."""
         return self.scratch[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
+
+
+def _memory(nbytes: int, device: torch.device | None) -> Tensor:
+    if device is not None:
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+    # NumPy asks for huge pages: touching fresh memory costs more than the transform.
+    return torch.from_numpy(np.empty(nbytes, np.uint8))
