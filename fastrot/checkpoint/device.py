@@ -80,8 +80,8 @@ def is_apart(device: torch.device) -> bool:
 
 
 def free_on(device: torch.device) -> int | None:
-    """Bytes that are free on a device of its own memory."""
-    return torch.cuda.mem_get_info(device)[0] if is_apart(device) else None
+    """Bytes that are free on a GPU; None on the CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 class Memory(NamedTuple):

@@ -164,10 +164,10 @@ def rotate_checkpoint(
 ) -> RotatedCheckpoint:
     """Write a rotated copy of a checkpoint without loading the model.
 
-    The result is that of :func:`fastrot.apply` on the model, loaded on that device, bit for bit,
-    but that every tensor keeps the dtype it has in the file. The target appears under its name
-    when it is whole, or never; until then it grows in a folder beside it. Repeating a call that was
-    interrupted or killed goes on where that stopped. The source is only read.
+    The result is that of :func:`fastrot.apply` on the loaded model, bit for bit (on a GPU to one
+    rounding), but that every tensor keeps the dtype it has in the file. The target appears under
+    its name when it is whole, or never; until then it grows in a folder beside it. Repeating a call
+    that was interrupted or killed goes on where that stopped. The source is only read.
 
     Args:
         source: a checkpoint of transformers in safetensors.
