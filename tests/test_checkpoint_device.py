@@ -16,7 +16,9 @@ from fastrot.checkpoint.job import prepare
 from fastrot.checkpoint.panels import Panel
 from fastrot.checkpoint.rotate import shares_of
 from fastrot.checkpoint.store import Store
+from fastrot.checkpoint.target import readable
 from fastrot.checkpoint.verify import verify_checkpoint
+from fastrot.cli.arguments import _bytes
 from fastrot.kernels import cpu_weight
 from fastrot.kernels.gpu_weight import TritonRotation
 from fastrot.mapping import ROTATIONS
@@ -223,14 +225,22 @@ def test_a_gpu_needs_room_for_dense_matrices(gpus, tmp_path, monkeypatch):
 
 
 def test_the_least_memory_that_is_named_is_enough(tmp_path):
-    """Though a panel of what may be cut grows with it."""
-    source = saved(tmp_path / "source", torch.bfloat16, vocab=40_000, hidden=128, heads=8)
-    job = prepare(source, ALL)
+    """Though a panel of what may be cut grows with it, and takes nine times that as float64."""
+    source = saved(tmp_path / "source", torch.bfloat16, vocab=40_000)
+    job = prepare(source, DENSE, dtype=torch.float64)
     with pytest.raises(fastrot.RotationError, match=r"give at least (\d+)M") as refusal:
         shares_of(job, 1000)
     least = int(str(refusal.value).split()[-1].removesuffix("M")) << 20
     shares = shares_of(job, least)
     assert shares.panels + shares.scratch <= least
+
+
+def test_sizes_are_rounded_up():
+    """What a message names is given back."""
+    for nbytes in (1, (1 << 20) + 1, (1 << 30) + 1, 5 * 10**9, 3 << 29, (7 << 30) + (1 << 28)):
+        text = readable(nbytes)
+        assert nbytes <= _bytes(text) <= nbytes + (1 << 20) + nbytes // 50
+    assert readable(3 << 29) == "1.50G"
 
 
 def test_other_blocks_of_the_same_codes_are_another_source(tmp_path):

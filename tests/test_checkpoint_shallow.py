@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from zoo import FAMILIES, build
 
 import fastrot
+from fastrot.available import available
 from fastrot.checkpoint import shallow
 from fastrot.checkpoint.header import CheckpointError
 from fastrot.checkpoint.shallow import NotComparedError, median_error, verify_first_layers
@@ -243,21 +244,54 @@ def test_what_can_not_be_compared_says_so(name, why, tmp_path, capsys):
 
 
 def test_what_does_not_fit_into_memory_is_not_tried(pair, tmp_path, monkeypatch):
-    file = tmp_path / "meminfo"
-    monkeypatch.setattr(shallow, "MEMINFO", file)
     model = load(pair[0])
     weights = sum(w.numel() for w in model.parameters()) - sum(
         w.numel() for w in model.model.layers[2].parameters()
     )
     widest = max(w.numel() for w in model.parameters())
-    enough = 4 * (weights + 2 * widest) // 1024
-    file.write_text(f"MemTotal: 1 kB\nMemAvailable: {enough + 1} kB\n")
+    enough = 4 * (weights + 2 * widest)
+    monkeypatch.setattr(shallow, "available", lambda: enough)
     assert verify_first_layers(*pair)
-    file.write_text(f"MemTotal: 1 kB\nMemAvailable: {enough} kB\n")
+    monkeypatch.setattr(shallow, "available", lambda: enough - 1)
     with pytest.raises(NotComparedError, match="take 1M in float32, and 1M of memory are free"):
         verify_first_layers(*pair)
-    file.unlink()
+    monkeypatch.setattr(shallow, "available", lambda: None)
     assert verify_first_layers(*pair)
+
+
+def machine(root, cgroup, **files):
+    """The files of a machine, as far as they tell of memory."""
+    there = {"proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 8 kB\n", "proc/self/cgroup": cgroup}
+    for name, text in (there | files).items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+def group(folder, most, used, cache):
+    return {
+        f"sys/fs/cgroup/{folder}memory.max": most,
+        f"sys/fs/cgroup/{folder}memory.current": used,
+        f"sys/fs/cgroup/{folder}memory.stat": f"anon 1\ninactive_file {cache}\n",
+    }
+
+
+def test_memory_is_what_machine_and_groups_leave(tmp_path):
+    assert available(tmp_path) is None
+    assert available(machine(tmp_path / "a", "0::/\n")) == 8 << 10
+    free = group("pod/", "max", "5", 0) | group("pod/one/", "7000", "3000", 500)
+    assert available(machine(tmp_path / "b", "0::/pod/one\n", **free)) == 4500
+    around = group("pod/", "4096", "96", 0) | group("pod/one/", "7000", "1000", 500)
+    assert available(machine(tmp_path / "c", "0::/pod/one\n", **around)) == 4000
+    # In a container its own group is at the top, whatever path the host calls it by.
+    inside = group("", "2000", "2500", 100)
+    assert available(machine(tmp_path / "d", "0::/host/of/it\n", **inside)) == 0
+    first = {
+        "sys/fs/cgroup/memory/memory.limit_in_bytes": "6000",
+        "sys/fs/cgroup/memory/memory.usage_in_bytes": "1000",
+        "sys/fs/cgroup/memory/memory.stat": "total_inactive_file 10\n",
+    }
+    assert available(machine(tmp_path / "e", "3:cpu:/x\n2:memory:/x\n0::/\n", **first)) == 5010
 
 
 def test_the_command(pair, capsys, monkeypatch):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastrot.available import available
 from fastrot.checkpoint.header import CheckpointError, Entry, read_entry
 from fastrot.checkpoint.job import numbers_of
 from fastrot.checkpoint.source import outline
@@ -30,8 +31,6 @@ from fastrot.verification import allowed, check_vocabularies, logits, random_pro
 
 LAYERS = 2
 """How many layers are enough: the second reads what the first has written into the stream."""
-
-MEMINFO = Path("/proc/meminfo")
 
 
 class NotComparedError(RotationError):
@@ -154,7 +153,7 @@ class _Cut:
     def check_memory(self) -> None:
         """Refuse what does not fit; noise and conversions take another weight or two."""
         sizes = [weight.numel() for weight in self.model.parameters()]
-        needed, free = 4 * (sum(sizes) + 2 * max(sizes)), _free()
+        needed, free = 4 * (sum(sizes) + 2 * max(sizes)), available()
         if free is not None and needed > free:
             raise NotComparedError(
                 f"its first layers, embedding and head take {readable(needed)} in float32, and "
@@ -241,12 +240,3 @@ def _on_cpu(tensor: Tensor) -> Tensor:
         return tensor
     dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
     return torch.empty_like(tensor, dtype=dtype, device="cpu")
-
-
-def _free() -> int | None:
-    """Bytes of memory that a process may still take, where Linux says it."""
-    if not MEMINFO.exists():
-        return None
-    lines = MEMINFO.read_text().splitlines()
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0]) * 1024 if found else None
