@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from zoo import FAMILIES, build
 
 import fastrot
-from fastrot.available import available
 from fastrot.checkpoint import shallow
+from fastrot.checkpoint.available import available
 from fastrot.checkpoint.header import CheckpointError
 from fastrot.checkpoint.shallow import NotComparedError, median_error, verify_first_layers
 from fastrot.checkpoint.verify import TensorVerification

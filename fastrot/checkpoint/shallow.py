@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastrot.available import available
+from fastrot.checkpoint.available import available
 from fastrot.checkpoint.header import CheckpointError, Entry, read_entry
 from fastrot.checkpoint.job import numbers_of
 from fastrot.checkpoint.source import outline
