@@ -11,6 +11,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from fastrot.hadamard import base_matrix
 from fastrot.kernels._cpu_vectors import I16, I32, I64, ITEMS, LOG_RADIX, VECTOR_BYTES, Vector
 
 COLUMNS = 2
@@ -296,6 +297,56 @@ def copy_one(typing_context, src, dst, one):
         vector.store(vector.load(args[0]), args[1])
 
     return types.void(types.int64, types.int64, one), emit
+
+
+FIXED = 12, 20, 28, 36
+"""The least orders of dense factors, which have code of their own, as they are and transposed."""
+
+
+@intrinsic
+def fixed(typing_context, base, step, choice, one):
+    """A ±1 matrix across vectors ``step`` apart, in place, without tables.
+
+    ``choice`` is twice the place of its order in ``FIXED``, and one more if it is transposed. Of
+    four inputs there are eight sums but for their signs; every output adds or subtracts one of
+    them. As many outputs as leave registers for the sums are made at a time.
+    """
+
+    def emit(context, builder, signature, args):
+        base, step, choice, _ = args
+        vector = Vector(builder, one)
+
+        def work(case):
+            m, transposed = FIXED[case // 2], case % 2
+            signs = base_matrix(m) if transposed else base_matrix(m).T
+            places = [vector.address(base, i, step) for i in range(m)]
+            at_once = m // 2 if LOG_RADIX == 4 else m // 4
+            results = []
+            for first in range(0, m, at_once):
+                sums = [None] * at_once
+                for g in range(0, m, 4):
+                    a, b, c, d = (vector.load(place) for place in places[g : g + 4])
+                    ab = builder.fadd(a, b), builder.fsub(a, b)
+                    cd = builder.fadd(c, d), builder.fsub(c, d)
+                    eight = {}
+                    for i in range(at_once):
+                        row = signs[first + i, g : g + 4]
+                        key = tuple(row * row[0])
+                        if key not in eight:
+                            join = builder.fadd if key[2] > 0 else builder.fsub
+                            eight[key] = join(ab[int(key[1] < 0)], cd[int(key[2] * key[3] < 0)])
+                        value = eight[key]
+                        if sums[i] is None:
+                            sums[i] = value if row[0] > 0 else builder.fneg(value)
+                        else:
+                            sums[i] = (builder.fadd if row[0] > 0 else builder.fsub)(sums[i], value)
+                results += sums
+            for value, place in zip(results, places, strict=True):
+                vector.store(value, place)
+
+        _choose(builder, choice, range(2 * len(FIXED)), work)
+
+    return types.void(*[types.int64] * 3, one), emit
 
 
 @intrinsic(prefer_literal=True)

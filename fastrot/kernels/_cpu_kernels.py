@@ -17,7 +17,7 @@ from fastrot.kernels._cpu_parts import LINE_BYTES, columns, load, save
 from fastrot.kernels._cpu_rows import narrow_rows, wide_row
 from fastrot.kernels._cpu_vectors import FLOAT32, FLOAT64, VECTOR_BYTES
 
-PLAN_WORDS = 18
+PLAN_WORDS = 20
 """Of a plan, before the bases of both sides."""
 SHORT_BYTES, AHEAD = 1024, 8
 """Of tiles whose rows are as short, rows by which prefetching precedes the access."""
@@ -131,10 +131,10 @@ def tiles(call, first, last, memory, one):
     panel = (memory + VECTOR_BYTES - 1) // VECTOR_BYTES * VECTOR_BYTES
     turned = panel + word(plan, 6)
     work = (turned + word(plan, 7), zeros)
-    left_bases, right_bases = word(plan, 11), plan + 8 * (PLAN_WORDS + word(plan, 11))
-    left = word(plan, 8), (plan + 8 * PLAN_WORDS, left_bases), word(plan, 12), word(plan, 4)
-    size, power, tail = word(plan, 13), word(plan, 14), word(plan, 15)
-    right = size, power, tail, right_bases, word(plan, 16), word(plan, 17)
+    at_bases, count = plan + 8 * PLAN_WORDS, word(plan, 11)
+    left = word(plan, 8), (at_bases, count, word(plan, 13)), word(plan, 12), word(plan, 4)
+    size, power, tail, rest = word(plan, 14), word(plan, 15), word(plan, 16), word(plan, 17)
+    right = size, power, tail, at_bases + 8 * count, rest, word(plan, 18), word(plan, 19)
     place = panel, word(plan, 5), turned
     across = (cols + tile_cols - 1) // tile_cols
     for tile in range(first, last):
@@ -165,7 +165,8 @@ def sweep(call, one):
             one thread. B and B' are null for the identity. Constants are ``COLUMNS`` vectors of
             zeros, one of ones. A plan is the matrix's rows and columns and a tile's, the columns
             that the left side does at once, the panel's ld and bytes and those of ``turned``; of
-            each side size, power, tail, number of bases and address of codes; the bases of both.
+            each side size, power, tail, number of bases, address of codes, and whether it is
+            transposed; the bases of both.
         one: of the compute type.
     """
     memory, size, shared = word(call, 0), word(call, 1), word(call, 2)

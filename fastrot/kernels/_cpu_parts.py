@@ -9,10 +9,12 @@ type.
 from fastrot.kernels._cpu_blocks import (
     CODE_BYTES,
     COLUMNS,
+    FIXED,
     TABLES,
     accumulate,
     butterfly,
     cross,
+    fixed,
     lanes_of,
     narrow,
     prefetch,
@@ -66,14 +68,19 @@ def _dense(base, step, vectors, m, codes, work, one):
 def dense(panel, ld, size, vectors, bases, codes, work, one):
     """The dense factors of columns of ``size`` elements, in place."""
     stride, blocks = size, 1
-    at_bases, count = bases
+    at_bases, count, transposed = bases
     for index in range(count):
         m = word(at_bases, index)
         stride //= m
         for block in range(blocks):
             for row in range(stride):
                 at = panel + (block * m * stride + row) * ld
-                _dense(at, stride * ld, vectors, m, codes, work, one)
+                if m <= FIXED[-1]:
+                    for j in range(vectors):
+                        choice = (m - FIXED[0]) // 4 + transposed
+                        fixed(at + j * VECTOR_BYTES, stride * ld, choice, one)
+                else:
+                    _dense(at, stride * ld, vectors, m, codes, work, one)
         blocks *= m
         codes += m * m // 4 * CODE_BYTES
 

@@ -40,7 +40,7 @@ def narrow_rows(panel, height, ld, width, side, turned, work, one):
     ``COLUMNS`` vectors of them lie side by side in the panel ``turned``. Between the elements that
     those before meet lie whole vectors.
     """
-    size, _, tail, at_bases, count, codes = side
+    size, _, tail, at_bases, count, codes, transposed = side
     lanes = lanes_of(one)
     item = VECTOR_BYTES // lanes
     own = FLOAT64 if item == 8 else FLOAT32
@@ -49,12 +49,12 @@ def narrow_rows(panel, height, ld, width, side, turned, work, one):
     while outer * tail < size:
         outer *= word(at_bases, heads)
         heads += 1
-    bases = at_bases + 8 * heads, count - heads
+    bases = at_bases + 8 * heads, count - heads, transposed
     if heads:
         for row in range(height):
             for block in range(per_row):
                 at = panel + row * ld + block * size * item
-                head = at_bases, heads
+                head = at_bases, heads, transposed
                 dense(at, tail * item, outer, tail // lanes, head, codes, work, one)
         for index in range(heads):
             codes += word(at_bases, index) ** 2 // 4 * CODE_BYTES
@@ -129,8 +129,8 @@ def wide_row(
 
     What is between lies in ``dst`` where that has the compute type, else in the panel ``space``.
     """
-    size, power, _, at_bases, count, codes = side
-    bases = at_bases, count
+    size, power, _, at_bases, count, codes, transposed = side
+    bases = at_bases, count, transposed
     lanes = lanes_of(one)
     own_item = VECTOR_BYTES // lanes
     own = FLOAT64 if own_item == 8 else FLOAT32

@@ -124,9 +124,12 @@ class _Side(NamedTuple):
     tail: int
     bases: tuple[int, ...]
     codes: NDArray[np.uint16]
+    transposed: bool
 
     def words(self) -> tuple[int, ...]:
-        return self.size, self.power, self.tail, len(self.bases), self.codes.ctypes.data
+        """Of a plan."""
+        codes = address_of(self.codes)
+        return self.size, self.power, self.tail, len(self.bases), codes, self.transposed
 
 
 @lru_cache
@@ -138,7 +141,7 @@ def _side(size: int, transpose: bool, lanes: int) -> _Side:
         if tail // m % lanes:
             break
         tail //= m
-    return _Side(size, power, tail, bases, np.concatenate(codes))
+    return _Side(size, power, tail, bases, np.concatenate(codes), transpose)
 
 
 def _codes(m: int, transpose: bool) -> NDArray[np.uint16]:
