@@ -4,12 +4,14 @@ import os
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import numba
 import pytest
 
+from fastrot.kernels import _cpu_blocks
 from fastrot.kernels._cpu_blocks import take
-from fastrot.kernels._cpu_compile import Kernel
+from fastrot.kernels._cpu_compile import _SOURCES, Kernel, _digest
 
 
 def double(at):
@@ -57,6 +59,19 @@ def test_a_folder_that_vanishes(folder):
     folder.rmdir()
     folder.touch()
     assert doubled.code.address
+
+
+def test_every_file_that_makes_code_is_in_the_name(tmp_path, monkeypatch):
+    folder = Path(_cpu_blocks.__file__).parent
+    monkeypatch.setattr(_cpu_blocks, "__file__", str(tmp_path / "_cpu_blocks.py"))
+    for path in folder.glob("_cpu_*.py"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    assert _digest() == _SOURCES
+    for name in ("blocks", "compile", "kernels", "parts", "rows", "vectors"):
+        path = tmp_path / f"_cpu_{name}.py"
+        path.write_text(path.read_text() + "\n")
+        assert _digest() != _SOURCES, name
+        path.write_bytes((folder / path.name).read_bytes())
 
 
 CHILD = """

@@ -22,7 +22,7 @@ from fastrot.kernels import _cpu_blocks
 
 def _digest() -> str:
     folder = Path(_cpu_blocks.__file__).parent
-    names = "blocks", "parts", "rows", "vectors"
+    names = "blocks", "compile", "kernels", "parts", "rows", "vectors"
     sources = ((folder / f"_cpu_{name}.py").read_bytes() for name in names)
     return hashlib.sha256(b"".join(sources)).hexdigest()[:12]
 
@@ -52,7 +52,8 @@ class Kernel:
     """Native code of a function of one address, compiled when it is first needed.
 
     It is kept on disk where Numba finds a place for that. Numba's index of what is there sees
-    changes of one file only; the digest in the name tells it of the others.
+    changes of one file only, and only if its time or size changes; the digest in the name tells it
+    of all.
     """
 
     def __init__(self, function: Callable[[int], None]) -> None:
