@@ -410,6 +410,39 @@ def test_a_long_first_dimension_in_two_passes(n, transpose, dtype, threads, monk
     cpu._plan.cache_clear()
 
 
+def test_memory_for_two_passes_is_asked_for_before_the_first(monkeypatch):
+    """In place there would be no way back."""
+    monkeypatch.setattr(cpu, "LONG_BYTES", 1 << 16)
+    cpu._plan.cache_clear()
+    x = torch.randn(1, 16384, 5, generator=generator(12))
+    assert len(cpu._plan(x.shape, 16384, 1, False, x.dtype)) == 2
+    before = x.clone()
+    for granted in range(2):
+        left = iter(range(granted))
+
+        def scarce(*arguments, left=left, empty=np.empty):
+            if next(left, None) is None:
+                raise MemoryError
+            return empty(*arguments)
+
+        with monkeypatch.context() as patch, pytest.raises(MemoryError):
+            patch.setattr(np, "empty", scarce)
+            transform(x, x, None, 1 / 128, False)
+        assert torch.equal(x, before)
+    cpu._plan.cache_clear()
+
+
+def test_the_default_device_is_for_others():
+    code = """
+import torch
+from fastrot.kernels.run import run_beside
+x = torch.ones(4, 8)
+with torch.device("meta"):
+    assert (run_beside(x, x, None, 1.0, 8, False)[:, ::8] == 8).all()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize("error", [RuntimeError, MemoryError])
 @pytest.mark.usefixtures("without_openmp")
 def test_a_machine_without_more_threads(error, threads, monkeypatch):

@@ -22,6 +22,7 @@ from fastrot.kernels.cpu_sweep import (
     run,
     run_here,
 )
+from fastrot.kernels.weight import Workspace
 
 LONG_PIECE = 64
 """Elements of a row, fewer of which in a panel are better read twice, and"""
@@ -84,10 +85,13 @@ def write(
         ask_for_huge_pages(x, out)
     passes = _plan(x.shape, size, dim, transpose, x.dtype)
     kind, read = KINDS[x.dtype], x.data_ptr()
+    # All memory is asked for before the first write: there may be none left after it.
+    alone = len(passes) == 1
+    workspace = None if alone else Workspace(0, max(each.plan.memory for each in passes))
     for index, (plan, ld, columns, weighed) in enumerate(passes, 1):
         source, target = (read, kind, ld), (out.data_ptr(), kind, ld)
         weights, factor = signs if weighed else None, scale if index == len(passes) else 1.0
-        _sweep(plan, source, target, weights, x.dtype, size, columns, transpose, factor)
+        _sweep(plan, source, target, weights, x.dtype, size, columns, transpose, factor, workspace)
         read = out.data_ptr()
 
 
@@ -138,6 +142,7 @@ def _sweep(
     columns: bool,
     transpose: bool,
     scale: float,
+    workspace: Workspace | None = None,
 ) -> None:
     before = after = plan.nothing
     if signs is not None:
@@ -147,8 +152,8 @@ def _sweep(
         diagonal = diagonal_of(weights)
         diagonals = (*diagonal, *after[2:]) if columns else (*after[:2], *diagonal)
         before, after = (before, diagonals) if transpose else (diagonals, after)
-    if plan.tasks > plan.step:
-        run(plan, source, target, before, after, scale)
+    if workspace or plan.tasks > plan.step:
+        run(plan, source, target, before, after, scale, workspace)
     else:
         run_here(plan, source, target, before, after, scale)
 

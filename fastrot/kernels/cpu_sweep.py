@@ -108,7 +108,7 @@ def no_diagonals(dtype: torch.dtype) -> Diagonals:
 def constants_of(dtype: torch.dtype) -> NDArray[Any]:
     """``COLUMNS`` vectors of zeros and one of ones."""
     lanes = vectors.VECTOR_BYTES // dtype.itemsize
-    constants = torch.zeros((blocks.COLUMNS + 1) * lanes, dtype=dtype).numpy()
+    constants = np.zeros((blocks.COLUMNS + 1) * lanes, f"f{dtype.itemsize}")
     constants[-lanes:] = 1
     return constants
 
