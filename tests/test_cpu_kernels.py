@@ -347,6 +347,23 @@ def test_a_forked_child_computes_too():
     assert there == here.numpy().tobytes()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells who was forked")
+def test_a_child_of_a_process_whose_threads_worked_before():
+    """The runtime of OpenMP would wait for threads that only the parent has."""
+    code = """
+import os, signal, torch
+torch.set_num_threads(2)
+x = torch.ones(300, 1024).exp().log_()
+child = os.fork()
+if child == 0:
+    signal.alarm(40)
+    import fastrot
+    os._exit(int(fastrot.hadamard_transform(x)[0, 0] < 1000))
+assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_budget_can_be_exceeded(dtype):
     exact = torch.randn(64, 64, generator=generator(9), dtype=torch.float64)
@@ -378,7 +395,7 @@ def test_exact_sums_are_rounded_once(n):
 
 @pytest.fixture
 def without_openmp(monkeypatch):
-    monkeypatch.setattr(_cpu_threads, "_openmp", lambda: None)
+    monkeypatch.setattr(_cpu_threads, "_openmp", lambda process: None)
 
 
 def test_threads_that_stay_and_threads_that_end(threads, request):
@@ -390,7 +407,24 @@ def test_threads_that_stay_and_threads_that_end(threads, request):
 
 @pytest.mark.skipif(not torch.backends.openmp.is_available(), reason="torch was built without")
 def test_the_threads_of_torch_are_found():
-    assert _cpu_threads._openmp() is not None
+    assert _cpu_threads._openmp(os.getpid()) is not None
+
+
+def _native_threads() -> set[str]:
+    return set(os.listdir("/proc/self/task"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are listed by Linux")
+def test_threads_of_torch_stay():
+    """OpenMP would end those that have no place in a smaller team."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    torch.ones(1 << 20).exp_()
+    there = _native_threads()
+    x = torch.randn(200, 1024, 1, generator=generator(11))  # two tasks
+    actual(x, None, 1 / 32, False)
+    assert _native_threads() == there
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("n", [16384, 14336])

@@ -161,12 +161,12 @@ def sweep(call, one):
             bytes of it for a thread, address of what threads share, number of tiles, tiles that a
             thread takes at a time; source and target as a ``cpu_sweep.Matrix``; addresses and
             lengths of the diagonals A, B, A' and B', which recur; constants; the plan; scale.
-            Threads share two counters, of threads and of tiles that were taken; null if there is
-            one thread. B and B' are null for the identity. Constants are ``COLUMNS`` vectors of
-            zeros, one of ones. A plan is the matrix's rows and columns and a tile's, the columns
-            that the left side does at once, the panel's ld and bytes and those of ``turned``; of
-            each side size, power, tail, number of bases, address of codes, and whether it is
-            transposed; the bases of both.
+            Threads share two counters, of threads that found work and of tiles that were taken;
+            null if there is one thread. B and B' are null for the identity. Constants are
+            ``COLUMNS`` vectors of zeros, one of ones. A plan is the matrix's rows and columns and
+            a tile's, the columns that the left side does at once, the panel's ld and bytes and
+            those of ``turned``; of each side size, power, tail, number of bases, address of codes,
+            and whether it is transposed; the bases of both.
         one: of the compute type.
     """
     memory, size, shared = word(call, 0), word(call, 1), word(call, 2)
@@ -174,8 +174,10 @@ def sweep(call, one):
     if shared == 0:
         tiles(call, 0, count, memory, one)
         return
-    memory += size * take(shared, 1)
     first = take(shared + 8, step)
+    if first >= count:
+        return
+    memory += size * take(shared, 1)
     while first < count:
         tiles(call, first, min(first + step, count), memory, one)
         first = take(shared + 8, step)

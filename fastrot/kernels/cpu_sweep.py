@@ -227,13 +227,13 @@ def run(
         scale: factor of the result.
         workspace: with ``plan.memory`` bytes or more for each thread; default, made here.
     """
-    threads = workspace.threads if workspace else torch.get_num_threads()
-    threads = min(threads, -(-plan.tasks // plan.step))
+    team = workspace.threads if workspace else torch.get_num_threads()
+    threads = min(team, -(-plan.tasks // plan.step))
     panels = workspace.panels if workspace else np.empty(threads * plan.memory, np.uint8)
     shared = np.zeros(2, np.int64)
     ways = address_of(panels), plan.memory, address_of(shared), plan.tasks, plan.step
     call = CALL.pack(*ways, *source, *target, *before, *after, *plan.places, scale)
-    on_threads(plan.kernel, call, threads)
+    on_threads(plan.kernel, call, threads, team)
 
 
 def run_here(
