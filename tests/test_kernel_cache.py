@@ -62,16 +62,19 @@ def test_a_folder_that_vanishes(folder):
 
 
 def test_every_file_that_makes_code_is_in_the_name(tmp_path, monkeypatch):
-    folder = Path(_cpu_blocks.__file__).parent
-    monkeypatch.setattr(_cpu_blocks, "__file__", str(tmp_path / "_cpu_blocks.py"))
-    for path in folder.glob("_cpu_*.py"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    package = Path(_cpu_blocks.__file__).parents[1]
+    codes = ("blocks", "compile", "kernels", "parts", "rows", "vectors")
+    names = ["hadamard.py", *(f"kernels/_cpu_{code}.py" for code in codes)]
+    monkeypatch.setattr(_cpu_blocks, "__file__", str(tmp_path / "kernels" / "_cpu_blocks.py"))
+    (tmp_path / "kernels").mkdir()
+    sources = {tmp_path / name: (package / name).read_bytes() for name in names}
+    for path, source in sources.items():
+        path.write_bytes(source)
     assert _digest() == _SOURCES
-    for name in ("blocks", "compile", "kernels", "parts", "rows", "vectors"):
-        path = tmp_path / f"_cpu_{name}.py"
-        path.write_text(path.read_text() + "\n")
-        assert _digest() != _SOURCES, name
-        path.write_bytes((folder / path.name).read_bytes())
+    for path, source in sources.items():
+        path.write_bytes(source + b"\n")
+        assert _digest() != _SOURCES, path
+        path.write_bytes(source)
 
 
 CHILD = """

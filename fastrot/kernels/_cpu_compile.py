@@ -23,8 +23,8 @@ from fastrot.kernels import _cpu_blocks
 def _digest() -> str:
     folder = Path(_cpu_blocks.__file__).parent
     names = "blocks", "compile", "kernels", "parts", "rows", "vectors"
-    sources = ((folder / f"_cpu_{name}.py").read_bytes() for name in names)
-    return hashlib.sha256(b"".join(sources)).hexdigest()[:12]
+    files = *(folder / f"_cpu_{name}.py" for name in names), folder.parent / "hadamard.py"
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 _SOURCES = _digest()
