@@ -19,10 +19,11 @@ EACH = 20
 
 
 def pytest_collection_finish(session):
-    """Let numba make what it makes when the first kernel is compiled."""
+    """Let numba make what it makes when the first kernels are compiled."""
     import fastrot
 
-    fastrot.hadamard_transform(torch.ones(1, 2), impl="cpu")
+    for dtype in (torch.float32, torch.float64):
+        fastrot.hadamard_transform(torch.ones(1, 2, dtype=dtype), impl="cpu")
     session.tests_begun = itertools.count()
 
 

@@ -13,8 +13,8 @@ from attacks.hostile import HOSTILE
 from fastrot.cli import main
 
 RUNS = int(os.environ.get("FASTROT_ATTACKS", "10"))
-LIMIT = 5
-"""Seconds that a refusal may take; a command takes less than two."""
+LIMIT = 30
+"""Seconds after which a command counts as hanging; it takes less than two."""
 
 
 @pytest.fixture(scope="module")
