@@ -78,5 +78,5 @@ def test_mutated_records(kind, tmp_path):
             assert torch.equal(logits(loaded, ids), expected), config["fastrot"]
         except fastrot.RotationError:
             refused += 1
-        assert time.monotonic() - start < 5, config["fastrot"]
+        assert time.monotonic() - start < 30, config["fastrot"]
     assert refused > RUNS // 2
