@@ -63,6 +63,10 @@ class Kernel:
         """Run it with the address of ``argument``, without the interpreter's lock."""
         self.native(argument)
 
+    def prepare(self) -> None:
+        """Compile it, or find it on disk, unless that is done."""
+        _ = self.native
+
     @cached_property
     def native(self):
         """The code as a function of ctypes."""

@@ -17,10 +17,10 @@ from fastrot.kernels.cpu_sweep import (
     Matrix,
     SweepPlan,
     as_array,
+    compute_type,
     diagonal_of,
     plan_sweep,
     run,
-    run_here,
 )
 from fastrot.kernels.weight import Workspace
 
@@ -64,7 +64,7 @@ def transformed(
         write(x, out, size, dim, signs, scale, transpose)
         return out
     kind, nothing = KINDS[x.dtype], plan.nothing
-    run_here(plan, (x.data_ptr(), kind, ld), (out.data_ptr(), kind, ld), nothing, nothing, scale)
+    run(plan, (x.data_ptr(), kind, ld), (out.data_ptr(), kind, ld), nothing, nothing, scale)
     return out
 
 
@@ -146,24 +146,21 @@ def _sweep(
 ) -> None:
     before = after = plan.nothing
     if signs is not None:
-        weights = as_array(signs, torch.float64 if dtype == torch.float64 else torch.float32)
+        weights = as_array(signs, compute_type(dtype))
         if not columns and plan.width != size:
             weights = np.tile(weights, plan.width // size)
         diagonal = diagonal_of(weights)
         diagonals = (*diagonal, *after[2:]) if columns else (*after[:2], *diagonal)
         before, after = (before, diagonals) if transpose else (diagonals, after)
-    if workspace or plan.tasks > plan.step:
-        run(plan, source, target, before, after, scale, workspace)
-    else:
-        run_here(plan, source, target, before, after, scale)
+    run(plan, source, target, before, after, scale, workspace)
 
 
 @lru_cache
 def _plan_rows(rows: int, cols: int, n: int, transpose: bool, dtype: torch.dtype) -> SweepPlan:
     """Of blocks of ``n`` along rows that need not follow each other."""
     check_sizes(torch.Size((rows, cols)), dtype, n, 1)
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
-    return plan_sweep((rows, cols), (1, False), (n, transpose), dtype.itemsize, compute)
+    sides = (1, False), (n, transpose)
+    return plan_sweep((rows, cols), *sides, dtype.itemsize, compute_type(dtype))
 
 
 class _Pass(NamedTuple):
@@ -188,7 +185,7 @@ def _plan(
     check_sizes(shape, dtype, n, dim)
     item, inner = dtype.itemsize, math.prod(shape[dim + 1 :])
     outer = shape.numel() // (n * inner)
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    compute = compute_type(dtype)
     if inner == 1:
         plan = plan_sweep((1, outer * n), (1, False), (n, transpose), item, compute)
         return (_Pass(plan, outer * n * item, columns=False),)

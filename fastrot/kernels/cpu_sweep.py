@@ -76,6 +76,11 @@ class SweepPlan(NamedTuple):
     spare: list[tuple[NDArray[np.uint8], int]]
 
 
+def compute_type(dtype: torch.dtype) -> torch.dtype:
+    """Of what lies between, for tensors of a dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def as_array(vector: Tensor, dtype: torch.dtype) -> NDArray[Any]:
     """A diagonal as the kernels take it."""
     array: NDArray[Any]
@@ -116,7 +121,7 @@ def constants_of(dtype: torch.dtype) -> NDArray[Any]:
 class _Side(NamedTuple):
     """A Hadamard matrix for the kernels: its factors, and the codes of their signed sums.
 
-    ``tail`` is the order of those that act on turned blocks, see ``_cpu_parts.narrow_rows``.
+    ``tail`` is the order of those that act on turned blocks, see ``_cpu_rows.narrow_rows``.
     """
 
     size: int
@@ -218,6 +223,8 @@ def run(
 ) -> None:
     """Sweep all tiles, on the threads torch would use or those that a workspace is for.
 
+    Few tiles are swept here, in the memory of the last such call if no other thread has it.
+
     Args:
         plan: how the matrix is cut.
         source: what is read.
@@ -227,30 +234,20 @@ def run(
         scale: factor of the result.
         workspace: with ``plan.memory`` bytes or more for each thread; default, made here.
     """
+    rest = plan.tasks, plan.step, *source, *target, *before, *after, *plan.places, scale
+    if workspace is None and plan.tasks <= plan.step:
+        try:
+            memory, address = plan.spare.pop()
+        except IndexError:
+            memory = np.empty(plan.memory, np.uint8)
+            address = address_of(memory)  # which takes NumPy as long as a short row
+        plan.kernel(CALL.pack(address, plan.memory, 0, *rest))
+        if not plan.spare and plan.memory <= SPARE_BYTES:
+            plan.spare.append((memory, address))
+        return
     team = workspace.threads if workspace else torch.get_num_threads()
     threads = min(team, -(-plan.tasks // plan.step))
     panels = workspace.panels if workspace else np.empty(threads * plan.memory, np.uint8)
     shared = np.zeros(2, np.int64)
-    ways = address_of(panels), plan.memory, address_of(shared), plan.tasks, plan.step
-    call = CALL.pack(*ways, *source, *target, *before, *after, *plan.places, scale)
+    call = CALL.pack(address_of(panels), plan.memory, address_of(shared), *rest)
     on_threads(plan.kernel, call, threads, team)
-
-
-def run_here(
-    plan: SweepPlan,
-    source: Matrix,
-    target: Matrix,
-    before: Diagonals,
-    after: Diagonals,
-    scale: float,
-) -> None:
-    """:func:`run` on this thread, in the memory of the last call if no other thread has it."""
-    try:
-        memory, address = plan.spare.pop()
-    except IndexError:
-        memory = np.empty(plan.memory, np.uint8)
-        address = address_of(memory)  # which takes NumPy as long as a short row
-    ways = address, plan.memory, 0, plan.tasks, plan.step
-    plan.kernel(CALL.pack(*ways, *source, *target, *before, *after, *plan.places, scale))
-    if not plan.spare and plan.memory <= SPARE_BYTES:
-        plan.spare.append((memory, address))
