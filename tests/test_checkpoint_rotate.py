@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from zoo import FAMILIES, build
 
 import fastrot
+from fastrot.checkpoint import pipeline as pipeline_module
 from fastrot.checkpoint import rotate as rotate_module
 from fastrot.checkpoint import store as store_module
 from fastrot.checkpoint.header import read_headers
@@ -424,6 +425,72 @@ def test_files_without_their_manifest_are_not_taken_over(source, tmp_path, monke
     fastrot.rotate_checkpoint(source, target, seeded(1))
     fastrot.rotate_checkpoint(source, tmp_path / "whole", seeded(1))
     assert contents(target) == contents(tmp_path / "whole")
+
+
+def test_files_go_to_the_disk_as_they_grow(source, tmp_path, monkeypatch):
+    fastrot.rotate_checkpoint(source, tmp_path / "whole", ALL)
+    settled, settle = [], pipeline_module.settle
+
+    def noting(part):
+        settle(part)
+        settled.append(part.name)
+
+    monkeypatch.setattr(pipeline_module, "settle", noting)
+    monkeypatch.setattr(pipeline_module, "SETTLED", 10_000)
+    fastrot.rotate_checkpoint(source, tmp_path / "target", ALL)
+    assert len(settled) > len(set(settled)) == len([*tmp_path.glob("target/*.safetensors")])
+    assert contents(tmp_path / "target") == contents(tmp_path / "whole")
+
+
+def test_a_disk_that_fails_while_a_file_grows(source, tmp_path, monkeypatch):
+    def fail(part):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(pipeline_module, "settle", fail)
+    monkeypatch.setattr(pipeline_module, "SETTLED", 1)
+    with pytest.raises(OSError, match=r"can't be written: Input/output error"):
+        fastrot.rotate_checkpoint(source, tmp_path / "target", ALL)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_who_writes_tells_why_a_file_has_gone(source, tmp_path, monkeypatch):
+    """Not who finds it gone when it is to go to the disk."""
+    settle, write_at = pipeline_module.settle, pipeline_module._write_at
+    found = []
+
+    def late(part):
+        until = time.monotonic() + 30
+        while part.exists() and time.monotonic() < until:
+            time.sleep(0.001)
+        with pytest.raises(FileNotFoundError) as caught:
+            settle(part)
+        found.append(part)
+        raise caught.value
+
+    def full(descriptor, raw, offset):
+        if offset > 10_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_at(descriptor, raw, offset)
+
+    monkeypatch.setattr(pipeline_module, "settle", late)
+    monkeypatch.setattr(pipeline_module, "SETTLED", 1)
+    monkeypatch.setattr(pipeline_module, "_write_at", full)
+    monkeypatch.setattr(Pipeline, "_stop", slowly(Pipeline._stop, errno.ENOSPC))
+    with pytest.raises(OSError, match="No space left on device"):
+        fastrot.rotate_checkpoint(source, tmp_path / "target", ALL)
+    assert found
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def slowly(stop, number):
+    """So that whoever stops at an error of this number comes last."""
+
+    def stopping(pipeline, error):
+        if getattr(error.__cause__, "errno", None) == number:
+            time.sleep(0.3)
+        stop(pipeline, error)
+
+    return stopping
 
 
 def test_a_run_whose_folder_was_taken_stops(source, tmp_path, monkeypatch):

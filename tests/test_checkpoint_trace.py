@@ -123,6 +123,7 @@ def test_headers_agree_with_safetensors(tmp_path):
     entries, metadata = read_header(tmp_path / "x.safetensors")
     assert metadata == {"format": "pt"}
     head, starts = header_of(entries, metadata)
+    assert len(head) % 64 == 0
     raw = (tmp_path / "x.safetensors").read_bytes()
     size = max(starts[name] + entry.nbytes for name, entry in entries.items())
     body = bytearray(head.ljust(size, b"\0"))

@@ -17,6 +17,10 @@ import torch
 
 from fastrot.errors import RotationError
 
+ALIGNED = 64
+"""Tensors begin on a multiple of so many bytes, in files and in panels: a line of the caches. The
+kernel of Linux copies to a page from another place in a line at half the rate."""
+
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -172,7 +176,7 @@ def header_of(layouts: Mapping[str, Layout], metadata: Metadata) -> tuple[bytes,
         }
         starts[name], at = at, end
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    raw += b" " * (-len(raw) % 8)  # tensors start on a multiple of 8
+    raw += b" " * (-(8 + len(raw)) % ALIGNED)
     head = len(raw).to_bytes(8, "little") + raw
     return head, {name: len(head) + start for name, start in starts.items()}
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastrot.checkpoint.header import ALIGNED
 from fastrot.checkpoint.tasks import Task
 from fastrot.edits import Rotate, Scale
 from fastrot.fuse.torch_weight import TorchRotation
@@ -16,8 +17,6 @@ from fastrot.values import check_converted, check_not_lost, check_rotated
 
 Norms = Mapping[str, Tensor]
 """The weights of folded norms by the names of the model."""
-
-ALIGNED = 64
 
 
 def panels_of(task: Task, most: int) -> list[slice]:

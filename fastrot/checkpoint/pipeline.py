@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -14,11 +15,13 @@ from fastrot.checkpoint.device import CPU, Memory, own_stream, settled
 from fastrot.checkpoint.header import header_of, read_into
 from fastrot.checkpoint.outputs import OutputFile
 from fastrot.checkpoint.panels import Norms, Panel, panels_of
-from fastrot.checkpoint.target import sync
+from fastrot.checkpoint.target import settle
 from fastrot.kernels.weight import Workspace
 from fastrot.signals import held_signals
 
 PAGE = 1 << 20
+SETTLED = 1 << 28
+"""Bytes of a file that the system may hold in memory before they go to the disk."""
 
 
 class StoppedError(Exception):
@@ -86,6 +89,14 @@ class _Loaded:
     memory: Memory | None = None
 
 
+class _Written(NamedTuple):
+    """A file that has grown, or is whole."""
+
+    file: OutputFile
+    part: Path
+    whole: bool
+
+
 class Pipeline:
     """Four stages: one thread reads, the caller's rotates, one writes, one brings to the disk.
 
@@ -122,7 +133,7 @@ class Pipeline:
         self._buffers = Buffers(memory, device)
         self._loaded: queue.SimpleQueue[_Loaded | None] = queue.SimpleQueue()
         self._rotated: queue.SimpleQueue[_Loaded | None] = queue.SimpleQueue()
-        self._written: queue.SimpleQueue[tuple[OutputFile, Path] | None] = queue.SimpleQueue()
+        self._written: queue.SimpleQueue[_Written | None] = queue.SimpleQueue()
         self._failure: BaseException | None = None
 
     def run(self) -> None:
@@ -212,23 +223,25 @@ class Pipeline:
                 part = self._part_of(file)
                 with _whole_or_gone(part):
                     self._write_file(file, part)
-                self._written.put((file, part))
+                self._written.put(_Written(file, part, True))
         finally:
             self._written.put(None)
 
     def _settle(self) -> None:
-        """Bring files to the disk and give them their names, while the next one is written."""
+        """Bring files to the disk as they grow, and give them their names when they are whole."""
         while (item := self._written.get()) is not None:
-            file, part = item
             try:
-                with _whole_or_gone(part):
-                    sync(part)
-                    self._finish(file, part)
+                with _whole_or_gone(item.part):
+                    settle(item.part)
+                    if item.whole:
+                        self._finish(item.file, item.part)
             except BaseException as error:  # those behind are whole, and get their names still
-                self._stop(error)
+                if item.whole or not isinstance(error, FileNotFoundError):  # else who wrote knows
+                    self._stop(error)
 
     def _write_file(self, file: OutputFile, part: Path) -> None:
         head, starts = header_of(file.layouts, file.metadata)
+        grown = 0
         descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
             _write_at(descriptor, memoryview(head), 0)
@@ -244,6 +257,10 @@ class Pipeline:
                 _write_at(descriptor, raw.data, start)
                 self._buffers.give(item.memory)
                 self._progress(len(raw))
+                grown += len(raw)
+                if grown >= SETTLED:
+                    self._written.put(_Written(file, part, False))
+                    grown = 0
             raise StoppedError
         finally:
             os.close(descriptor)
