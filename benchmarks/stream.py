@@ -129,6 +129,7 @@ def main() -> None:
     report = {
         "bytes": size,
         "memory": arguments.memory,
+        "layers": arguments.layers,
         "machine": f"{os.cpu_count()} cores {platform.processor() or platform.machine()}",
         "versions": {name: version(name) for name in ("fastrot", "torch", "numba", "transformers")},
         "seconds": {name: sorted(s for s, _ in found) for name, found in runs.items()},
