@@ -41,8 +41,7 @@ def _right(source, before, target, after, scale, spot, side, left_size, place, w
         factor = number(old_rows, (top + row) % recur, one)
         at, here, there = src + row * src_ld, panel + row * ld, dst + row * dst_ld
         if not wide:
-            weights, moving = (old, 1) if old else (ones, 0)
-            load(at, src_kind, src_item, here, width, factor, weights, moving, one)
+            load(at, src_kind, src_item, here, width, factor, old, ones, one)
         elif left_size > 1:
             wide_row(
                 at, src_kind, src_item, old, here, own, item, 0, factor, side, width, turned, work,
@@ -58,9 +57,8 @@ def _right(source, before, target, after, scale, spot, side, left_size, place, w
         narrow_rows(panel, height, ld, width, side, turned, work, one)
     for row in range(0 if wide or left_size > 1 else height):
         factor = scale * number(new_rows, (top + row) % recur_after, one)
-        weights, moving = (new, 1) if new else (ones, 0)
         here, there = panel + row * ld, dst + row * dst_ld
-        save(here, there, dst_kind, dst_item, width, factor, weights, moving, one)
+        save(here, there, dst_kind, dst_item, width, factor, new, ones, one)
 
 
 @part
@@ -83,10 +81,8 @@ def _left(source, before, target, after, scale, spot, side, right_size, place, w
         here = panel + start * item
         between = (here, ld, own, 0)
         fetched = (src + start * src_item, src_ld, src_kind, soon)
-        heavy, weights, moving = (old + start * item if old else 0), ones, 0
+        heavy = old + start * item if old else 0
         before_all = (heavy, 0, old_rows + top % recur * item if recur > 1 else 0, item)
-        if heavy:
-            weights, moving = heavy, 1
         if right_size > 1:
             fetched, before_all = between, nothing
         elif count % lanes or bases[1]:
@@ -95,12 +91,10 @@ def _left(source, before, target, after, scale, spot, side, right_size, place, w
                 at, to = fetched[0] + row * src_ld, here + row * ld
                 for line in range(0, soon and count * src_item, LINE_BYTES):
                     prefetch(at + soon * src_ld + line, 0)
-                load(at, src_kind, src_item, to, count, factor, weights, moving, one)
+                load(at, src_kind, src_item, to, count, factor, heavy, ones, one)
             fetched, before_all = between, nothing
-        light, weights, moving = (new + start * item if new else 0), ones, 0
+        light = new + start * item if new else 0
         after_all = (light, 0, new_rows + top % recur_after * item if recur_after > 1 else 0, item)
-        if light:
-            weights, moving = light, 1
         there, by = (dst + start * dst_item, dst_ld, dst_kind, soon), scale
         apart = right_size > 1 or count % lanes > 0
         if apart:
@@ -114,7 +108,7 @@ def _left(source, before, target, after, scale, spot, side, right_size, place, w
             at, to = here + row * ld, dst + start * dst_item + row * dst_ld
             for line in range(0, soon and count * dst_item, LINE_BYTES):
                 prefetch(to + soon * dst_ld + line, 1)
-            save(at, to, dst_kind, dst_item, count, factor, weights, moving, one)
+            save(at, to, dst_kind, dst_item, count, factor, light, ones, one)
 
 
 @part

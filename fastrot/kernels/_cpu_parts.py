@@ -218,14 +218,15 @@ def columns(
 
 
 @part
-def load(src, kind, src_item, dst, count, factor, weights, moving, one):
-    """Widen ``count`` elements times ``factor`` and a row (moving = 1) or a vector of weights."""
+def load(src, kind, src_item, dst, count, factor, weights, ones, one):
+    """Widen ``count`` elements times ``factor`` and a row of weights, or a vector of ones."""
     lanes = lanes_of(one)
     item = VECTOR_BYTES // lanes
-    step = moving * VECTOR_BYTES
+    step = VECTOR_BYTES if weights else 0
     i = 0
     while i < count:
-        here, there, at = src + i * src_item, dst + i * item, weights + moving * i * item
+        here, there = src + i * src_item, dst + i * item
+        at = weights + i * item if weights else ones
         if i + 4 * lanes <= count:
             widen(here, there, kind, factor, at, step, 4, one)
             i += 4 * lanes
@@ -238,14 +239,15 @@ def load(src, kind, src_item, dst, count, factor, weights, moving, one):
 
 
 @part
-def save(src, dst, kind, dst_item, count, factor, weights, moving, one):
+def save(src, dst, kind, dst_item, count, factor, weights, ones, one):
     """Round ``count`` elements times factor and weights, as in :func:`load`, into storage."""
     lanes = lanes_of(one)
     item = VECTOR_BYTES // lanes
-    step = moving * VECTOR_BYTES
+    step = VECTOR_BYTES if weights else 0
     i = 0
     while i < count:
-        here, there, at = src + i * item, dst + i * dst_item, weights + moving * i * item
+        here, there = src + i * item, dst + i * dst_item
+        at = weights + i * item if weights else ones
         if i + 4 * lanes <= count:
             narrow(here, there, kind, factor, at, step, 4, one)
             i += 4 * lanes

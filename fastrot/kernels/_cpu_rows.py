@@ -113,10 +113,7 @@ def _power_row(src, kind, before, dst, dst_kind, after, factor, log, panel, ones
     # Writing rows apart from each other is slow where memory is fresh.
     if panel != dst or after:
         stages(panel, log, until, widest, VECTOR_BYTES, one, one)
-        weights, moving = (after, 1) if after else (ones, 0)
-        save(
-            panel, dst, dst_kind, 8 >> min(dst_kind, 2), lanes << log, factor, weights, moving, one
-        )
+        save(panel, dst, dst_kind, 8 >> min(dst_kind, 2), lanes << log, factor, after, ones, one)
         return
     stages(panel, log, until, widest, VECTOR_BYTES, factor, one)
 
@@ -149,8 +146,7 @@ def wide_row(
         old = before + first * own_item if before else 0
         new = after + first * own_item if after else 0
         if count:
-            weights, moving = (old, 1) if old else (ones, 0)
-            load(at, kind, item, space, size, one, weights, moving, one)
+            load(at, kind, item, space, size, one, old, ones, one)
             dense(space, power * own_item, size // power, power // lanes, bases, codes, work, one)
             at, at_kind, at_item, old = space, own, own_item, 0
         if log <= LOG_RADIX:
