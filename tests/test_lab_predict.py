@@ -11,6 +11,7 @@ import fastrot
 from fastrot.demo.corpus import heldout_files, read_bytes
 from fastrot.demo.evaluate import MODEL
 from fastrot.lab.corpus import cut
+from fastrot.lab.outliers import outliers
 from fastrot.lab.predict import PLACES, predict
 from fastrot.lab.quantized import quantized
 from fastrot.lab.schemes import Scheme
@@ -69,6 +70,29 @@ def test_places_are_those_that_a_scheme_rounds():
     assert torch.equal(state, torch.random.get_rng_state())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert predict(model, text, schemes(*ROUNDED)) == found
+
+
+@pytest.mark.parametrize(("name", "shared"), [("gptj", True), ("falcon_two_norms", False)])
+def test_noise_on_a_tensor_with_two_readers_counts_once(name, shared):
+    model = build(FAMILIES[name], torch.float32)
+    found = predict(model, random_ids(model, 2, 12, seed=0), schemes("a6"))["a6"]
+    assert set(found) == ROUNDED["a6"] - ({"mlp"} if shared else set())
+    assert set(outliers(model, random_ids(model, 2, 12, seed=0))) >= ROUNDED["a6"]
+
+
+def test_models_that_write_into_their_embedding():
+    model = build(FAMILIES["ctrl"], torch.float32)
+    assert predict(model, random_ids(model, 2, 12, seed=0), schemes("w6"))["w6"]["weights"] > 0
+
+
+def test_models_without_a_cache():
+    model = build(FAMILIES["openai-gpt"], torch.float32)
+    ids = random_ids(model, 2, 12, seed=0)
+    assert set(predict(model, ids, schemes("a6"))["a6"]) <= ROUNDED["a6"]
+    with quantized(model, "w4"):
+        model(ids)
+    with pytest.raises(fastrot.RotationError, match="takes no past_key_values; leave kv out"):
+        quantized(model, "kv4").__enter__()
 
 
 def test_latents_cost_what_keys_and_values_would():

@@ -23,12 +23,16 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
 )
+from transformers.models.cohere.modeling_cohere import CohereLayerNorm
+from zoo import FAMILIES, build
 
 import fastrot
 from fastrot import RotationError
+from fastrot.demo.outliers import with_outliers
 from fastrot.integrations.transformers import cache_argument
 from fastrot.lab.cache import WatchedCache, watched
-from fastrot.lab.quantized import kv_rounding, linears_of, quantized
+from fastrot.lab.evaluate import evaluate
+from fastrot.lab.quantized import decoder_layers, kv_rounding, linears_of, quantized
 from fastrot.lab.quantizers import asymmetric_grid, fake_quantize, symmetric_grid
 from fastrot.lab.schemes import Numbers, Scheme
 
@@ -241,6 +245,45 @@ def test_conv1d_is_rounded_along_its_inputs():
     with quantized(model, "w4"):
         assert torch.equal(weight, expected)
     assert not torch.equal(weight, expected)
+
+
+@pytest.mark.parametrize("scheme", ["nvfp4", "a4t", "kv4t", "w4a4kv4"])
+def test_windows_of_a_batch_do_not_mind_one_another(scheme):
+    model = with_outliers(tiny("llama"), scale=64)
+    windows = random_ids(model, 4, 17, seed=0)
+    windows[1] = 5  # of one word, so that its scales are others
+    with quantized(model, scheme):
+        together = evaluate(model, windows).windows
+        alone = torch.cat([evaluate(model, each).windows for each in windows.split(1)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)
+
+
+def test_what_is_not_rounded_may_be_of_any_kind():
+    experts = build(FAMILIES["mixtral"], torch.float32)
+    ids = random_ids(experts, 2, 9, seed=0)
+    plain = evaluate(experts, ids)
+    with quantized(experts, "kv4"):
+        assert not torch.equal(evaluate(experts, ids).windows, plain.windows)
+    norms = build(FAMILIES["cohere"], torch.float32)
+    for layer in norms.model.layers:
+        layer.self_attn.q_norm = CohereLayerNorm((3, 32))
+    assert len(linears_of(norms)) == 7 * len(norms.model.layers)
+
+
+def test_slices_of_weights_are_refused():
+    with pytest.raises(RotationError, match="pretraining_tp=2 multiplies slices of weights past"):
+        linears_of(build(FAMILIES["bloom_sliced"], torch.float32))
+
+
+def test_the_layers_are_the_decoder_s_own():
+    """A tower of as many blocks may stand before them."""
+    model = tiny("llama")
+    layers = model.model.layers
+    del model.model.layers
+    model.model.tower = nn.Module()
+    model.model.tower.blocks = nn.ModuleList(nn.Linear(2, 2) for _ in layers)
+    model.model.layers = layers
+    assert [*decoder_layers(model)] == [f"model.layers.{i}" for i in range(len(layers))]
 
 
 def test_stacked_experts_are_refused_and_not_left_out():

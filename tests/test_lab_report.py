@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from fastrot.lab.gptq import calibrated
 from fastrot.lab.outliers import SITES, outliers
 from fastrot.lab.page import html, sentence, write
 from fastrot.lab.quantized import quantized
-from fastrot.lab.report import Report, measure, recommend
+from fastrot.lab.report import Recommendation, Report, measure, recommend
 from fastrot.lab.sets import in_order, rotations_of
 
 IMAGES = {"loss": "loss.png", "outliers": "outliers.png", "surface": "surface.png"}
@@ -141,8 +142,65 @@ def test_the_cheapest_set_that_is_not_clearly_worse_is_recommended(means, chosen
 
 
 def test_nothing_is_recommended_where_everything_broke():
-    with pytest.raises(RotationError, match="w4: the loss is not finite with any"):
-        recommend("w4", shifted(math.nan, math.nan, math.inf))
+    found = recommend("w4", shifted(math.nan, math.nan, math.inf))
+    assert (found.rotations, found.best, found.over) == (None, None, {})
+
+
+def test_what_broke_everywhere_is_said(report):
+    broke = replace(report, recommendations=(Recommendation("a4kv4", None, None, {}),))
+    assert "a4kv4: the loss is not finite with any set of rotations" in html(broke, IMAGES)
+
+
+def test_a_sum_without_weights_is_not_shown(report):
+    def page(scheme):
+        costs = {name: {scheme: {"mlp": 0.1234}} for name in report.predicted}
+        cells = tuple(replace(c, scheme=scheme) for c in report.cells if c.scheme == "w8a8")
+        return html(replace(report, predicted=costs, cells=cells, recommendations=()), IMAGES)
+
+    row = "<td>0.1234</td><td>{}</td>"
+    assert row.format("0.1234") in page("a4")
+    assert row.format("") in page("w4gptq-a4")
+
+
+def with_heads_of_34():
+    """R2 and R3 are refused: no Hadamard matrix of that order is known."""
+    return tiny("llama", head_dim=34)
+
+
+def test_usual_sets_leave_out_what_a_model_refuses(caplog):
+    windows = torch.arange(3, 11)[:, None] + torch.arange(9)
+    with caplog.at_level("WARNING", logger="fastrot"):
+        made = measure(with_heads_of_34, windows, ["a8"], model="", text="", command="")
+    assert [*made.outliers] == ["none", "R1", "R1R4"]
+    for name in ("R2", "R3"):
+        assert f"{name} is left out: {name} of model.layers.0" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("schemes", "sets", "message"),
+    [
+        (["a8"], ["none", "R1-R4"], "rotations R1-R4: "),
+        (["w4g36gptq"], ["none"], r"scheme w4g36gptq: 96 inputs of .* into groups of 36"),
+        (["a8", "a4g36"], ["none"], "into groups of 36"),
+    ],
+)
+def test_what_can_not_be_is_refused_before_anything_runs(schemes, sets, message, monkeypatch):
+    monkeypatch.setattr("fastrot.lab.report.outliers", None)
+    with pytest.raises(RotationError, match=message):
+        measure(
+            with_heads_of_34, torch.ones(8, 9).long(), schemes, sets, model="", text="", command=""
+        )
+
+
+@pytest.mark.usefixtures("without_plots")
+def test_the_folder_is_made_first(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("fastrot.lab.report.measure", None)
+    (tmp_path / "file").write_text("")
+    assert main(["report", "demo", "--out", str(tmp_path / "file" / "report")]) == 2
+    assert "file" in capsys.readouterr().err
+    with pytest.raises(TypeError):
+        main(["report", "demo", "--debug", "--out", str(tmp_path / "new" / "report")])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_few_windows_are_refused(windows):

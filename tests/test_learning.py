@@ -233,6 +233,31 @@ def test_other_families(name, monkeypatch):
         assert relative_error(model(**given).logits, before) <= 1e-6
 
 
+def test_modules_that_text_does_not_reach():
+    """Attention to images, without an image."""
+    model = build(FAMILIES["mllama"], torch.float32)
+    text = random_ids(model.model.language_model, 12, 16, seed=0)
+    learned = fastrot.learn(model, text, ("R1", "R2"), scheme="w4a4", **FAST)
+    assert learned.history
+
+
+def test_a_tensor_with_two_readers_is_one_site():
+    model = build(FAMILIES["gptj"], torch.float32)
+    captured = capture(model, random_ids(model, 2, 12, seed=0), {"attention", "mlp"}, 8, seed=0)
+    assert {site for site, _ in captured.vectors} == {"attention"}
+    assert captured.energies.keys() == captured.vectors.keys()
+
+
+def test_another_default_dtype(model, text):
+    expected = fastrot.learn(model, text, ("R1",), scheme="a4", **FAST)
+    torch.set_default_dtype(torch.float64)
+    try:
+        learned = fastrot.learn(model, text, ("R1",), scheme="a4", **FAST)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert learned.history == pytest.approx(expected.history)
+
+
 @pytest.mark.parametrize("name", ["mistral", "qwen3"])
 def test_blocks(name, text):
     model = uneven(name)

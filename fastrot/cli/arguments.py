@@ -139,9 +139,8 @@ def parser() -> argparse.ArgumentParser:
     measured.add_argument(
         "--rotations",
         nargs="+",
-        default=SETS,
         metavar="SET",
-        help=f"sets to compare, such as R1R2R4; default: {' '.join(SETS)}",
+        help=f"sets to compare, such as R1R2R4; default: {' '.join(SETS)}, if the model allows",
     )
     measured.add_argument(
         "--text",

@@ -3,7 +3,8 @@
 import shlex
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,27 +40,45 @@ def report(args: Namespace) -> int:
     calibration = windows[1::2][:CALIBRATION] if asks else None
     texts = ", ".join(path.name for path in args.text)
     found = "held-out Python modules" if args.model == EMBEDDED else "Python's own reference"
-    made = measure(
-        load,
-        windows[::2] if asks else windows,
-        schemes,
-        in_order(args.rotations),
-        model="the embedded model" if args.model == EMBEDDED else Path(args.model).resolve().name,
-        text=texts or found,
-        command=command(args),
-        calibration=calibration,
-        progress=sys.stderr.isatty(),
-    )
-    page = write(made, args.out)
+    with _folder(args.out):
+        made = measure(
+            load,
+            windows[::2] if asks else windows,
+            schemes,
+            args.rotations,
+            model="the embedded model"
+            if args.model == EMBEDDED
+            else Path(args.model).resolve().name,
+            text=texts or found,
+            command=command(args),
+            calibration=calibration,
+            progress=sys.stderr.isatty(),
+        )
+        page = write(made, args.out)
     lines = [sentence(made, recommendation) for recommendation in made.recommendations]
     announce("\n".join([*lines, f"written to {page}"]))
     return 0
 
 
+@contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """Make a folder, now rather than after hours; it goes again if nothing comes of it."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
+
+
 def command(args: Namespace) -> str:
     """The whole command, with what was left out."""
     words = ["fastrot", "report", args.model, "--scheme", *args.scheme]
-    words += ["--rotations", *args.rotations, "--tokens", str(args.tokens)]
+    words += ["--rotations", *in_order(args.rotations)] if args.rotations else []
+    words += ["--tokens", str(args.tokens)]
     words += ["--text", *map(str, args.text)] if args.text else []
     return shlex.join([*words, "--out", str(args.out)])
 

@@ -79,7 +79,7 @@ class Report:
     """All measurements of a run, what follows, and what they depend on."""
 
     rows: tuple[Row, ...]
-    recommended: dict[str, str]
+    recommended: dict[str, str | None]
     transform_type: str
     evaluated_bytes: int
     python: str

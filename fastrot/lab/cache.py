@@ -1,5 +1,6 @@
 """Keys and values on their way into the cache: after RoPE, and after R3."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -37,15 +38,26 @@ class WatchedCache(DynamicCache):
 
 
 @contextmanager
-def watched(model: Any, watch: Watch) -> Iterator[None]:
+def watched(model: Any, watch: Watch, needed: bool = True) -> Iterator[None]:
     """Show the keys and values of every call of a model to ``watch``.
 
     A call without a cache gets one of its own; a :class:`WatchedCache` may be given, too.
 
+    Args:
+        model: of transformers.
+        watch: sees what is new.
+        needed: refuse models that put nothing into a cache; else nothing is seen of these.
+
     Raises:
-        RotationError: in a call, another cache was given, or the model asked none for room.
+        RotationError: the model takes no cache; in a call, another cache was given, or the model
+            asked none for room.
     """
     name = next(iter(cache_argument(model, None)))
+    if name not in inspect.signature(type(model).forward).parameters:
+        if needed:
+            raise RotationError(f"{type(model).__name__} takes no {name}; leave kv out")
+        yield
+        return
 
     def before(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -60,12 +72,12 @@ def watched(model: Any, watch: Watch) -> Iterator[None]:
             )
         if watch not in cache.watches:
             cache.watches.append(watch)
-        caches.append((cache, cache.updates))
+        caches[:] = [(cache, cache.updates)]
         return args, {**kwargs, name: cache, "use_cache": True}
 
     def after(module: nn.Module, args: Any, result: Any) -> None:
         cache, updates = caches.pop()
-        if cache.updates == updates:
+        if needed and cache.updates == updates:
             raise RotationError(
                 f"{type(model).__name__} put no keys and values into its cache; leave kv out"
             )

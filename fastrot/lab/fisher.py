@@ -4,12 +4,16 @@ To second order, noise ``e`` at a place costs ``½ eᵀ F e``, with ``F`` the Fi
 the mean of ``g gᵀ`` over gradients ``g`` of the loss for targets that the model itself draws.
 """
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+STREAM = ("attention", "mlp")
+"""Sites behind the norms of the residual stream."""
 
 
 def descend_from_own_words(model: Any, window: Tensor, generator: torch.Generator) -> None:
@@ -29,12 +33,31 @@ def descend_from_own_words(model: Any, window: Tensor, generator: torch.Generato
         logits.backward(gradient)
 
 
+class Charged:
+    """Which tensors have their gradient looked at: blocks side by side read one at two sites.
+
+    Its gradient is that of all who read it, so it counts once.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[int, weakref.ref[Tensor]] = {}
+
+    def before(self, site: str, layer: int, x: Tensor) -> bool:
+        """Whether the other site that reads the stream in a layer has seen this tensor already."""
+        if site not in STREAM:
+            return False
+        last = self._last.get(layer)
+        self._last[layer] = weakref.ref(x)
+        return last is not None and last() is x
+
+
 @contextmanager
 def only_activations(model: Any) -> Iterator[None]:
     """Let gradients flow through the activations, and to no weight."""
     asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
     handle = model.get_input_embeddings().register_forward_hook(
-        lambda module, args, output: output.requires_grad_()
+        # A copy, since some models write into it.
+        lambda module, args, output: output.requires_grad_().clone()
     )
     try:
         for parameter in asked:

@@ -180,7 +180,7 @@ def observed(model: Any, see: See) -> Iterator[None]:
         return keys, values
 
     with ExitStack() as stack:
-        stack.enter_context(watched(model, see_cache))
+        stack.enter_context(watched(model, see_cache, needed=False))
         for (site, layer), module in modules_of(model).items():
             hook = _showing(site, layer, see)
             stack.callback(module.register_forward_pre_hook(hook).remove)

@@ -10,6 +10,7 @@ from fastrot.lab.outliers import CACHED, MASSIVE
 from fastrot.lab.plots import plot
 from fastrot.lab.predict import PLACES
 from fastrot.lab.report import Recommendation, Report
+from fastrot.lab.schemes import Scheme
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
@@ -51,8 +52,9 @@ def html(report: Report, images: dict[str, str]) -> str:
     parts = [
         f"<h1>Rotations for {escape(report.model)}</h1>",
         f"<p>{report.tokens:,} tokens in {report.windows} windows of {escape(report.text)}. "
-        "Quantization is simulated: round to nearest, without calibration. Differences are paired "
-        "over windows, ± one standard error; less than two of them is no clear difference.</p>",
+        "Quantization is simulated: round to nearest, but for weights with gptq in the name of a "
+        "scheme, which GPTQ rounds, calibrated on other text. Differences are paired over windows, "
+        "± one standard error; less than two of them is no clear difference.</p>",
         "<h2>Which rotation</h2>",
         _list([sentence(report, found) for found in report.recommendations]),
         "<h2>Perplexity</h2>",
@@ -71,7 +73,8 @@ def html(report: Report, images: dict[str, str]) -> str:
         _image(images["outliers"], "Greatest magnitude over rms in every layer"),
         f"<h2>The {surface.site} {'input ' if surface.site not in CACHED else ''}"
         f"of layer {surface.layer}</h2>",
-        "<p>The most uneven place without rotations, before and after: magnitudes of one text.</p>",
+        f"<p>The most uneven place with {escape(' and then with '.join(surface.magnitudes))}: "
+        "magnitudes of one text.</p>",
         _image(images["surface"], "Magnitudes over tokens and channels"),
         "<h2>Made by</h2>",
         f"<pre>{escape(report.command)}</pre>",
@@ -87,6 +90,8 @@ def html(report: Report, images: dict[str, str]) -> str:
 def sentence(report: Report, found: Recommendation) -> str:
     """A recommendation in words, as text."""
     cells = {cell.rotations: cell for cell in report.cells if cell.scheme == found.scheme}
+    if found.rotations is None:
+        return f"{found.scheme}: the loss is not finite with any set of rotations"
     chosen = cells[found.rotations]
     words = f"{found.scheme}: {found.rotations}, perplexity {_number(chosen.perplexity)}"
     if found.rotations != found.best:
@@ -122,7 +127,8 @@ def _predicted(report: Report, name: str) -> str:
     rows = []
     for scheme, costs in schemes.items():
         cells = [f"{costs[place]:.4f}" if place in costs else "" for place in places]
-        cells += [f"{sum(costs.values()):.4f}", f"{measured[scheme].mean:.3f}"]
+        whole = "weights" in costs or Scheme.parse(scheme).weights is None
+        cells += [f"{sum(costs.values()):.4f}" * whole, f"{measured[scheme].mean:.3f}"]
         texts = "".join(f"<td>{text}</td>" for text in cells)
         rows.append(f"<td>{escape(scheme)}</td>{texts}")
     return _table(["scheme", *places, "sum", "measured"], rows)

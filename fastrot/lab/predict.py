@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from fastrot.lab.fisher import descend_from_own_words, only_activations
+from fastrot.lab.fisher import Charged, descend_from_own_words, only_activations
 from fastrot.lab.outliers import SITES, observed
 from fastrot.lab.quantized import linears_of
 from fastrot.lab.quantizers import fake_quantize
@@ -43,6 +43,7 @@ def predict(
 
     Returns:
         By scheme, then by place, those of :data:`PLACES` that the model has and the scheme rounds.
+        Where attention and MLP read the same tensor, its noise counts under the first of them.
     """
     wanted: dict[str, set[Numbers]] = defaultdict(set)
     for scheme in schemes.values():
@@ -57,7 +58,11 @@ def predict(
 
         output.register_hook(note)
 
+    charged = Charged()
+
     def see(site: str, layer: int, x: Tensor) -> None:
+        if charged.before(site, layer, x):
+            return
         for numbers in wanted[site]:
             charge(site, x, numbers, fake_quantize(x.detach(), numbers) - x.detach())
 
@@ -65,7 +70,7 @@ def predict(
         stack.enter_context(only_activations(model))
         stack.enter_context(observed(model, see))
         rounding = _rounding(wanted["weights"], charge)
-        for module in linears_of(model).values():
+        for module in linears_of(model).values() if wanted["weights"] else ():
             stack.callback(module.register_forward_hook(rounding).remove)
         generator = torch.Generator().manual_seed(seed)
         for window in windows.split(1):

@@ -37,7 +37,7 @@ def quantized(model: Any, scheme: Scheme | str, text: Tensor | None = None) -> I
             are not in linear modules, such as stacked experts; GPTQ without text.
     """
     scheme = Scheme.parse(scheme)
-    linears = linears_of(model)
+    linears = linears_of(model) if scheme.weights or scheme.activations else {}
     # While nothing else is quantized, since GPTQ runs the model.
     rounded = [*_rounded(model, linears, scheme.weights, text)] if scheme.weights else []
     with ExitStack() as stack:
@@ -57,10 +57,17 @@ def linears_of(model: Any) -> dict[str, nn.Module]:
     """The linear modules in the layers of a decoder, by name.
 
     Raises:
-        RotationError: no layers are found, or one holds a matrix that is in no linear module.
+        RotationError: no layers are found, one holds a matrix that is in no linear module, or
+            slices of weights are multiplied past their modules.
     """
     from transformers.pytorch_utils import Conv1D
 
+    config = model.config.get_text_config()
+    if getattr(config, "slow_but_exact", False) and getattr(config, "pretraining_tp", 1) > 1:
+        raise RotationError(
+            f"pretraining_tp={config.pretraining_tp} multiplies slices of weights past their "
+            "linear modules, whose inputs nobody sees then; set slow_but_exact=False"
+        )
     found: dict[str, nn.Module] = {}
     for prefix, layer in decoder_layers(model).items():
         for name, module in layer.named_modules(prefix=prefix):
@@ -69,6 +76,8 @@ def linears_of(model: Any) -> dict[str, nn.Module]:
                 continue
             own = dict(module.named_parameters(recurse=False))
             matrices = [leaf for leaf, parameter in own.items() if parameter.dim() > 1]
+            if "norm" in type(module).__name__.lower():
+                continue  # of every head, which keep their precision
             if matrices and ".fastrot_" not in f".{name}":
                 raise RotationError(
                     f"{name}.{matrices[0]} ({type(module).__name__}) is the weight of no linear "
@@ -84,16 +93,40 @@ def decoder_layers(model: Any) -> dict[str, nn.Module]:
         RotationError: no list of modules is as long as the configuration says.
     """
     count = model.config.get_text_config().num_hidden_layers
-    inside = set(model.get_decoder().modules())
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count and module in inside:
-            return {f"{name}.{index}": layer for index, layer in enumerate(module)}
-    raise RotationError(f"{type(model).__name__} has no list of {count} layers")
+    decoder = model.get_decoder()
+    inside, direct = set(decoder.modules()), set(decoder.children())
+    found = [
+        (module not in direct, name)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count and module in inside
+    ]
+    if not found:
+        raise RotationError(f"{type(model).__name__} has no list of {count} layers")
+    _, name = min(found, key=lambda each: each[0])  # a tower inside may have as many
+    return {f"{name}.{index}": layer for index, layer in enumerate(model.get_submodule(name))}
 
 
 def layer_of(name: str, layers: Iterable[str]) -> int | None:
     """The number of the layer that a module is in, by names; None if it is in no layer."""
     return next((i for i, layer in enumerate(layers) if name.startswith(f"{layer}.")), None)
+
+
+def check_groups(model: Any, scheme: Scheme) -> None:
+    """Refuse a scheme whose groups do not divide the inputs of linear modules.
+
+    Raises:
+        RotationError: names the module.
+    """
+    kinds = [numbers for numbers in (scheme.weights, scheme.activations) if numbers]
+    for name, module in linears_of(model).items() if kinds else ():
+        weight: Any = module.weight
+        inputs = weight.shape[1 if isinstance(module, nn.Linear) else 0]
+        for group in (numbers.group for numbers in kinds if numbers.group):
+            if inputs % group:
+                raise RotationError(
+                    f"scheme {scheme}: {inputs} inputs of {name} do not divide into groups of "
+                    f"{group}"
+                )
 
 
 @torch.no_grad()
@@ -123,7 +156,7 @@ def kv_rounding(numbers: Numbers) -> Watch:
 
     def rounding(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         with _naming(f"keys and values of layer {layer}"):
-            return fake_quantize(keys, numbers), fake_quantize(values, numbers)
+            return _window_by_window(keys, numbers), _window_by_window(values, numbers)
 
     return rounding
 
@@ -131,9 +164,17 @@ def kv_rounding(numbers: Numbers) -> Watch:
 def _input_rounding(name: str, numbers: Numbers) -> Any:
     def rounding(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         with _naming(f"input of {name}"):
-            return (fake_quantize(args[0], numbers), *args[1:])
+            return (_window_by_window(args[0], numbers), *args[1:])
 
     return rounding
+
+
+def _window_by_window(x: Tensor, numbers: Numbers) -> Tensor:
+    """Round activations so that windows of one batch have no scale in common."""
+    whole = numbers.per == "tensor" or numbers.format == "nvfp4"
+    if not whole or x.dim() < 3:
+        return fake_quantize(x, numbers)
+    return torch.stack([fake_quantize(each, numbers) for each in x])
 
 
 @contextmanager

@@ -1,9 +1,11 @@
 """Which rotation is right for a model and a scheme: everything measured, and what follows."""
 
+import logging
 import math
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,15 +13,18 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from fastrot.api import apply
+from fastrot.api import apply, plan
 from fastrot.errors import RotationError
 from fastrot.lab.evaluate import Difference, Losses, compare, evaluate
 from fastrot.lab.outliers import Outliers, magnitudes, outliers
 from fastrot.lab.predict import predict
-from fastrot.lab.quantized import quantized
+from fastrot.lab.quantized import check_groups, quantized
 from fastrot.lab.schemes import Scheme
-from fastrot.lab.sets import SCHEMES, SETS, in_order, rotations_of
+from fastrot.lab.sets import SCHEMES, SETS, in_order, rotations_of, without
+from fastrot.mapping import ROTATIONS
 from fastrot.version import __version__
+
+log = logging.getLogger("fastrot")
 
 LOOKED_AT = 4096
 """Tokens of which the statistics of outliers are made, at most."""
@@ -55,14 +60,14 @@ class Recommendation:
     Attributes:
         scheme: its name.
         rotations: of the sets that are not clearly worse than the best, the one with the fewest
-            rotations; clearly is more than two standard errors.
-        best: the set of least loss.
+            rotations; clearly is more than two standard errors. None if no set has a finite loss.
+        best: the set of least loss; None likewise.
         over: loss of every set over that of the recommended one.
     """
 
     scheme: str
-    rotations: str
-    best: str
+    rotations: str | None
+    best: str | None
     over: dict[str, Difference]
 
 
@@ -107,7 +112,7 @@ def measure(
     load: Callable[[], Any],
     windows: Tensor,
     schemes: Sequence[str] = SCHEMES,
-    sets: Sequence[str] = SETS,
+    sets: Sequence[str] | None = None,
     *,
     model: str,
     text: str,
@@ -121,7 +126,8 @@ def measure(
         load: loads the model anew, unrotated, in float32; one is in memory at a time.
         windows: token ids, ``(n, context + 1)``, at least :data:`FEWEST`.
         schemes: names, see :meth:`fastrot.lab.schemes.Scheme.parse`.
-        sets: names, see :func:`rotations_of`.
+        sets: names, see :func:`rotations_of`; None for :data:`fastrot.lab.sets.SETS` without the
+            rotations that the model does not allow, which are logged.
         model: its name in the report.
         text: what the windows are cut from, in words.
         command: what makes this report.
@@ -130,7 +136,7 @@ def measure(
 
     Raises:
         RotationError: an unknown scheme or set, one that the model does not allow, or too few
-            windows.
+            windows; before anything is measured.
     """
     if len(windows) < FEWEST:
         raise RotationError(
@@ -138,7 +144,14 @@ def measure(
         )
     cases: dict[str | None, Scheme] = {None: Scheme()}
     cases |= {str(Scheme.parse(name)): Scheme.parse(name) for name in schemes}
-    ordered = in_order(sets)
+    case = load()
+    ordered = _allowed(case) if sets is None else in_order(sets)
+    for name in ordered:
+        if rotations := rotations_of(name):
+            with _naming(f"rotations {name}"):
+                plan(case, rotations)
+    for scheme in cases.values():
+        check_groups(case, scheme)
     began = time.perf_counter()
     losses: dict[tuple[str | None, str], Losses] = {}
     statistics: dict[str, dict[str, dict[int, Outliers]]] = {}
@@ -150,7 +163,7 @@ def measure(
     total = len(ordered) * (looked_at.numel() + backwards.numel() + tokens * len(cases))
     with tqdm(total=total, unit="token", unit_scale=True, disable=not progress) as bar:
         for name in ordered:
-            case = load()
+            case = load() if case is None else case
             if rotations := rotations_of(name):
                 apply(case, rotations)
             bar.set_description(f"{name}, outliers")
@@ -167,6 +180,7 @@ def measure(
                 bar.set_description(f"{name}, {label or 'float32'}")
                 with quantized(case, scheme, calibration):
                     losses[label, name] = evaluate(case, windows, bar.update)
+            case = None
     assert surface is not None
     exact = losses[None, ordered[0]]
     return Report(
@@ -204,13 +218,10 @@ def recommend(scheme: str, losses: dict[str, Losses]) -> Recommendation:
     Args:
         scheme: for which.
         losses: of every set; the cheapest first.
-
-    Raises:
-        RotationError: no set has a finite loss.
     """
     finite = {name: found for name, found in losses.items() if math.isfinite(found.mean)}
     if not finite:
-        raise RotationError(f"scheme {scheme}: the loss is not finite with any set of rotations")
+        return Recommendation(scheme, None, None, {})
     best = min(finite, key=lambda name: finite[name].mean)
     chosen = next(
         name
@@ -219,6 +230,26 @@ def recommend(scheme: str, losses: dict[str, Losses]) -> Recommendation:
     )
     over = {name: compare(found, losses[chosen]) for name, found in losses.items()}
     return Recommendation(scheme, chosen, best, over)
+
+
+def _allowed(model: Any) -> list[str]:
+    """The usual sets without the rotations that a model does not allow."""
+    refused = {}
+    for name in ROTATIONS:
+        try:
+            plan(model, (name,))
+        except RotationError as error:
+            refused[name] = error
+            log.warning("%s is left out: %s", name, error)
+    return without(SETS, refused)
+
+
+@contextmanager
+def _naming(what: str) -> Iterator[None]:
+    try:
+        yield
+    except RotationError as error:
+        raise RotationError(f"{what}: {error}") from error
 
 
 def _most_uneven(statistics: dict[str, dict[int, Outliers]]) -> tuple[str, int]:

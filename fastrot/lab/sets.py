@@ -1,6 +1,6 @@
 """Names of sets of rotations, and what a report compares if nobody says."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from fastrot.errors import RotationError
 from fastrot.mapping import ROTATIONS
@@ -37,6 +37,12 @@ def in_order(sets: Sequence[str]) -> list[str]:
     """The names of sets in one form, each once, those with the fewest rotations first."""
     found = sorted({rotations_of(name) for name in sets}, key=lambda r: (len(r), r))
     return [_name(rotations) for rotations in found]
+
+
+def without(sets: Sequence[str], refused: Collection[str]) -> list[str]:
+    """The sets in order, less some rotations."""
+    left = [tuple(r for r in rotations_of(name) if r not in refused) for name in sets]
+    return in_order([_name(rotations) for rotations in left])
 
 
 def _name(rotations: tuple[str, ...]) -> str:

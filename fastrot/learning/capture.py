@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastrot.lab.fisher import descend_from_own_words, only_activations
+from fastrot.lab.fisher import Charged, descend_from_own_words, only_activations
 from fastrot.lab.layerwise import layerwise
 from fastrot.lab.outliers import CACHED, observed
 from fastrot.lab.quantized import linears_of
@@ -68,15 +68,17 @@ def capture(
     chosen = torch.empty(0)
     rows = slice(0)
 
+    charged = Charged()
+
     def see(site: str, layer: int, x: Tensor) -> None:
-        if site not in sites:
+        if site not in sites or charged.before(site, layer, x):
             return
         seen = x.detach()
         # Some layers have flattened their tokens.
         seen = seen.transpose(1, 2)[0] if site in CACHED else seen.flatten(0, -2)
         if (site, layer) not in vectors:
             size = -(-count // apart) * each, *seen.shape[1:]
-            vectors[site, layer] = torch.empty(size)
+            vectors[site, layer] = torch.empty(size, dtype=torch.float32)
         vectors[site, layer][rows] = seen[chosen].float().cpu()
 
         def note(gradient: Tensor) -> None:
@@ -112,7 +114,7 @@ class ClippedMean:
         """Of so many numbers."""
         self.count = count
         self.kept = count - max(1, int(QUANTILE * count)) + 1
-        self.largest, self.rest = torch.empty(0), 0.0
+        self.largest, self.rest = torch.empty(0, dtype=torch.float32), 0.0
 
     def add(self, numbers: Tensor) -> None:
         """Take some in, ``(n,)`` float32."""

@@ -71,11 +71,12 @@ def fitted(
             place = f"{name}.{layer}"
             known = kept.get(place)
             if known is None:
-                mine = terms[name, layer]
+                mine = terms.get((name, layer), [])  # none where text does not reach
                 generator = torch.Generator().manual_seed(plan.seed)
                 walk = Walk(base.block, RATES[name], fixes_ones=base.fixes_ones)
                 cost = total(mine, VECTORS, min(len(mine), TAKEN), generator)
-                losses = descend([walk], cost, counts[name], lambda _: bar.update())
+                steps = counts[name] if mine else 0
+                losses = descend([walk], cost, steps, lambda _: bar.update())
                 known = {"q": walk.q, "losses": torch.tensor(losses, dtype=torch.float64)}
                 kept.put(place, known)
             found.setdefault(name, []).append(polished(dense(base.stages()) @ known["q"]))

@@ -45,19 +45,11 @@ class Walk:
         size: its order.
         rate: the most that an entry of the skew-symmetric step moves, in radians.
         fixes_ones: keep the all-ones vector where it is.
-        device: where to compute.
     """
 
-    def __init__(
-        self,
-        size: int,
-        rate: float,
-        *,
-        fixes_ones: bool = False,
-        device: torch.device | None = None,
-    ) -> None:
+    def __init__(self, size: int, rate: float, *, fixes_ones: bool = False) -> None:
         self.rate, self.fixes_ones = rate, fixes_ones
-        self.q = torch.eye(size, dtype=torch.float64, device=device)
+        self.q = torch.eye(size, dtype=torch.float64)
         self.first = torch.zeros_like(self.q)
         self.second = torch.zeros_like(self.q)
 

@@ -100,7 +100,7 @@ def simulated(
         return cross_entropy(logits.flatten(0, 1).float(), text[:, 1:].flatten())
 
     with ExitStack() as stack:
-        stack.enter_context(watched(model, round_cache))
+        stack.enter_context(watched(model, round_cache, needed=scheme.kv is not None))
         stack.enter_context(layerwise(model))
         for name, module in linears.items():
             stack.callback(module.register_forward_pre_hook(round_input(inputs[name])).remove)

@@ -102,7 +102,8 @@ def terms_of(model: Any, plan: Plan, scheme: Scheme, captured: Captured) -> dict
                 )
     if scheme.weights is not None:
         for turn in turns_of(model, plan):
-            if turn.part is None:  # one of a fused projection mixes few of its rows
+            # One of a fused projection mixes few of its rows; some modules wait for images.
+            if turn.part is None and turn.name in captured.weights:
                 energy = captured.weights[turn.name] * len(turn.matrix) / 2
                 term = Weight(turn.matrix, energy, scheme.weights, turn.outputs)
                 found[turn.place].append(term)
