@@ -143,7 +143,7 @@ def _rounded(
         module = linears[name]
         plain = isinstance(module, nn.Linear)
         weight = module.weight.data if plain else module.weight.data.T
-        with _naming(f"{name}.weight"):
+        with naming(f"{name}.weight"):
             if moment is None:
                 rounded = fake_quantize(weight, numbers)
             else:
@@ -155,7 +155,7 @@ def kv_rounding(numbers: Numbers) -> Watch:
     """Rounds keys and values as they enter a :class:`~fastrot.lab.cache.WatchedCache`."""
 
     def rounding(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        with _naming(f"keys and values of layer {layer}"):
+        with naming(f"keys and values of layer {layer}"):
             return _window_by_window(keys, numbers), _window_by_window(values, numbers)
 
     return rounding
@@ -163,7 +163,7 @@ def kv_rounding(numbers: Numbers) -> Watch:
 
 def _input_rounding(name: str, numbers: Numbers) -> Any:
     def rounding(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        with _naming(f"input of {name}"):
+        with naming(f"input of {name}"):
             return (_window_by_window(args[0], numbers), *args[1:])
 
     return rounding
@@ -178,7 +178,8 @@ def _window_by_window(x: Tensor, numbers: Numbers) -> Tensor:
 
 
 @contextmanager
-def _naming(what: str) -> Iterator[None]:
+def naming(what: str) -> Iterator[None]:
+    """Say of a refusal what it is about."""
     try:
         yield
     except RotationError as error:

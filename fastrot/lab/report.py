@@ -4,8 +4,7 @@ import logging
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ from fastrot.errors import RotationError
 from fastrot.lab.evaluate import Difference, Losses, compare, evaluate
 from fastrot.lab.outliers import Outliers, magnitudes, outliers
 from fastrot.lab.predict import predict
-from fastrot.lab.quantized import check_groups, quantized
+from fastrot.lab.quantized import check_groups, naming, quantized
 from fastrot.lab.schemes import Scheme
 from fastrot.lab.sets import SCHEMES, SETS, in_order, rotations_of, without
 from fastrot.mapping import ROTATIONS
@@ -148,7 +147,7 @@ def measure(
     ordered = _allowed(case) if sets is None else in_order(sets)
     for name in ordered:
         if rotations := rotations_of(name):
-            with _naming(f"rotations {name}"):
+            with naming(f"rotations {name}"):
                 plan(case, rotations)
     for scheme in cases.values():
         check_groups(case, scheme)
@@ -242,14 +241,6 @@ def _allowed(model: Any) -> list[str]:
             refused[name] = error
             log.warning("%s is left out: %s", name, error)
     return without(SETS, refused)
-
-
-@contextmanager
-def _naming(what: str) -> Iterator[None]:
-    try:
-        yield
-    except RotationError as error:
-        raise RotationError(f"{what}: {error}") from error
 
 
 def _most_uneven(statistics: dict[str, dict[int, Outliers]]) -> tuple[str, int]:
