@@ -11,7 +11,7 @@ from helpers import difference, fingerprint, logits, random_ids, relative_error,
 from safetensors.torch import save_file
 from test_latent import of_two_sizes
 from torch.nn.functional import cross_entropy
-from transformers import LlamaForCausalLM
+from transformers import BatchEncoding, LlamaForCausalLM
 from zoo import FAMILIES, build, inputs
 
 import fastrot
@@ -28,6 +28,7 @@ from fastrot.learning.capture import capture
 from fastrot.learning.objective import Vectors, Weight, spread, total
 from fastrot.learning.orthogonal import Walk, cayley, defect, descend, polished
 from fastrot.learning.terms import bases, terms_of
+from fastrot.learning.windows import windows_in
 
 FAST = {"steps": 20, "refine": 0, "vectors": 64}
 INT4 = Numbers()
@@ -314,7 +315,13 @@ class Fake:
         ({"scheme": "w5x"}, "w5x"),
         ({"batches": torch.zeros(3, 8, dtype=torch.long)}, "too few"),
         ({"batches": [torch.zeros(2, 8, dtype=torch.long), torch.zeros(9).long()]}, "lengths"),
-        ({"batches": []}, "empty"),
+        *(
+            ({"batches": empty}, "batches is empty, or")
+            for empty in ([], *(torch.zeros(n, dtype=torch.long) for n in (0, (4, 0), (0, 8))))
+        ),
+        ({"batches": {"ids": torch.zeros(4, 8)}}, "a dict of ids; it must have input_ids"),
+        ({"batches": torch.full((16, 8), 64)}, "batches has the token id 64, .* 0 to 63"),
+        ({"heldout": -torch.ones(8, 8).long()}, "heldout has the token id -1, .* 0 to 63"),
         ({"rotations": ("R1",), "block_size": 7}, "7"),
     ],
 )
@@ -323,8 +330,30 @@ def test_refusals(model, text, arguments, message):
     with pytest.raises(RotationError, match=message):
         fastrot.learn(model, **{"batches": text, **arguments}, **FAST)
     assert difference(before, fingerprint(model)) == []
-    with pytest.raises(TypeError, match="token ids"):
-        fastrot.learn(model, [torch.zeros(2, 8)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batches": [torch.zeros(2, 8)]}, r"token ids, .* got \(2, 8\) of float32"),
+        ({"batches": torch.zeros(16, 8, dtype=torch.bool)}, r"got \(16, 8\) of bool"),
+        ({"batches": {"input_ids": [[3, 4, 5]]}}, "token ids, .* got list"),
+        ({"batches": 3}, "token ids, .* got int"),
+        ({"scheme": None}, "scheme must be .* got None"),
+        ({"scheme": 4}, "scheme must be .* got 4"),
+    ],
+)
+def test_wrong_types(model, text, arguments, message):
+    with pytest.raises(TypeError, match=message):
+        fastrot.learn(model, **{"batches": text, **arguments}, **FAST)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [lambda x: {"input_ids": x}, lambda x: BatchEncoding({"input_ids": x}), list, lambda x: [x]],
+)
+def test_whatever_holds_token_ids(text, given):
+    assert torch.equal(windows_in(given(text), 64, "batches"), text)
 
 
 def test_the_code_in_the_document_runs(capsys):

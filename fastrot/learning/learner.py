@@ -25,7 +25,9 @@ from fastrot.learning.kept import Kept, run_of
 from fastrot.learning.learned import Learned
 from fastrot.learning.orthogonal import defect
 from fastrot.learning.terms import SITES, bases, check_one_order
+from fastrot.learning.windows import windows_in
 from fastrot.recipe import Recipe, takes_recipe
+from fastrot.verification import vocabulary
 
 REFINED = 60
 """Steps of the second descent where weights are rounded to nearest: there it gains most."""
@@ -37,11 +39,11 @@ HELD_OUT = 4
 @torch.inference_mode(False)
 def learn(
     model: Any,
-    batches: Tensor | Iterable[Any],
+    batches: Tensor | Mapping[str, Tensor] | Iterable[Any],
     rotations: str | Sequence[str] | Recipe = ("R1", "R2", "R3", "R4"),
     *,
     scheme: str | Scheme = "w4a4kv4",
-    heldout: Tensor | Iterable[Any] | None = None,
+    heldout: Tensor | Mapping[str, Tensor] | Iterable[Any] | None = None,
     steps: int = 300,
     refine: int | None = None,
     permute: bool = False,
@@ -60,8 +62,8 @@ def learn(
     Args:
         model: as for :func:`fastrot.apply`, not rotated; it is left as it is. Memory for a copy of
             it in float32 is needed, for two with ``permute``.
-        batches: token ids to learn from: ``(n, length)``, or an iterable of such or of dicts with
-            ``input_ids``, all of one length; without padding.
+        batches: token ids to learn from: ``(n, length)``, what a tokenizer makes (a dict with
+            ``input_ids``), or an iterable of these, all of one length; without padding.
         rotations: the rotations, or a whole recipe; R4 stays as it is there, since a learned one
             would be a dense matrix at run time.
         scheme: what will be quantized, see :meth:`fastrot.lab.schemes.Scheme.parse`.
@@ -84,25 +86,28 @@ def learn(
 
     Raises:
         RotationError: nothing in the recipe can be learned for this scheme, matrices are given
-            already, orders differ between layers, the text is too short, or the file in ``keep`` is
-            of another run.
+            already, orders differ between layers, the text is too short or has ids beyond the
+            vocabulary, or the file in ``keep`` is of another run.
+        TypeError: an argument of the wrong type.
         OSError: that file can't be written.
     """
     check_model(model)
     check_flag("progress", progress)
     check_flag("permute", permute)
     recipe = Recipe.of(rotations, options)
+    if not isinstance(scheme, (str, Scheme)):
+        raise TypeError(f"scheme must be a name such as 'w4a4kv4', or a Scheme, got {scheme!r}")
     scheme = Scheme.parse(scheme)
     if refine is None:
         refine = REFINED if scheme.weights and not scheme.weights.gptq else 0
     _check_counts(steps, refine, vectors, permute)
     wanted = _learnable(recipe, scheme, permute) if steps or refine else ()
-    windows = _windows(batches, "batches")
+    windows = windows_in(batches, vocabulary(model), "batches")
     if heldout is None:
         inside = torch.arange(len(windows)) % HELD_OUT == HELD_OUT - 1
         windows, judges = windows[~inside], windows[inside]
     else:
-        judges = _windows(heldout, "heldout")
+        judges = windows_in(heldout, vocabulary(model), "heldout")
     if len(windows) < 1 or len(judges) < 2:
         raise RotationError(
             f"{len(windows)} windows to learn from and {len(judges)} held out are too few: give "
@@ -204,19 +209,3 @@ def _learnable(recipe: Recipe, scheme: Scheme, permute: bool) -> tuple[str, ...]
             "weights and activations, R2 and R3 for keys and values"
         )
     return tuple(wanted)
-
-
-def _windows(batches: Any, what: str) -> Tensor:
-    """Token ids, ``(n, length)`` int64."""
-    parts = [batches] if isinstance(batches, Tensor) else list(batches)
-    parts = [part["input_ids"] if isinstance(part, Mapping) else part for part in parts]
-    for part in parts:
-        if not isinstance(part, Tensor) or part.is_floating_point() or part.dim() not in (1, 2):
-            shown = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
-            raise TypeError(f"{what} must hold token ids, (length,) or (n, length), got {shown}")
-    parts = [part.reshape(-1, part.shape[-1]) for part in parts]
-    if len({part.shape[1] for part in parts}) > 1:
-        raise RotationError(f"{what} has windows of several lengths; cut them to one")
-    if not parts or parts[0].shape[1] < 3:
-        raise RotationError(f"{what} is empty, or its windows are shorter than three tokens")
-    return torch.cat(parts).long().cpu()
