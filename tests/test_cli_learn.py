@@ -129,6 +129,29 @@ def test_a_run_that_was_stopped_goes_on(source, text, tmp_path, capsys, monkeypa
     assert [f.name for f in tmp_path.iterdir()] == ["R.safetensors"]
 
 
+def test_the_corrected_command_runs(source, text, tmp_path, capsys):
+    """96 elements have no groups of 100; the refusal leaves nothing in the way of groups of 16."""
+    command = ("learn", source, tmp_path / "R.safetensors", "--text", text, *OPTIONS)
+    status, _, err = run(capsys, *command, "--scheme", "w4g100")
+    assert status == 2
+    assert "100" in err
+    assert [*tmp_path.iterdir()] == []
+    assert run(capsys, *command, "--scheme", "w4g16", "--refine", "0")[0] == 0
+
+
+def test_another_process_took_the_kept_file_away(source, text, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "R.safetensors"
+    save = Learned.save
+
+    def saved(self, path):
+        save(self, path)
+        out.with_name(f"{out.name}.part").unlink()
+
+    monkeypatch.setattr(Learned, "save", saved)
+    command = ("learn", source, out, "--scheme", "a4", "--text", text, *OPTIONS)
+    assert run(capsys, *command)[0] == 0
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [

@@ -38,6 +38,6 @@ def learn(args: Namespace) -> int:
         progress=sys.stderr.isatty(),
     )
     learned.save(args.out)
-    kept.unlink()
+    kept.unlink(missing_ok=True)
     announce(f"{learned}\nwritten to {args.out}; fastrot rotate SRC DST --learned {args.out}")
     return 0
