@@ -190,11 +190,12 @@ def _add_learn(actions: Any, parents: list[_Parser]) -> None:
         type=Path,
         default=[],
         metavar="FILE",
-        help="text that decides whether what was learned is taken, best of another kind; default: "
-        "a quarter of the other, from which nothing is learned then",
+        help="text that decides whether what was learned is taken, best of another kind, and of "
+        "which a quarter of --tokens is read; default: a quarter of the other, from which nothing "
+        "is learned then",
     )
     learning.add_argument(
-        "--tokens", type=_positive, default=8192, metavar="N", help="to learn from; default: 8192"
+        "--tokens", type=_positive, default=16384, metavar="N", help="to learn from; default: 16384"
     )
     learning.add_argument(
         "--steps", type=_positive, default=300, metavar="N", help="of descent; default: 300"

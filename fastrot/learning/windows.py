@@ -10,6 +10,10 @@ from fastrot.errors import RotationError
 
 SHORTEST = 3
 """Tokens of a window, at least."""
+JUDGES = 8
+"""Windows that are held out, at least: the standard error of fewer is hardly known."""
+HELD_OUT = 4
+"""Of so many windows one is held out, if there are enough."""
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -38,6 +42,43 @@ def windows_in(batches: Any, vocabulary: int, what: str) -> Tensor:
     ids = torch.cat(parts).long().cpu()
     check_ids(ids, vocabulary, what)
     return ids
+
+
+def parted(windows: Tensor) -> tuple[Tensor, Tensor]:
+    """Windows to learn from, and those held out: a quarter, or eight, spread over all.
+
+    Raises:
+        RotationError: fewer than twice eight.
+    """
+    count = len(windows)
+    if count < 2 * JUDGES:
+        raise RotationError(
+            f"{count} windows are too few to hold out {JUDGES} and learn from the others: give "
+            f"{2 * JUDGES} or more in batches, or {JUDGES} in heldout"
+        )
+    wanted = max(JUDGES, count // HELD_OUT)
+    inside = torch.zeros(count, dtype=torch.bool)
+    inside[torch.arange(1, wanted + 1) * count // wanted - 1] = True
+    return windows[~inside], windows[inside]
+
+
+def check_judges(windows: Tensor, judges: Tensor) -> None:
+    """Refuse held-out windows that can't judge what was learned from others.
+
+    Raises:
+        RotationError: they are too few, or one is among those to learn from.
+    """
+    if len(judges) < JUDGES:
+        raise RotationError(
+            f"{len(judges)} windows in heldout are too few to judge by; give {JUDGES} or more"
+        )
+    known = {window.numpy().tobytes() for window in windows}
+    for number, judge in enumerate(judges):
+        if judge.numpy().tobytes() in known:
+            raise RotationError(
+                f"held-out window {number} ({', '.join(map(str, judge[:4].tolist()))}, …) is also "
+                "learned from, and so can't judge; hold out other text, and give no window twice"
+            )
 
 
 def check_ids(ids: Tensor, vocabulary: int, what: str) -> None:
