@@ -5,11 +5,12 @@ from argparse import Namespace
 from pathlib import Path
 
 from fastrot.cli.checkpoint import load
-from fastrot.cli.commands import recipe_of
+from fastrot.cli.commands import options_of
 from fastrot.cli.output import announce
 from fastrot.cli.texts import windows_of
 from fastrot.errors import RotationError
 from fastrot.learning.windows import HELD_OUT, JUDGES, SHORTEST
+from fastrot.recipe import Recipe
 
 FEWEST = HELD_OUT * JUDGES
 """Windows to learn from, those included that decide."""
@@ -34,7 +35,7 @@ def learn(args: Namespace) -> int:
             f"{both[0]} is in --text and in --heldout: what is learned from can't judge; hold out "
             "another file, or leave --heldout out"
         )
-    recipe, scheme = recipe_of(args), Scheme.parse(args.scheme)
+    recipe, scheme = Recipe(**options_of(args)), Scheme.parse(args.scheme)
     windows = windows_of(args.model, args.text, args.tokens, FEWEST)
     heldout = None
     if args.heldout:
