@@ -1,6 +1,7 @@
 """Learned rotations: orthogonal to the last digit, exact as any other, judged by the gate."""
 
 import copy
+import json
 import math
 import re
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import difference, fingerprint, logits, random_ids, relative_error, tiny
+from safetensors import safe_open
 from safetensors.torch import save_file
 from test_latent import of_two_sizes
 from torch.nn.functional import cross_entropy
@@ -338,6 +340,40 @@ def test_files_that_are_none(learned, tmp_path):
     broken.save(path)
     with pytest.raises(RotationError, match=r"R1.*orthogonal"):
         Learned.load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("before", "low", "before='low' is no number"),
+        ("before", None, "before=None is no number"),
+        ("defect", True, "defect=True is no number"),
+        ("steps", 2.5, "steps=2.5 is no whole number"),
+        ("scheme", 4, "scheme=4 is no text"),
+        ("text", ["a"], r"text=\['a'\] is no text"),
+        ("taken", "matrices", "taken='matrices' is no list of text"),
+        ("taken", [1], r"taken=\[1\] is no list of text"),
+        ("history", {"0": 1.0}, "history=.* is no list of number"),
+        ("gain", ["a", 0.0], "gain=.* is no list of number"),
+        ("gain", [0.0], "error"),
+        ("rotations", 1, "not iterable"),
+    ],
+)
+def test_values_of_the_wrong_type(name, value, message, tmp_path):
+    path = tmp_path / "learned.safetensors"
+    Learned(("R1",), scheme="a4", before=1, history=(0.5, 0.25), taken=("matrices",)).save(path)
+    assert str(Learned.load(path)).startswith("a4: loss 1.0000")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    described = json.dumps(json.loads(metadata["fastrot"]) | {name: value})
+    save_file({"none": torch.zeros(0)}, path, metadata | {"fastrot": described})
+    with pytest.raises(RotationError, match=f"{re.escape(str(path))}: .*{message}"):
+        Learned.load(path)
+
+
+def test_a_file_that_can_not_be_written(tmp_path):
+    with pytest.raises(OSError, match=r"missing/R\.safetensors can't be written"):
+        Learned(("R1",)).save(tmp_path / "missing" / "R.safetensors")
 
 
 class Fake:
