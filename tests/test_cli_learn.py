@@ -23,6 +23,12 @@ def run(capsys, *arguments):
     return status, captured.out, captured.err
 
 
+def words(file, seed):
+    numbers = torch.randint(3, 64, (2200,), generator=torch.Generator().manual_seed(seed))
+    file.write_text(" ".join(f"w{number}" for number in numbers))
+    return file
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "source"
@@ -33,15 +39,13 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    file = tmp_path_factory.mktemp("texts") / "text.txt"
-    file.write_text("the cat sat on the mat and a dog ran off " * 200)
-    return file
+    return words(tmp_path_factory.mktemp("texts") / "text.txt", seed=0)
 
 
 @pytest.fixture(scope="module")
 def written(source, tmp_path_factory):
     """A recipe with matrices, whether they are better or not."""
-    windows = random_ids(tiny("llama"), 8, 16, seed=0)
+    windows = random_ids(tiny("llama"), 16, 16, seed=0)
     model = AutoModelForCausalLM.from_pretrained(source)
     learned = fastrot.learn(model, windows, ("R1", "R2"), steps=5, vectors=16)
     q = torch.linalg.qr(torch.randn(96, 96, dtype=torch.float64)).Q
@@ -52,8 +56,9 @@ def written(source, tmp_path_factory):
 
 def test_learn_writes_a_recipe(source, text, tmp_path, capsys):
     out = tmp_path / "R.safetensors"
-    options = ("--scheme", "w4a4", "--seed", 3, "--text", text, "--heldout", text, *OPTIONS)
-    options = (*options, "--refine", "2")
+    options = ("--scheme", "w4a4", "--seed", 3, "--text", text, *OPTIONS)
+    heldout = words(tmp_path / "heldout.txt", seed=1)
+    options = (*options, "--heldout", heldout, "--refine", "2")
     status, printed, err = run(capsys, "learn", source, out, *options)
     assert (status, err) == (0, "")
     learned = Learned.load(out)
@@ -129,6 +134,29 @@ def test_a_run_that_was_stopped_goes_on(source, text, tmp_path, capsys, monkeypa
     assert [f.name for f in tmp_path.iterdir()] == ["R.safetensors"]
 
 
+def test_the_corrected_command_runs(source, text, tmp_path, capsys):
+    """96 elements have no groups of 100; the refusal leaves nothing in the way of groups of 16."""
+    command = ("learn", source, tmp_path / "R.safetensors", "--text", text, *OPTIONS)
+    status, _, err = run(capsys, *command, "--scheme", "w4g100")
+    assert status == 2
+    assert "100" in err
+    assert [*tmp_path.iterdir()] == []
+    assert run(capsys, *command, "--scheme", "w4g16", "--refine", "0")[0] == 0
+
+
+def test_another_process_took_the_kept_file_away(source, text, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "R.safetensors"
+    save = Learned.save
+
+    def saved(self, path):
+        save(self, path)
+        out.with_name(f"{out.name}.part").unlink()
+
+    monkeypatch.setattr(Learned, "save", saved)
+    command = ("learn", source, out, "--scheme", "a4", "--text", text, *OPTIONS)
+    assert run(capsys, *command)[0] == 0
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
@@ -149,15 +177,32 @@ def test_block_sizes(given, expected):
         (("plan", "{source}", "--block-size", "R9=8"), "block_size names 'R9', not one of"),
         (("plan", "{source}", "--block-size", "8", "--block-size", "R4=8"), "one size for all"),
         (("plan", "{source}", "--block-size", "8", "--block-size", "16"), "one size for all"),
-        (("learn", "{source}", "{new}", "--permute"), "R4 (hadamard 112) has one block"),
-        (("learn", "{source}", "{new}", "--permute", "--block-size", "R4=9"), "does not divide"),
+        (
+            ("learn", "{source}", "{new}", "--text", "{text}", "--permute"),
+            "R4 (hadamard 112) has one block",
+        ),
+        (
+            ("learn", "{source}", "{new}", "--text", "{text}", "--permute", "--block-size", "R4=9"),
+            "does not divide",
+        ),
         (("rotate", "{source}", "{new}", "--learned", "{file}", "--seed", "3"), "whole recipe"),
         (("rotate", "{source}", "{new}", "--learned", "{text}"), "no learned recipe"),
         (("rotate", "{source}", "{new}", "--learned", "{new}"), "No such file"),
         (("learn", "{source}", "{source}"), "is a folder"),
+        (("learn", "{source}", "{new}", "--learned", "{file}"), "arguments: --learned"),
+        (("learn", "{source}", "{new}", "--spinquant", "{file}"), "arguments: --spinquant"),
+        (("demo", "--json", "{source}"), "is a folder"),
         (("learn", "{source}", "{new}/R.safetensors"), "in none"),
         (("learn", "{source}", "{new}", "--scheme", "w99"), "w99"),
         (("learn", "{source}", "{new}", "--rotations", "R4"), "none can be learned"),
+        (
+            ("learn", "{source}", "{new}", "--tokens", "16"),
+            "--tokens 16 are too few for 32 windows",
+        ),
+        (
+            ("learn", "{source}", "{new}", "--text", "{file}", "{text}", "--heldout", "{text}"),
+            "text.txt is in --text and in --heldout",
+        ),
         (
             ("learn", "{source}", "{new}", "--text", "{text}", "--tokens", "99999999"),
             "give more text",

@@ -333,7 +333,7 @@ def test_learned_for_a_latent(monkeypatch):
     """R3 learns from the latents; R2 has none of its values in the cache."""
     monkeypatch.setattr(learner, "compare", lambda *_: Difference(-1.0, 0.0))
     model = build(FAMILIES["minicpm3"])
-    text = random_ids(model, 8, 12, seed=0)
+    text = random_ids(model, 16, 12, seed=0)
     learned = fastrot.learn(model, text, ("R2", "R3"), scheme="kv4", steps=5, vectors=64)
     assert {name: [m.size for m in each] for name, each in learned.matrices.items()} == {
         "R3": [model.config.kv_lora_rank] * model.config.num_hidden_layers

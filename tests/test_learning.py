@@ -1,6 +1,7 @@
-"""Learned rotations: orthogonal to the last digit, exact as any other, never worse by the gate."""
+"""Learned rotations: orthogonal to the last digit, exact as any other, judged by the gate."""
 
 import copy
+import json
 import math
 import re
 from pathlib import Path
@@ -8,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import difference, fingerprint, logits, random_ids, relative_error, tiny
+from safetensors import safe_open
 from safetensors.torch import save_file
 from test_latent import of_two_sizes
 from torch.nn.functional import cross_entropy
-from transformers import LlamaForCausalLM
+from transformers import BatchEncoding, LlamaForCausalLM
 from zoo import FAMILIES, build, inputs
 
 import fastrot
@@ -20,7 +22,7 @@ from fastrot.demo.corpus import heldout_files, read_bytes
 from fastrot.demo.evaluate import MODEL, OUTLIER_SCALE
 from fastrot.demo.outliers import with_outliers
 from fastrot.lab.corpus import cut
-from fastrot.lab.evaluate import Difference
+from fastrot.lab.evaluate import Difference, Losses
 from fastrot.lab.outliers import observed
 from fastrot.lab.schemes import Numbers, Scheme
 from fastrot.learning import descents, learner
@@ -28,6 +30,7 @@ from fastrot.learning.capture import capture
 from fastrot.learning.objective import Vectors, Weight, spread, total
 from fastrot.learning.orthogonal import Walk, cayley, defect, descend, polished
 from fastrot.learning.terms import bases, terms_of
+from fastrot.learning.windows import JUDGES, parted, windows_in
 
 FAST = {"steps": 20, "refine": 0, "vectors": 64}
 INT4 = Numbers()
@@ -56,7 +59,7 @@ def trained():
     """The embedded model, and Python code in bytes."""
     model = with_outliers(LlamaForCausalLM.from_pretrained(MODEL), scale=OUTLIER_SCALE).eval()
     stream = torch.tensor(read_bytes(heldout_files())).long()
-    return model, cut(stream, 96, 32 * 96)
+    return model, cut(stream, 96, 96 * 96)
 
 
 @pytest.fixture(scope="module")
@@ -215,13 +218,53 @@ def test_the_gate(trained, monkeypatch):
     assert "left" in str(worse)
 
 
+def test_chance_is_seldom_taken_for_a_gain():
+    """Of differences that are noise around zero 17 to 25 % gain one standard error by chance."""
+    generator = torch.Generator().manual_seed(0)
+    noise = 0.1 * torch.randn(2000, JUDGES, dtype=torch.float64, generator=generator)
+    before = Losses(3 + torch.rand(JUDGES, dtype=torch.float64, generator=generator))
+    taken = [learner._better(Losses(before.windows + each), before) for each in noise]
+    assert 0.02 < sum(taken) / len(taken) < 0.06
+    assert learner._better(Losses(before.windows - 0.2 + noise[0]), before)
+    assert not learner._better(Losses(before.windows + 0.2 + noise[0]), before)
+
+
+def test_what_is_finite_is_better_than_what_is_not():
+    finite, broken = Losses(torch.ones(JUDGES)), Losses(torch.full((JUDGES,), math.nan))
+    assert learner._better(finite, broken)
+    assert not learner._better(broken, finite)
+
+
+@pytest.mark.parametrize("count", [16, 17, 30, 32, 33, 100])
+def test_a_quarter_is_held_out_or_eight_windows(count):
+    windows = torch.arange(count * 3).view(count, 3)
+    kept, judges = parted(windows)
+    assert len(judges) == max(8, count // 4)
+    assert torch.equal(torch.cat([kept, judges]).sort(0).values, windows)
+    gaps = judges[:, 0].diff() // 3
+    assert gaps.max() - gaps.min() <= 1
+
+
+def test_what_is_learned_from_can_not_judge(model, text):
+    other = random_ids(model, 8, 24, seed=4)
+    for batches, heldout in (
+        (text, text[:8]),
+        (text, torch.cat([other, text[5:6]])),
+        (torch.cat([text, text.flip(0)]), None),
+    ):
+        with pytest.raises(RotationError, match=r"held-out window \d \(.*\) is also learned from"):
+            fastrot.learn(model, batches, ("R1",), heldout=heldout, **FAST)
+    learned = fastrot.learn(model, text, ("R1",), heldout=other, **FAST | {"steps": 1})
+    assert len(learned.history) == 1
+
+
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gemma2", "bloom"])
 def test_other_families(name, monkeypatch):
     """Behind LayerNorms the ones are fixed; Conv1D is transposed; some tokens are flattened."""
     monkeypatch.setattr(learner, "compare", lambda *_: Difference(-1.0, 0.0))
     family = FAMILIES[name]
     model = build(family, torch.float64)
-    text = random_ids(model, 12, 16, seed=0)
+    text = random_ids(model, 16, 16, seed=0)
     wanted = ("R1", "R2") if name == "bloom" else ("R1", "R2", "R3", "R4")
     learned = fastrot.learn(model, text, wanted, **FAST)
     (first,) = learned.matrices["R1"]
@@ -324,6 +367,40 @@ def test_files_that_are_none(learned, tmp_path):
         Learned.load(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("before", "low", "before='low' is no number"),
+        ("before", None, "before=None is no number"),
+        ("defect", True, "defect=True is no number"),
+        ("steps", 2.5, "steps=2.5 is no whole number"),
+        ("scheme", 4, "scheme=4 is no text"),
+        ("text", ["a"], r"text=\['a'\] is no text"),
+        ("taken", "matrices", "taken='matrices' is no list of text"),
+        ("taken", [1], r"taken=\[1\] is no list of text"),
+        ("history", {"0": 1.0}, "history=.* is no list of number"),
+        ("gain", ["a", 0.0], "gain=.* is no list of number"),
+        ("gain", [0.0], "error"),
+        ("rotations", 1, "not iterable"),
+    ],
+)
+def test_values_of_the_wrong_type(name, value, message, tmp_path):
+    path = tmp_path / "learned.safetensors"
+    Learned(("R1",), scheme="a4", before=1, history=(0.5, 0.25), taken=("matrices",)).save(path)
+    assert str(Learned.load(path)).startswith("a4: loss 1.0000")
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    described = json.dumps(json.loads(metadata["fastrot"]) | {name: value})
+    save_file({"none": torch.zeros(0)}, path, metadata | {"fastrot": described})
+    with pytest.raises(RotationError, match=f"{re.escape(str(path))}: .*{message}"):
+        Learned.load(path)
+
+
+def test_a_file_that_can_not_be_written(tmp_path):
+    with pytest.raises(OSError, match=r"missing/R\.safetensors can't be written"):
+        Learned(("R1",)).save(tmp_path / "missing" / "R.safetensors")
+
+
 class Fake:
     def __init__(self, matrix):
         self.operand = matrix
@@ -339,7 +416,18 @@ class Fake:
         ({"scheme": "w5x"}, "w5x"),
         ({"batches": torch.zeros(3, 8, dtype=torch.long)}, "too few"),
         ({"batches": [torch.zeros(2, 8, dtype=torch.long), torch.zeros(9).long()]}, "lengths"),
-        ({"batches": []}, "empty"),
+        *(
+            ({"batches": empty}, "batches is empty, or")
+            for empty in ([], *(torch.zeros(n, dtype=torch.long) for n in (0, (4, 0), (0, 8))))
+        ),
+        ({"batches": {"ids": torch.zeros(4, 8)}}, "a dict of ids; it must have input_ids"),
+        ({"batches": torch.full((16, 8), 64)}, "batches has the token id 64, .* 0 to 63"),
+        (
+            {"batches": torch.arange(15 * 4).view(15, 4)},
+            "15 windows are too few .* give 16 or more",
+        ),
+        ({"heldout": torch.arange(7 * 4).view(7, 4)}, "7 windows in heldout .* give 8 or more"),
+        ({"heldout": -torch.ones(8, 8).long()}, "heldout has the token id -1, .* 0 to 63"),
         ({"rotations": ("R1",), "block_size": 7}, "7"),
     ],
 )
@@ -348,8 +436,30 @@ def test_refusals(model, text, arguments, message):
     with pytest.raises(RotationError, match=message):
         fastrot.learn(model, **{"batches": text, **arguments}, **FAST)
     assert difference(before, fingerprint(model)) == []
-    with pytest.raises(TypeError, match="token ids"):
-        fastrot.learn(model, [torch.zeros(2, 8)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batches": [torch.zeros(2, 8)]}, r"token ids, .* got \(2, 8\) of float32"),
+        ({"batches": torch.zeros(16, 8, dtype=torch.bool)}, r"got \(16, 8\) of bool"),
+        ({"batches": {"input_ids": [[3, 4, 5]]}}, "token ids, .* got list"),
+        ({"batches": 3}, "token ids, .* got int"),
+        ({"scheme": None}, "scheme must be .* got None"),
+        ({"scheme": 4}, "scheme must be .* got 4"),
+    ],
+)
+def test_wrong_types(model, text, arguments, message):
+    with pytest.raises(TypeError, match=message):
+        fastrot.learn(model, **{"batches": text, **arguments}, **FAST)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [lambda x: {"input_ids": x}, lambda x: BatchEncoding({"input_ids": x}), list, lambda x: [x]],
+)
+def test_whatever_holds_token_ids(text, given):
+    assert torch.equal(windows_in(given(text), 64, "batches"), text)
 
 
 def test_the_code_in_the_document_runs(capsys):
@@ -384,7 +494,7 @@ def test_sizes_that_differ_between_layers_are_refused_before_anything_runs(
     before = fingerprint(model)
     monkeypatch.setattr(descents, "capture", lambda *_: pytest.fail("it was too late"))
     with pytest.raises(RotationError, match=message) as caught:
-        fastrot.learn(model, torch.arange(3, 51).reshape(8, 6), rotation, **FAST)
+        fastrot.learn(model, torch.randint(3, 51, (16, 6)), rotation, **FAST)
     assert f"{rotation} can't be learned" in str(caught.value)
     assert difference(before, fingerprint(model)) == []
 
@@ -393,7 +503,7 @@ def test_sizes_that_differ_between_layers_are_refused_before_anything_runs(
 def test_layers_that_share_keys_and_values_learn_one(name, monkeypatch):
     """There is one for each layer that makes keys; all that use these count, and stay exact."""
     model = build(FAMILIES["gemma4_shared"], torch.float32)
-    ids = random_ids(model, 8, 12, seed=0)
+    ids = random_ids(model, 16, 12, seed=0)
     monkeypatch.setattr(learner, "_better", lambda *_: True)
     learned = fastrot.learn(model, ids, name, block_size={name: 8}, **FAST | {"refine": 2})
     assert len(learned.matrices[name]) == 2

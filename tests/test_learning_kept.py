@@ -1,6 +1,10 @@
 """A run that was stopped goes on from its file, to the bit where it would have come to."""
 
 import copy
+import errno
+import os
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +28,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def text(model):
-    return random_ids(model, 8, 16, seed=3)
+    return random_ids(model, 16, 16, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,7 @@ def test_stopped_between_descents(model, text, whole, after, tmp_path, monkeypat
         patch.setattr(descents, "descend", stopping(descents.descend, after))
         with pytest.raises(KeyboardInterrupt):
             fastrot.learn(model, text, keep=file, **OPTIONS)
-    assert file.exists()
+    assert [*tmp_path.iterdir()] == ([file] if after else [])
     counted = stopping(descents.descend, 99)
     monkeypatch.setattr(descents, "descend", counted)
     again = fastrot.learn(model, text, keep=file, **OPTIONS)
@@ -94,7 +98,7 @@ def test_stopped_in_the_second_descent(model, text, whole, tmp_path, monkeypatch
         {"model": "other weights"},
         {"model": "channels in another order"},
         {"model": "another epsilon"},
-        {"windows": (16, 8)},
+        {"windows": (32, 8)},
         {"heldout": True},
     ],
     ids=str,
@@ -118,7 +122,7 @@ def test_another_run_is_refused(change, model, text, tmp_path, monkeypatch):
         model.config.rms_norm_eps *= 2
     text = text.view(options.pop("windows", text.shape))
     if options.pop("heldout", False):
-        options["heldout"] = text[3::4]
+        options["heldout"] = random_ids(model, 8, 16, seed=4)
     if options.pop("flipped", False):
         text = text.flip(0)
     with pytest.raises(fastrot.RotationError, match="another model, text, recipe or option"):
@@ -136,9 +140,44 @@ def test_files_that_no_run_kept(model, text, tmp_path):
         fastrot.learn(model, text, keep=file, **OPTIONS)
 
 
+@pytest.mark.parametrize(
+    ("refused", "message"),
+    [
+        ({"scheme": "w4g100"}, "100"),
+        ({"rotations": ("R1",), "block_size": 7}, "7"),
+        ({"rotations": ("R4",), "permute": True}, "one block"),
+    ],
+    ids=str,
+)
+def test_a_refusal_leaves_no_file(refused, message, model, text, tmp_path):
+    file = tmp_path / "run.part"
+    with pytest.raises(fastrot.RotationError, match=message):
+        fastrot.learn(model, text, keep=file, **OPTIONS | refused)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    """What was kept stays, nothing else is left, and the error names the file."""
+    file = tmp_path / "run.part"
+    kept = Kept(file, "run")
+    kept.put("a", {"x": torch.ones(2)})
+    before = file.read_bytes()
+
+    def full(path, content):
+        with path.open("wb") as opened:
+            opened.write(content[:9])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match=f"No space left on device: '{re.escape(str(file))}'$"):
+        kept.put("b", {"x": torch.ones(2)})
+    assert [*tmp_path.iterdir()] == [file]
+    assert file.read_bytes() == before
+
+
 def test_files_that_can_not_be_written(model, text, tmp_path, monkeypatch):
     monkeypatch.setattr(descents, "capture", lambda *_: pytest.fail("it was too late"))
-    with pytest.raises(OSError, match="missing"):
+    with pytest.raises(FileNotFoundError, match=r"missing/run\.part'$"):
         fastrot.learn(model, text, keep=tmp_path / "missing" / "run.part", **OPTIONS)
     with pytest.raises(fastrot.RotationError, match="is a folder; name a file"):
         fastrot.learn(model, text, keep=tmp_path, **OPTIONS)

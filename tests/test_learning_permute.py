@@ -64,7 +64,7 @@ def trained():
     """The embedded model with its channels as they come, and Python code in bytes."""
     model = LlamaForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     stream = torch.tensor(read_bytes(heldout_files())).long()
-    return model, cut(stream, 96, 24 * 96)
+    return model, cut(stream, 96, 32 * 96)
 
 
 @pytest.fixture(scope="module")

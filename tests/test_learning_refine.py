@@ -117,7 +117,7 @@ def uneven():
 def test_it_goes_down(uneven, monkeypatch):
     """On one window, from random signs; the matrices that come out have the loss they promise."""
     monkeypatch.setattr(learner, "compare", lambda *_: Difference(-1.0, 0.0))
-    text = random_ids(uneven, 3, 24, seed=3)
+    text = random_ids(uneven, 9, 24, seed=3)
     learned = fastrot.learn(
         uneven,
         text[:1],
@@ -151,7 +151,7 @@ def test_the_gate_takes_the_best(uneven, monkeypatch, losses, taken):
     noise = iter((1, 2, 3))
     other = torch.eye(96, dtype=torch.float64)
     monkeypatch.setattr(learner, "refined", lambda *_: ({"R1": [other]}, [0.5]))
-    text = random_ids(uneven, 8, 24, seed=3)
+    text = random_ids(uneven, 16, 24, seed=3)
     learned = fastrot.learn(uneven, text, ("R1",), scheme="a4", steps=5, vectors=64, refine=1)
     assert learned.accepted == (taken != "none")
     assert learned.history[-1] == 0.5
@@ -162,7 +162,7 @@ def test_the_gate_takes_the_best(uneven, monkeypatch, losses, taken):
 
 
 def test_refusals(uneven):
-    text = random_ids(uneven, 8, 24, seed=3)
+    text = random_ids(uneven, 16, 24, seed=3)
     for options, message in (
         ({"steps": -1}, "steps=-1"),
         ({"refine": 1.5}, "refine=1.5"),
@@ -176,6 +176,6 @@ def test_refusals(uneven):
 @pytest.mark.parametrize(("scheme", "count"), [("w4a4kv4", 3), ("a4kv4", 2), ("w4gptq-a4", 2)])
 def test_by_default_where_weights_are_rounded_to_nearest(uneven, monkeypatch, scheme, count):
     monkeypatch.setattr(learner, "REFINED", 1)
-    text = random_ids(uneven, 8, 24, seed=3)
+    text = random_ids(uneven, 16, 24, seed=3)
     learned = fastrot.learn(uneven, text, ("R1",), scheme=scheme, steps=2, vectors=64)
     assert len(learned.history) == count

@@ -65,8 +65,13 @@ def test_on_the_command_line(path, tmp_path, capsys):
         (lambda m: m.pop("model.layers.0.self_attn.R2"), r"layers \[1\]"),
         (lambda m: m.update(R1=torch.ones(96, 96)), "R1 is not orthogonal"),
         (lambda m: m.update(R1=torch.eye(4) * float("nan")), "R1 is not orthogonal"),
-        (lambda m: m.update(R1=torch.eye(96)[:5]), r"no square matrix of numbers: \(5, 96\)"),
-        (lambda m: m.update(R1=3), "no square matrix of numbers: int"),
+        (lambda m: m.update(R1=torch.eye(96)[:5]), r"no square, dense matrix .* but \(5, 96\)"),
+        (lambda m: m.update(R1=torch.eye(96).long()), r"but \(96, 96\), int64"),
+        (lambda m: m.update(R1=torch.zeros(0, 0)), r"no square, dense matrix .* but \(0, 0\)"),
+        (lambda m: m.update(R1=torch.eye(4).to_sparse()), r"but \(4, 4\), float32, sparse_coo"),
+        (lambda m: m.update(R1=torch.eye(4).to_sparse_csr()), r"but .* float32, sparse_csr"),
+        (lambda m: m.update(R1=torch.eye(4, device="meta")), r"but .* strided, meta"),
+        (lambda m: m.update(R1=3), "R1 is no matrix but a int"),
         (lambda m: m.update(R7=torch.eye(4)), "'R7' is neither"),
         (lambda m: m.clear(), "has no matrices"),
     ],
@@ -80,10 +85,47 @@ def test_refusals(path, change, message):
 
 
 def test_files_that_are_none(path):
-    for content in (b"", b"not of torch", path.read_bytes()[:100]):
+    damaged = (
+        b"Rx",
+        b"\x80\x02.",
+        b"\x80\x02]q\x00h\x01.",
+        b"(ua.",
+        b"cbuiltins\nprint\n.",
+        b"J\x00.",
+    )
+    for content in (b"", b"not of torch", path.read_bytes()[:100], *damaged):
         path.write_bytes(content)
         with pytest.raises(fastrot.RotationError, match="no file of matrices"):
             fastrot.read_spinquant(path)
     torch.save([1], path)
     with pytest.raises(fastrot.RotationError, match="holds a list"):
         fastrot.read_spinquant(path)
+
+
+def test_damaged_bytes(path):
+    """Read after all, or refused; in either format of torch."""
+    generator = torch.Generator().manual_seed(0)
+    for zipped in (True, False):
+        torch.save(matrices(), path, _use_new_zipfile_serialization=zipped)
+        whole, refused = path.read_bytes(), 0
+        for _ in range(100):
+            content = bytearray(whole)
+            for at in torch.randint(400, (4,), generator=generator).tolist():
+                content[at] = int(torch.randint(256, (), generator=generator))
+            path.write_bytes(content)
+            try:
+                fastrot.read_spinquant(path)
+            except fastrot.RotationError as error:
+                refused += str(path) in str(error)
+        assert refused > 50
+
+
+def test_a_damaged_file_on_the_command_line(path, tmp_path, capsys):
+    tiny("llama").save_pretrained(tmp_path / "source")
+    path.write_bytes(b"Rx")
+    command = ["rotate", str(tmp_path / "source"), str(tmp_path / "target")]
+    capsys.readouterr()
+    assert main([*command, "--spinquant", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{path} is no file of matrices" in error
+    assert error.count("\n") == 1

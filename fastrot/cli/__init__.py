@@ -20,7 +20,7 @@ from fastrot.cli.arguments import parser
 from fastrot.cli.output import discard, escape
 
 LONGEST_MESSAGE = 800
-EXPECTED = (ValueError, TypeError, OSError, KeyError, RuntimeError, ImportError, MemoryError)
+EXPECTED = (ValueError, TypeError, OSError, LookupError, RuntimeError, ImportError, MemoryError)
 TERMINATIONS = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 
 

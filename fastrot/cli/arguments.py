@@ -28,11 +28,11 @@ def parser() -> argparse.ArgumentParser:
     actions = top.add_subparsers(required=True, metavar="COMMAND")
     common = _Parser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show a traceback on errors")
-    rotation, files = _rotation_options(), _file_options()
+    rotation, given, files = _rotation_options(), _given_options(), _file_options()
 
     plan = actions.add_parser(
         "plan",
-        parents=[rotation, files, common],
+        parents=[rotation, given, files, common],
         help="show what a rotation would do; reads config.json, no weights",
     )
     plan.add_argument("source", type=Path, metavar="MODEL_DIR")
@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
 
     rotate = actions.add_parser(
         "rotate",
-        parents=[rotation, files, common],
+        parents=[rotation, given, files, common],
         help="write a rotated checkpoint; repeated after an interruption, it goes on",
     )
     rotate.add_argument("source", type=Path, metavar="SRC")
@@ -189,11 +189,12 @@ def _add_learn(actions: Any, parents: list[_Parser]) -> None:
         type=Path,
         default=[],
         metavar="FILE",
-        help="text that decides whether what was learned is taken, best of another kind; default: "
-        "a quarter of the other, from which nothing is learned then",
+        help="text that decides whether what was learned is taken, best of another kind, and of "
+        "which a quarter of --tokens is read; default: a quarter of the other, from which nothing "
+        "is learned then",
     )
     learning.add_argument(
-        "--tokens", type=_positive, default=8192, metavar="N", help="to learn from; default: 8192"
+        "--tokens", type=_positive, default=16384, metavar="N", help="to learn from; default: 16384"
     )
     learning.add_argument(
         "--steps", type=_positive, default=300, metavar="N", help="of descent; default: 300"
@@ -247,6 +248,12 @@ def _rotation_options(rotations: tuple[str, ...] = ("R1", "R2")) -> _Parser:
         choices=tuple(EXACT),
         help="of the arithmetic; default: float64 on weights, float32 on activations",
     )
+    return options
+
+
+def _given_options() -> _Parser:
+    """Files with matrices, which learning has no use for."""
+    options = _Parser(add_help=False)
     options.add_argument(
         "--spinquant",
         type=Path,
@@ -257,7 +264,8 @@ def _rotation_options(rotations: tuple[str, ...] = ("R1", "R2")) -> _Parser:
         "--learned",
         type=Path,
         metavar="FILE",
-        help="a whole recipe, which fastrot learn wrote, in the place of the options above",
+        help="a whole recipe, which fastrot learn wrote, in the place of --rotations and what "
+        "describes them",
     )
     return options
 

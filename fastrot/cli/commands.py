@@ -98,8 +98,8 @@ def demo(args: Namespace) -> int:
 
     from fastrot.demo.evaluate import run, table
 
-    if args.json is not None and not args.json.parent.is_dir():
-        raise FileNotFoundError(f"{args.json.parent} is not a folder")
+    if args.json is not None and (args.json.is_dir() or not args.json.parent.is_dir()):
+        raise FileNotFoundError(f"{args.json} is a folder, or in none; give a file to write")
     # The matrices are small: a second thread would only wait.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -126,10 +126,15 @@ def _files_of(args: Namespace) -> dict[str, Any]:
     return {"dtype": dtype, "drafts": args.mtp, "shard": args.max_shard_size}
 
 
-def recipe_of(args: Namespace) -> fastrot.Recipe:
-    """The options of the command line that are those of a recipe, or the recipe in a file."""
+def options_of(args: Namespace) -> dict[str, Any]:
+    """The options of the command line that are those of a recipe."""
     names = {field.name for field in fields(fastrot.Recipe)}
-    options = {name: value for name, value in vars(args).items() if name in names}
+    return {name: value for name, value in vars(args).items() if name in names}
+
+
+def recipe_of(args: Namespace) -> fastrot.Recipe:
+    """The recipe of the command line, with matrices of a file, or the recipe in a file."""
+    options = options_of(args)
     if args.spinquant is not None:
         given = fastrot.read_spinquant(args.spinquant)
         options["matrices"] = {name: m for name, m in given.items() if name in args.rotations}

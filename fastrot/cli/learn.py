@@ -2,13 +2,17 @@
 
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 from fastrot.cli.checkpoint import load
-from fastrot.cli.commands import recipe_of
+from fastrot.cli.commands import options_of
 from fastrot.cli.output import announce
 from fastrot.cli.texts import windows_of
+from fastrot.errors import RotationError
+from fastrot.learning.windows import HELD_OUT, JUDGES, SHORTEST
+from fastrot.recipe import Recipe
 
-FEWEST = 16
+FEWEST = HELD_OUT * JUDGES
 """Windows to learn from, those included that decide."""
 
 
@@ -19,11 +23,23 @@ def learn(args: Namespace) -> int:
 
     if args.out.is_dir() or not args.out.parent.is_dir():
         raise FileNotFoundError(f"{args.out} is a folder, or in none; give a file to write")
-    recipe, scheme = recipe_of(args), Scheme.parse(args.scheme)
+    least = FEWEST * (SHORTEST - 1)
+    if args.tokens < least:
+        raise RotationError(
+            f"--tokens {args.tokens} are too few for {FEWEST} windows of {SHORTEST}; give {least} "
+            "or more"
+        )
+    both = sorted({*map(Path.resolve, args.text)} & {*map(Path.resolve, args.heldout)})
+    if both:
+        raise RotationError(
+            f"{both[0]} is in --text and in --heldout: what is learned from can't judge; hold out "
+            "another file, or leave --heldout out"
+        )
+    recipe, scheme = Recipe(**options_of(args)), Scheme.parse(args.scheme)
     windows = windows_of(args.model, args.text, args.tokens, FEWEST)
     heldout = None
     if args.heldout:
-        heldout = windows_of(args.model, args.heldout, args.tokens // 4, FEWEST // 4)
+        heldout = windows_of(args.model, args.heldout, args.tokens // HELD_OUT, JUDGES)
     kept = args.out.with_name(f"{args.out.name}.part")
     learned = fitted(
         load(args.model, "float32"),
@@ -38,6 +54,6 @@ def learn(args: Namespace) -> int:
         progress=sys.stderr.isatty(),
     )
     learned.save(args.out)
-    kept.unlink()
+    kept.unlink(missing_ok=True)
     announce(f"{learned}\nwritten to {args.out}; fastrot rotate SRC DST --learned {args.out}")
     return 0

@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from fastrot.lab.corpus import cut, found_text, read_texts, tokenize
+from fastrot.learning.windows import check_ids
 
 CONTEXT = 512
 
@@ -20,17 +21,23 @@ def windows_of(folder: Path, files: Sequence[Path], tokens: int, least: int) -> 
         least: windows that there must be.
 
     Returns:
-        Token ids, ``(n, length + 1)``.
+        Token ids, ``(n, length + 1)``, in all no longer than the model reads at a time.
+
+    Raises:
+        RotationError: too little text, or a tokenizer with ids that the model does not know.
+        OSError: a file can't be read.
     """
     from fastrot.checkpoint.source import configuration
     from fastrot.cli.checkpoint import load_tokenizer
 
     config = configuration(folder).get_text_config()
-    longest = getattr(config, "max_position_embeddings", None) or CONTEXT
+    longest = getattr(config, "max_position_embeddings", None) or CONTEXT + 1
     text = read_texts(files) if files else found_text()
-    return spread(tokenize(text, load_tokenizer(folder)), tokens, longest, least)
+    stream = tokenize(text, load_tokenizer(folder))
+    check_ids(stream, config.vocab_size, f"the text by the tokenizer of {folder}")
+    return spread(stream, tokens, longest - 1, least)
 
 
 def spread(stream: Tensor, tokens: int, longest: int, least: int) -> Tensor:
-    """Windows of 512, or shorter, so that there are enough of them."""
+    """Windows that predict 512 tokens, or ``longest``, or fewer, so that there are enough."""
     return cut(stream, max(1, min(CONTEXT, longest, tokens // least)), tokens, least=least)

@@ -2,7 +2,8 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from fastrot.errors import RotationError
 
 
 class Kept:
-    """Named sets of tensors, written whenever one is put.
+    """Named sets of tensors, written whenever one is put; there is no file before.
 
     Args:
         path: the file; None keeps nothing.
@@ -26,12 +27,15 @@ class Kept:
 
     def __init__(self, path: Path | None, run: str) -> None:
         self._path, self._run = path, run
-        self._sets: dict[str, Tensor] = {"run": torch.zeros(1)}
-        if path is not None and path.is_dir():
+        self._sets: dict[str, Tensor] = {}
+        if path is None:
+            return
+        if path.is_dir():
             raise RotationError(f"{path} is a folder; name a file to keep the run in")
-        if path is not None and path.exists():
+        if path.exists():
             self._sets = self._read(path)
-        self.put("", {})  # what can't be written is known before hours are spent
+        with _beside(path) as fresh:  # what can't be written is known before hours are spent
+            fresh.touch()
 
     def _read(self, path: Path) -> dict[str, Tensor]:
         from safetensors import SafetensorError, safe_open
@@ -62,9 +66,26 @@ class Kept:
         self._sets |= {f"{name}/{n}": t.detach().clone() for n, t in tensors.items()}
         from safetensors.torch import save
 
-        fresh = self._path.with_name(f"{self._path.name}.{os.getpid()}")
-        fresh.write_bytes(save(self._sets, {"run": self._run}))
-        os.replace(fresh, self._path)
+        with _beside(self._path) as fresh:
+            fresh.write_bytes(save(self._sets, {"run": self._run}))
+            os.replace(fresh, self._path)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A name for what is to become a file; nothing of that name is left, and errors name the file.
+
+    Raises:
+        OSError: as inside.
+    """
+    fresh = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        try:
+            yield fresh
+        finally:
+            fresh.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def run_of(model: Any, *others: Any) -> str:

@@ -18,8 +18,9 @@ FORMAT = "1"
 class Learned(Recipe):
     """A recipe that :func:`fastrot.plan` and :func:`fastrot.apply` take, of :func:`fastrot.learn`.
 
-    Its matrices are the learned ones, and its permutations; there are none if they were not better
-    than the recipe from which they were learned, so that a learned recipe is never worse than that.
+    Its matrices are the learned ones, and its permutations; there are none unless the quantized
+    model lost less with them than with the recipe from which they were learned, on held-out text
+    and by more than two standard errors: beyond chance, a learned recipe is not worse on such text.
 
     Attributes:
         scheme: for which it was learned.
@@ -62,6 +63,7 @@ class Learned(Recipe):
             RotationError: the recipe has mappings, which the file has no place for.
             OSError: the file can't be written.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         if self.mappings is not None or self.norm_mappings is not None:
@@ -79,14 +81,18 @@ class Learned(Recipe):
         }
         metadata = {"format": FORMAT, "fastrot": json.dumps(described)}
         # safetensors writes no file without tensors.
-        save_file(tensors or {"none": torch.zeros(0)}, str(path), metadata)
+        try:
+            save_file(tensors or {"none": torch.zeros(0)}, str(path), metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path} can't be written: {error}") from None
 
     @classmethod
     def load(cls, path: str | Path) -> "Learned":
         """The recipe that :meth:`save` wrote.
 
         Raises:
-            RotationError: another kind of file, or a matrix that is not orthogonal to 1e-12.
+            RotationError: another kind of file, a value of the wrong type, or a matrix that is not
+                orthogonal to 1e-12.
             OSError: the file can't be read.
         """
         from safetensors import SafetensorError, safe_open
@@ -101,6 +107,8 @@ class Learned(Recipe):
             raise RotationError(f"{path} is no learned recipe of this version of fastrot")
         try:
             described: dict[str, Any] = json.loads(metadata["fastrot"])
+            for name, kind in {**_MEASURED, "gain": _NUMBER}.items():
+                _check(name, described[name], kind, name in _LISTS)
             described["gain"] = Difference(*described["gain"])
             for name in ("rotations", "history", "taken"):
                 described[name] = tuple(described[name])
@@ -116,7 +124,26 @@ class Learned(Recipe):
 GIVEN = {"matrices": "", "permutations": "before."}
 """What is learned, and how the names of its tensors begin in a file."""
 _PLAIN = ("rotations", "transform_type", "randomize", "block_size", "seed", "keep_head")
-_MEASURED = ("scheme", "steps", "text", "before", "defect", "history", "taken")
+_NUMBER = (int, float)
+_MEASURED = {
+    "scheme": str,
+    "steps": int,
+    "text": str,
+    "before": _NUMBER,
+    "defect": _NUMBER,
+    "history": _NUMBER,
+    "taken": str,
+}
+"""What else is in a file, and its types."""
+_LISTS = ("gain", "history", "taken")
+
+
+def _check(name: str, value: Any, kind: Any, many: bool) -> None:
+    each = value if many and isinstance(value, list) else [value]
+    right = all(isinstance(one, kind) and not isinstance(one, bool) for one in each)
+    if not right or isinstance(value, list) != many:
+        wanted = "text" if kind is str else "whole number" if kind is int else "number"
+        raise TypeError(f"{name}={value!r} is no {'list of ' if many else ''}{wanted}")
 
 
 def _given(tensors: dict[str, Any], prefix: str) -> dict[str, Any] | None:

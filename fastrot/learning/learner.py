@@ -25,23 +25,23 @@ from fastrot.learning.kept import Kept, run_of
 from fastrot.learning.learned import Learned
 from fastrot.learning.orthogonal import defect
 from fastrot.learning.terms import SITES, bases, check_one_order
+from fastrot.learning.windows import check_judges, parted, windows_in
 from fastrot.recipe import Recipe, takes_recipe
+from fastrot.verification import vocabulary
 
 REFINED = 60
 """Steps of the second descent where weights are rounded to nearest: there it gains most."""
-HELD_OUT = 4
-"""Of so many windows one decides whether what was learned from the others is taken."""
 
 
 @takes_recipe
 @torch.inference_mode(False)
 def learn(
     model: Any,
-    batches: Tensor | Iterable[Any],
+    batches: Tensor | Mapping[str, Tensor] | Iterable[Any],
     rotations: str | Sequence[str] | Recipe = ("R1", "R2", "R3", "R4"),
     *,
     scheme: str | Scheme = "w4a4kv4",
-    heldout: Tensor | Iterable[Any] | None = None,
+    heldout: Tensor | Mapping[str, Tensor] | Iterable[Any] | None = None,
     steps: int = 300,
     refine: int | None = None,
     permute: bool = False,
@@ -54,24 +54,26 @@ def learn(
 
     What each rotation turns is captured once, with how much the loss minds noise there; then an
     orthogonal matrix is fitted to it, without running the model. The learned matrices are taken if
-    the quantized model loses less with them than with the recipe, by more than the standard error,
-    on text that is held out for that.
+    the quantized model loses less with them than with the recipe, by more than two standard errors
+    of the paired difference, on windows that are held out for that: on such text they are not worse
+    than the recipe, beyond chance.
 
     Args:
         model: as for :func:`fastrot.apply`, not rotated; it is left as it is. Memory for a copy of
             it in float32 is needed, for two with ``permute``.
-        batches: token ids to learn from: ``(n, length)``, or an iterable of such or of dicts with
-            ``input_ids``, all of one length; without padding.
+        batches: token ids to learn from: ``(n, length)``, what a tokenizer makes (a dict with
+            ``input_ids``), or an iterable of these, all of one length; without padding.
         rotations: the rotations, or a whole recipe; R4 stays as it is there, since a learned one
             would be a dense matrix at run time.
         scheme: what will be quantized, see :meth:`fastrot.lab.schemes.Scheme.parse`.
-        heldout: as ``batches``: text that decides, best of another kind. Default: every fourth
-            window of ``batches``, from which nothing is learned then.
+        heldout: as ``batches``, eight windows or more, none of them in ``batches``: text that
+            decides, best of another kind. Default: a quarter of ``batches``, eight windows or more,
+            from which nothing is learned then.
         steps: of descent for R1; R2 and R3 take a fifth of it.
         refine: steps of a second descent, of all together, on the loss of the quantized model
             itself (SpinQuant's way); each runs the model forwards and backwards on one window, and
-            needs memory for that. Its matrices are taken if they are better than the first by more
-            than the standard error. Default: 60 if the scheme rounds weights to nearest, else none.
+            needs memory for that. Its matrices are taken if they are better than the first, by the
+            same measure. Default: 60 if the scheme rounds weights to nearest, else none.
         permute: first let channels change places before R4's blocks, so that each block holds as
             much as any other (PeRQ); taken, as matrices are, if it is better. R4 must have blocks:
             ``block_size={"R4": 32}``.
@@ -84,30 +86,28 @@ def learn(
 
     Raises:
         RotationError: nothing in the recipe can be learned for this scheme, matrices are given
-            already, orders differ between layers, the text is too short, or the file in ``keep`` is
-            of another run.
+            already, orders differ between layers, the text is too short, has ids beyond the
+            vocabulary or a held-out window twice, or the file in ``keep`` is of another run.
+        TypeError: an argument of the wrong type.
         OSError: that file can't be written.
     """
     check_model(model)
     check_flag("progress", progress)
     check_flag("permute", permute)
     recipe = Recipe.of(rotations, options)
+    if not isinstance(scheme, (str, Scheme)):
+        raise TypeError(f"scheme must be a name such as 'w4a4kv4', or a Scheme, got {scheme!r}")
     scheme = Scheme.parse(scheme)
     if refine is None:
         refine = REFINED if scheme.weights and not scheme.weights.gptq else 0
     _check_counts(steps, refine, vectors, permute)
     wanted = _learnable(recipe, scheme, permute) if steps or refine else ()
-    windows = _windows(batches, "batches")
+    windows = windows_in(batches, vocabulary(model), "batches")
     if heldout is None:
-        inside = torch.arange(len(windows)) % HELD_OUT == HELD_OUT - 1
-        windows, judges = windows[~inside], windows[inside]
+        windows, judges = parted(windows)
     else:
-        judges = _windows(heldout, "heldout")
-    if len(windows) < 1 or len(judges) < 2:
-        raise RotationError(
-            f"{len(windows)} windows to learn from and {len(judges)} held out are too few: give "
-            f"{2 * HELD_OUT} or more in batches, or two or more in heldout"
-        )
+        judges = windows_in(heldout, vocabulary(model), "heldout")
+    check_judges(windows, judges)
     wishes = {f.name: getattr(recipe, f.name) for f in fields(Recipe)}
     if permute:
         check_permutable(model, recipe)
@@ -168,9 +168,10 @@ def _rotated(model: Any, wishes: dict[str, Any]) -> tuple[Any, Plan]:
 
 
 def _better(losses: Losses, others: Losses) -> bool:
+    """Whether they are less by more than two standard errors, or finite where others are not."""
     gain = compare(losses, others)
     finite = math.isfinite(losses.mean) and not math.isfinite(others.mean)
-    return gain.mean < -gain.error or finite
+    return (gain.is_clear and gain.mean < 0) or finite
 
 
 def _quantized_losses(model: Any, scheme: Scheme, judges: Tensor, windows: Tensor) -> Losses:
@@ -204,19 +205,3 @@ def _learnable(recipe: Recipe, scheme: Scheme, permute: bool) -> tuple[str, ...]
             "weights and activations, R2 and R3 for keys and values"
         )
     return tuple(wanted)
-
-
-def _windows(batches: Any, what: str) -> Tensor:
-    """Token ids, ``(n, length)`` int64."""
-    parts = [batches] if isinstance(batches, Tensor) else list(batches)
-    parts = [part["input_ids"] if isinstance(part, Mapping) else part for part in parts]
-    for part in parts:
-        if not isinstance(part, Tensor) or part.is_floating_point() or part.dim() not in (1, 2):
-            shown = tuple(part.shape) if isinstance(part, Tensor) else type(part).__name__
-            raise TypeError(f"{what} must hold token ids, (length,) or (n, length), got {shown}")
-    parts = [part.reshape(-1, part.shape[-1]) for part in parts]
-    if len({part.shape[1] for part in parts}) > 1:
-        raise RotationError(f"{what} has windows of several lengths; cut them to one")
-    if not parts or parts[0].shape[1] < 3:
-        raise RotationError(f"{what} is empty, or its windows are shorter than three tokens")
-    return torch.cat(parts).long().cpu()

@@ -5,7 +5,6 @@ residual stream and the values of a head as here: ``x → x R``. Training leaves
 some digits only, so the nearest orthogonal matrices are taken.
 """
 
-import pickle
 import re
 from pathlib import Path
 
@@ -32,14 +31,18 @@ def read_spinquant(path: str | Path) -> dict[str, Tensor | list[Tensor]]:
         ``(head, head)``, as far as the file has them; float64.
 
     Raises:
-        RotationError: another kind of file, a layer that is missing, or a matrix that is not nearly
-            orthogonal.
-        OSError: it can't be read.
+        RotationError: another kind of file, or a damaged one; a layer that is missing; or a matrix
+            that is not nearly orthogonal, empty, sparse, or without numbers (meta).
+        OSError: it can't be opened.
     """
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise RotationError(f"{path} is no file of matrices that torch saved: {error}") from None
+    with Path(path).open("rb") as file:
+        try:
+            found = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged bytes make torch's reader raise whatever there is
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise RotationError(
+                f"{path} is no file of matrices that torch saved: {reason}"
+            ) from None
     if not isinstance(found, dict):
         raise RotationError(f"{path} holds a {type(found).__name__}, not a dict of matrices")
     layers: dict[int, Tensor] = {}
@@ -63,11 +66,15 @@ def read_spinquant(path: str | Path) -> dict[str, Tensor | list[Tensor]]:
 
 def _nearest(value: object, what: str) -> Tensor:
     """The orthogonal factor of the polar decomposition, float64."""
-    square = isinstance(value, Tensor) and value.dim() == 2 and value.shape[0] == value.shape[1]
-    if not square or not value.is_floating_point():  # type: ignore[attr-defined]
-        shown = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise RotationError(f"{what} is no square matrix of numbers: {shown}")
-    assert isinstance(value, Tensor)
+    if not isinstance(value, Tensor):
+        raise RotationError(f"{what} is no matrix but a {type(value).__name__}")
+    square = value.dim() == 2 and value.shape[0] == value.shape[1] > 0
+    dense = value.layout == torch.strided and value.device.type == "cpu"
+    if not (square and dense and value.is_floating_point()):
+        kind = f"{value.dtype}, {value.layout}, {value.device}".replace("torch.", "")
+        raise RotationError(
+            f"{what} is no square, dense matrix of numbers, but {tuple(value.shape)}, {kind}"
+        )
     matrix = value.detach().double()
     far = defect(matrix)
     if not far <= FARTHEST:
