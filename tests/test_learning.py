@@ -1,9 +1,11 @@
 """Learned rotations: orthogonal to the last digit, exact as any other, judged by the gate."""
 
 import copy
+import gc
 import json
 import math
 import re
+import weakref
 from pathlib import Path
 
 import pytest
@@ -256,6 +258,25 @@ def test_what_is_learned_from_can_not_judge(model, text):
             fastrot.learn(model, batches, ("R1",), heldout=heldout, **FAST)
     learned = fastrot.learn(model, text, ("R1",), heldout=other, **FAST | {"steps": 1})
     assert len(learned.history) == 1
+
+
+def test_one_copy_of_the_model_at_a_time(model, text, monkeypatch):
+    """Without waiting for a collection of cycles."""
+    weights, alive = [], []
+    rotate = learner.apply
+
+    def counting(copied, recipe):
+        alive.append(sum(weight() is not None for weight in weights))
+        weights.extend(map(weakref.ref, copied.parameters()))
+        return rotate(copied, recipe)
+
+    monkeypatch.setattr(learner, "apply", counting)
+    gc.disable()
+    try:
+        fastrot.learn(model, text, scheme="w4a4kv4", **FAST | {"steps": 1, "refine": 1})
+    finally:
+        gc.enable()
+    assert alive == [0, 0, 0]
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt", "gemma2", "bloom"])

@@ -1,6 +1,7 @@
 """``fastrot.learn``."""
 
 import copy
+import gc
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -59,8 +60,9 @@ def learn(
     than the recipe, beyond chance.
 
     Args:
-        model: as for :func:`fastrot.apply`, not rotated; it is left as it is. Memory for a copy of
-            it in float32 is needed, for two with ``permute``.
+        model: as for :func:`fastrot.apply`, not rotated; it is left as it is. Beside it memory for
+            copies of it in float32 is needed: one and a half, two and a half where weights are
+            rounded, three with ``permute``, five with ``refine``; and for what is kept of the text.
         batches: token ids to learn from: ``(n, length)``, what a tokenizer makes (a dict with
             ``input_ids``), or an iterable of these, all of one length; without padding.
         rotations: the rotations, or a whole recipe; R4 stays as it is there, since a learned one
@@ -163,6 +165,7 @@ def learn(
 
 def _rotated(model: Any, wishes: dict[str, Any]) -> tuple[Any, Plan]:
     """A copy of a model in float32 that is rotated by a recipe, and the plan of that."""
+    gc.collect()  # an earlier copy, whose modules and hooks refer to each other
     copied = copy.deepcopy(model).float().eval()
     return copied, apply(copied, Recipe(**wishes)).plan
 
