@@ -300,7 +300,7 @@ def test_other_families(name, monkeypatch):
 def test_modules_that_text_does_not_reach():
     """Attention to images, without an image."""
     model = build(FAMILIES["mllama"], torch.float32)
-    text = random_ids(model.model.language_model, 12, 16, seed=0)
+    text = random_ids(model.model.language_model, 16, 16, seed=0)
     learned = fastrot.learn(model, text, ("R1", "R2"), scheme="w4a4", **FAST)
     assert learned.history
 
