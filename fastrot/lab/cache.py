@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
@@ -37,6 +37,16 @@ class WatchedCache(DynamicCache):
         return result
 
 
+def _takes(model: Any, name: str) -> bool:
+    """Whether a model takes a cache of transformers, and none of its own kind."""
+    parameter = inspect.signature(type(model).forward).parameters.get(name)
+    if parameter is None:
+        return False
+    kinds = get_args(parameter.annotation) or (parameter.annotation,)
+    caches = [kind for kind in kinds if getattr(kind, "__name__", "").endswith("Cache")]
+    return all(issubclass(WatchedCache, cache) for cache in caches)
+
+
 @contextmanager
 def watched(model: Any, watch: Watch, needed: bool = True) -> Iterator[None]:
     """Show the keys and values of every call of a model to ``watch``.
@@ -49,13 +59,16 @@ def watched(model: Any, watch: Watch, needed: bool = True) -> Iterator[None]:
         needed: refuse models that put nothing into a cache; else nothing is seen of these.
 
     Raises:
-        RotationError: the model takes no cache; in a call, another cache was given, or the model
+        RotationError: the model takes no such cache; in a call, another one was given, or the model
             asked none for room.
     """
     name = next(iter(cache_argument(model, None)))
-    if name not in inspect.signature(type(model).forward).parameters:
+    if not _takes(model, name):
         if needed:
-            raise RotationError(f"{type(model).__name__} takes no {name}; leave kv out")
+            raise RotationError(
+                f"{type(model).__name__} keeps no keys and values in a cache of transformers; "
+                "leave kv out"
+            )
         yield
         return
 
