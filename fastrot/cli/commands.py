@@ -98,8 +98,10 @@ def demo(args: Namespace) -> int:
 
     from fastrot.demo.evaluate import run, table
 
-    if args.json is not None and (args.json.is_dir() or not args.json.parent.is_dir()):
-        raise FileNotFoundError(f"{args.json} is a folder, or in none; give a file to write")
+    if args.json is not None and args.json.is_dir():
+        raise IsADirectoryError(f"{args.json} is a folder; give a file to write")
+    if args.json is not None and not args.json.parent.is_dir():
+        raise FileNotFoundError(f"{args.json.parent} is not a folder")
     # The matrices are small: a second thread would only wait.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
