@@ -233,12 +233,12 @@ def recommend(scheme: str, losses: dict[str, Losses]) -> Recommendation:
 
 def _allowed(model: Any) -> list[str]:
     """The usual sets without the rotations that a model does not allow."""
-    refused = {}
+    refused = set()
     for name in ROTATIONS:
         try:
             plan(model, (name,))
         except RotationError as error:
-            refused[name] = error
+            refused.add(name)
             log.warning("%s is left out: %s", name, error)
     return without(SETS, refused)
 
