@@ -111,9 +111,13 @@ def calibrated(
             yield name, moments.pop(name)
 
 
+def inputs_of(module: Any) -> int:
+    """How many inputs a linear module has."""
+    return int(module.weight.shape[1 if isinstance(module, nn.Linear) else 0])
+
+
 def _bytes(module: Any) -> int:
-    columns = module.weight.shape[1 if isinstance(module, nn.Linear) else 0]
-    return int(4 * columns**2)
+    return 4 * inputs_of(module) ** 2
 
 
 def _gathering(moments: dict[str, Tensor], name: str) -> Any:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastrot.errors import RotationError
 from fastrot.lab.cache import Watch, watched
-from fastrot.lab.gptq import calibrated, gptq
+from fastrot.lab.gptq import calibrated, gptq, inputs_of
 from fastrot.lab.quantizers import fake_quantize
 from fastrot.lab.schemes import Numbers, Scheme
 
@@ -119,8 +119,7 @@ def check_groups(model: Any, scheme: Scheme) -> None:
     """
     kinds = [numbers for numbers in (scheme.weights, scheme.activations) if numbers]
     for name, module in linears_of(model).items() if kinds else ():
-        weight: Any = module.weight
-        inputs = weight.shape[1 if isinstance(module, nn.Linear) else 0]
+        inputs = inputs_of(module)
         for group in (numbers.group for numbers in kinds if numbers.group):
             if inputs % group:
                 raise RotationError(
