@@ -12,6 +12,7 @@ on the embedded model (SpinQuant: its own 1.5, 0.15, 0.05, 0.015; Adam of DartQu
 
 import copy
 import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,8 +21,8 @@ from torch import Tensor
 
 import fastrot
 from fastrot.edits import Plan
+from fastrot.lab.outliers import observed
 from fastrot.lab.schemes import Scheme
-from fastrot.learning.capture import capture
 from fastrot.learning.objective import turned
 from fastrot.learning.orthogonal import polished
 from fastrot.learning.refine import simulated
@@ -31,6 +32,8 @@ from fastrot.rotations.stages import dense
 LEARNED = ("R1", "R2")
 SPINQUANT_RATE = 0.05
 DARTQUANT_RATE = 1e-3
+SEEN = 4096
+"""Tokens that DartQuant's activations are of."""
 Matrices = dict[str, list[Tensor]]
 Peer = Callable[[Any, fastrot.Recipe, str, Tensor, float], Matrices]
 
@@ -83,7 +86,7 @@ def dartquant(
     """Matrices learned from captured activations, whatever the scheme."""
     began = time.perf_counter()
     rotated, plan = _rotated(base, recipe)
-    captured = capture(rotated, windows, {"attention", "mlp", "o"}, 4096, recipe.seed).vectors
+    captured = _seen(rotated, windows, recipe.seed)
     places = _places(plan, rotated)
     left = seconds - (time.perf_counter() - began)
     found = []
@@ -95,6 +98,25 @@ def dartquant(
         share = 0.6 if name == "R1" else 0.4 / (len(places) - 1)
         found.append(_whipped(torch.cat(own), rotation.block, left * share, recipe.seed))
     return _behind(places, found)
+
+
+@torch.no_grad()
+def _seen(model: Any, windows: Tensor, seed: int) -> dict[tuple[str, int], Tensor]:
+    """What attention, output projection and MLP of every layer read, of tokens drawn evenly."""
+    generator = torch.Generator().manual_seed(seed)
+    each = -(-SEEN // len(windows))
+    found: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
+    chosen = torch.empty(0)
+
+    def see(site: str, layer: int, x: Tensor) -> None:
+        if site in ("attention", "mlp", "o"):
+            found[site, layer].append(x[0, chosen])
+
+    with observed(model, see):
+        for window in windows.split(1):
+            chosen = torch.randperm(window.shape[1], generator=generator)[:each]
+            model(input_ids=window)
+    return {place: torch.cat(parts) for place, parts in found.items()}
 
 
 def _whipped(samples: Tensor, size: int, seconds: float, seed: int) -> Tensor:

@@ -28,7 +28,7 @@ from fastrot.lab.evaluate import Difference, Losses
 from fastrot.lab.outliers import observed
 from fastrot.lab.schemes import Numbers, Scheme
 from fastrot.learning import descents, learner
-from fastrot.learning.capture import capture
+from fastrot.learning.capture import Sample, capture, drawn
 from fastrot.learning.objective import Vectors, Weight, spread, total
 from fastrot.learning.orthogonal import Walk, cayley, defect, descend, polished
 from fastrot.learning.terms import bases, terms_of
@@ -128,38 +128,67 @@ def test_noise_costs_what_the_gradient_says(model, text):
     fastrot.apply(rotated)
     window = text[:1]
     kept = window.shape[1]
-    found = capture(rotated, window, {"mlp", "values"}, kept, seed=4)
+    found = capture(rotated, window, {"mlp", "values"}, kept, seed=4).samples
     generator = torch.Generator().manual_seed(4)
-    order = torch.randperm(kept, generator=generator)
     added = torch.zeros(1, kept, 96, requires_grad=True)
     hook = rotated.model.layers[1].mlp.register_forward_pre_hook(lambda _, args: (args[0] + added,))
     out = rotated(input_ids=window).logits[0]
     hook.remove()
     drawn = torch.multinomial(out.detach().softmax(-1), 1, generator=generator)[:, 0]
     (gradient,) = torch.autograd.grad(cross_entropy(out, drawn, reduction="sum"), added)
-    energies = gradient.square().sum(-1).flatten()
-    robust = energies.clamp(max=float(energies.sort().values[int(0.99 * kept) - 1])).mean()
-    assert found.energies["mlp", 1] == pytest.approx(float(robust), rel=1e-4)
+    energies = gradient.square().sum(-1).flatten() / kept
+    order = energies.argsort()
     seen = {}
     with torch.no_grad(), observed(rotated, lambda site, layer, x: seen.update({(site, layer): x})):
         rotated(input_ids=window)
-    torch.testing.assert_close(found.vectors["mlp", 1], seen["mlp", 1][0, order])
-    values = seen["values", 0][0].transpose(0, 1)[order]
-    torch.testing.assert_close(found.vectors["values", 0], values)
-    assert set(found.vectors) == {(site, layer) for site in ("mlp", "values") for layer in (0, 1)}
+    vectors, shares = found["mlp", 1]
+    mine = shares.argsort()
+    torch.testing.assert_close(shares[mine], energies[order], rtol=1e-4, atol=0)
+    torch.testing.assert_close(vectors[mine], seen["mlp", 1][0, order])
+    values = seen["values", 0][0].flatten(0, -2)
+    assert len(found["values", 0].vectors) == len(values)
+    assert set(found) == {(site, layer) for site in ("mlp", "values") for layer in (0, 1)}
     assert not any(p.grad is not None or not p.requires_grad for p in rotated.parameters())
+
+
+def test_a_sample_estimates_all_and_misses_nothing_heavy():
+    """One token that all others look at, and some that nobody does."""
+    generator = torch.Generator().manual_seed(0)
+    energies = torch.rand(300, generator=generator)
+    energies[7], energies[:5] = 1000, 0
+    values = torch.randn(300, generator=generator).square()
+    sums, counts = [], []
+    for _ in range(2000):
+        rows, shares = drawn(energies, 40, generator)
+        assert len(set(rows.tolist())) == 40
+        assert 7 in rows
+        assert shares[rows == 7] == pytest.approx(1000)
+        others = rows != 7
+        sums.append(float((shares * values[rows])[others].sum()))
+        counts.append(float(shares[others].sum()))
+    energies[7] = 0
+    assert sum(sums) / 2000 == pytest.approx(float(energies @ values), rel=0.02)
+    assert sum(counts) / 2000 == pytest.approx(float(energies.sum()), rel=0.02)
+
+
+def test_all_are_drawn_if_there_is_room():
+    energies = torch.tensor([0.0, 4.0, 1.0])
+    rows, shares = drawn(energies, 5, torch.Generator().manual_seed(0))
+    assert sorted(rows.tolist()) == [0, 1, 2]
+    torch.testing.assert_close(shares, energies[rows])
 
 
 def test_spread_is_the_variance_of_rounding():
     """Of flat vectors, whose 8-norm is known; groups see their own range."""
     x = torch.ones(3, 64)
-    assert float(spread(x, INT4)) == pytest.approx(64**0.25 / (12 * 7**2))
+    assert spread(x, INT4).tolist() == pytest.approx([64**0.25 / (12 * 7**2)] * 3)
     grouped = Numbers(per="group", group=16)
     x[:, :16] *= 5
     mean = (25 + 3) / 4
-    assert float(spread(x, grouped)) == pytest.approx(mean * 16**0.25 / (12 * 7**2))
+    assert spread(x, grouped).tolist() == pytest.approx([mean * 16**0.25 / (12 * 7**2)] * 3)
     asymmetric = Numbers(symmetric=False)
-    assert float(spread(x, asymmetric) / spread(x, INT4)) == pytest.approx((7 / 7.5) ** 2)
+    ratio = spread(x, asymmetric) / spread(x, INT4)
+    assert ratio.tolist() == pytest.approx([(7 / 7.5) ** 2] * 3)
 
 
 @pytest.mark.parametrize("outputs", [False, True])
@@ -168,14 +197,26 @@ def test_a_weight_s_term_is_of_the_turned_weight(outputs):
     w = torch.randn(24, 36, generator=generator)
     q = torch.linalg.qr(torch.randn(12, 12, generator=generator)).Q
     whole = torch.block_diag(*[q] * (2 if outputs else 3))
-    expected = 3.0 * spread(whole.T @ w if outputs else w @ whole, INT4)
+    expected = 3.0 * spread(whole.T @ w if outputs else w @ whole, INT4).mean()
     got = Weight(w, 3.0, INT4, outputs).cost(q, generator, 0)
     torch.testing.assert_close(got, expected)
 
 
+def test_a_part_of_the_vectors_estimates_all():
+    generator = torch.Generator().manual_seed(0)
+    x, shares = torch.randn(20, 12, generator=generator), torch.rand(20, generator=generator)
+    shares[3] = 50
+    q = torch.linalg.qr(torch.randn(6, 6, generator=generator)).Q
+    exact = float(shares @ spread(x @ torch.block_diag(q, q), INT4)) / 2
+    term = Vectors(Sample(x, shares), INT4)
+    mean = sum(float(term.cost(q, generator, 5)) for _ in range(2000)) / 2000
+    assert mean == pytest.approx(exact, rel=0.02)
+
+
 def test_a_part_of_the_terms_estimates_all():
     generator = torch.Generator().manual_seed(0)
-    terms = [Vectors(torch.full((4, 8), float(i)), 1.0, INT4) for i in range(10)]
+    samples = [Sample(torch.full((4, 8), float(i)), torch.ones(4)) for i in range(10)]
+    terms = [Vectors(sample, INT4) for sample in samples]
     one = torch.eye(8)
     exact = total(terms, 4, 10, generator)([one])
     some = total(terms, 4, 3, generator)
@@ -308,8 +349,7 @@ def test_modules_that_text_does_not_reach():
 def test_a_tensor_with_two_readers_is_one_site():
     model = build(FAMILIES["gptj"], torch.float32)
     captured = capture(model, random_ids(model, 2, 12, seed=0), {"attention", "mlp"}, 8, seed=0)
-    assert {site for site, _ in captured.vectors} == {"attention"}
-    assert captured.energies.keys() == captured.vectors.keys()
+    assert {site for site, _ in captured.samples} == {"attention"}
 
 
 def test_another_default_dtype(model, text):

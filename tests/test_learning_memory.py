@@ -7,15 +7,17 @@ import pytest
 import torch
 from helpers import random_ids, tiny
 from test_learning_refine import ALL, loss_of, turned_model
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from zoo import FAMILIES, build
 
 import fastrot
+from fastrot.lab.fisher import descend_from_own_words, only_activations
 from fastrot.lab.layerwise import layerwise
 from fastrot.lab.outliers import SITES, observed
 from fastrot.lab.schemes import Scheme
 from fastrot.learning import refine
-from fastrot.learning.capture import QUANTILE, ClippedMean, capture
+from fastrot.learning.capture import Site, capture
 
 captures = import_module("fastrot.learning.capture")
 MODELS = ("llama", "gpt2", "gemma2", "gemma4_shared", "minicpm3")
@@ -42,29 +44,46 @@ def saved(run):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_same_is_captured(name, monkeypatch):
+def test_the_same_is_captured(name):
+    """As with the graph of all layers in memory: vectors, energies, and those of the weights."""
     model = build(FAMILIES[name], torch.float32)
     fastrot.apply(model, "R4")
-    given = model, random_ids(model, 3, 12, seed=0), set(SITES), 10, 1
-    found = capture(*given)
-    monkeypatch.setattr(captures, "layerwise", whole)
-    expected = capture(*given)
-    assert found.vectors.keys() == expected.vectors.keys()
-    for site, vectors in found.vectors.items():
-        assert torch.equal(vectors, expected.vectors[site]), site
-    assert found.energies == pytest.approx(expected.energies, rel=1e-5)
-    assert found.weights == pytest.approx(expected.weights, rel=1e-5)
-    assert min(expected.energies.values()) > 0
+    ids = random_ids(model, 3, 12, seed=0)
+    found = capture(model, ids, set(SITES), 3 * 12, 1)
+    expected: dict[Site, list[Tensor]] = {}
+
+    def see(site, layer, x):
+        seen = x.detach().flatten(0, -2)
+
+        def note(gradient):
+            energies = gradient.square().sum(-1).flatten() / (3 * 12)
+            both = torch.cat([seen, energies[:, None]], -1)
+            expected.setdefault((site, layer), []).append(both)
+
+        x.register_hook(note)
+
+    generator = torch.Generator().manual_seed(1)
+    with only_activations(model), observed(model, see):
+        for window in ids.split(1):
+            descend_from_own_words(model, window, generator)
+    assert found.samples.keys() == expected.keys()
+    for site, (vectors, shares) in found.samples.items():
+        got = torch.cat([vectors, shares[:, None]], -1)
+        wanted = torch.cat(expected[site])
+        for column in (-1, 0):  # the same token twice is the same vector in the first layer
+            got, wanted = (x[x[:, column].argsort(stable=True)] for x in (got, wanted))
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+        assert shares.max() > 0
 
 
 def test_a_layer_costs_its_input(monkeypatch):
-    def of(layers):
+    def of(layers, sites=()):
         model = tiny("llama", dtype=torch.float32, layers=layers)
         ids = random_ids(model, 1, 12, seed=0)
-        return saved(lambda: capture(model, ids, set(SITES), 8, 0))
+        return saved(lambda: capture(model, ids, set(sites), 8, 0))
 
     size = 12 * 96 * 4
-    assert of(5) - of(2) == 3 * size
+    assert of(5, SITES) - of(2, SITES) == 3 * size
     monkeypatch.setattr(captures, "layerwise", whole)
     assert of(5) - of(2) > 30 * size
 
@@ -73,24 +92,13 @@ def test_more_windows_than_vectors():
     """Vectors come from windows that are equally far apart."""
     model = tiny("llama", dtype=torch.float32)
     ids = random_ids(model, 10, 12, seed=0)
-    vectors = capture(model, ids, {"mlp"}, 4, 0).vectors["mlp", 1]
+    vectors = capture(model, ids, {"mlp"}, 4, 0).samples["mlp", 1].vectors
     assert len(vectors) == 4
     for vector, window in zip(vectors, ids[::3], strict=True):
         seen = {}
         with torch.no_grad(), observed(model, lambda *x, seen=seen: seen.update({x[:2]: x[2]})):
             model(window[None])
         assert (seen["mlp", 1][0] - vector).abs().amax(-1).min() < 1e-5
-
-
-@pytest.mark.parametrize("count", [1, 2, 99, 100, 101, 1000])
-def test_clipped_mean(count):
-    numbers = torch.randn(count, generator=torch.Generator().manual_seed(count)).exp()
-    most = numbers.kthvalue(max(1, int(QUANTILE * count))).values
-    mean = ClippedMean(count)
-    for part in numbers.split(17):
-        mean.add(part)
-        assert len(mean.largest) <= 2 + count // 100
-    assert mean.result() == pytest.approx(float(numbers.clamp(max=float(most)).mean()), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma4_shared"])

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,23 +17,31 @@ from fastrot.lab.quantized import linears_of
 Site = tuple[str, int]
 """Its name, as in :mod:`fastrot.lab.outliers`, and the number of the layer."""
 
-QUANTILE = 0.99
-"""Energies of vectors above this one count as it: few tokens would speak for all."""
+
+class Sample(NamedTuple):
+    """Of the vectors of a site, over all tokens and heads.
+
+    Attributes:
+        vectors: ``(n, width)``, float32.
+        shares: ``(n,)``: a function of the vectors, summed with these, estimates without bias the
+            mean over tokens of the sum over heads of that function times the squared length of the
+            gradient.
+    """
+
+    vectors: Tensor
+    shares: Tensor
 
 
 @dataclass
 class Captured:
-    """Vectors and energies.
+    """What goes into the sites and the linear modules.
 
     Attributes:
-        vectors: of a site, a sample: ``(tokens, width)``, or ``(tokens, heads, width)`` of what is
-            cached; float32.
-        energies: mean squared length of the gradient at a site, over tokens and heads.
+        samples: by site.
         weights: of a linear module by name: the mean over outputs of gradient² · |input|².
     """
 
-    vectors: dict[Site, Tensor] = field(default_factory=dict)
-    energies: dict[Site, float] = field(default_factory=dict)
+    samples: dict[Site, Sample] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
 
 
@@ -54,37 +62,37 @@ def capture(
         model: a causal language model in float32, on which hooks may stand meanwhile.
         windows: token ids, ``(n, length)``.
         sites: whose vectors are wanted.
-        kept: vectors of a site, over all windows, about.
-        seed: of the sample and of the targets.
+        kept: tokens of a site, over all windows, about: so many vectors for each head.
+        seed: of the samples and of the targets.
         done: told how many tokens were seen after each window.
     """
-    generator = torch.Generator().manual_seed(seed)
+    targets, choice = (torch.Generator().manual_seed(seed) for _ in range(2))
     count, length = windows.shape
     apart = -(-count // kept)
-    each = min(length, -(-kept // -(-count // apart)))
-    vectors: dict[Site, Tensor] = {}
-    energies: dict[Site, ClippedMean] = {}
+    looked_at = -(-count // apart)
+    each = min(length, -(-kept // looked_at))
+    found: dict[Site, list[Sample]] = defaultdict(list)
     weights: dict[str, float] = defaultdict(float)
-    chosen = torch.empty(0)
-    rows = slice(0)
-
     charged = Charged()
+    asked: set[Site] = set()
+    again: dict[Site, Tensor] = {}
 
     def see(site: str, layer: int, x: Tensor) -> None:
-        if site not in sites or charged.before(site, layer, x):
+        if not asked_for or site not in sites or charged.before(site, layer, x):
             return
-        seen = x.detach()
-        # Some layers have flattened their tokens.
-        seen = seen.transpose(1, 2)[0] if site in CACHED else seen.flatten(0, -2)
-        if (site, layer) not in vectors:
-            size = -(-count // apart) * each, *seen.shape[1:]
-            vectors[site, layer] = torch.empty(size, dtype=torch.float32)
-        vectors[site, layer][rows] = seen[chosen].float().cpu()
+        place = site, layer
+        if place in asked:  # the layer runs again, on the way back
+            again[place] = x.detach()
+            return
+        asked.add(place)
 
         def note(gradient: Tensor) -> None:
-            energy = gradient.float().square().sum(-1).flatten().cpu()
-            mean = energies.setdefault((site, layer), ClippedMean(count * len(energy)))
-            mean.add(energy)
+            seen = again.pop(place)
+            heads = seen.shape[1] if site in CACHED else 1
+            energies = gradient.float().square().sum(-1).flatten().cpu()
+            rows, shares = drawn(energies, each * heads, choice)
+            vectors = seen.flatten(0, -2)[rows.to(seen.device)].float().cpu()
+            found[place].append(Sample(vectors, shares / (looked_at * length)))
 
         x.register_hook(note)
 
@@ -97,34 +105,40 @@ def capture(
         stack.enter_context(observed(model, see))
         stack.enter_context(_weighed(model, mind))
         for number, window in enumerate(windows.split(1)):
-            chosen = torch.randperm(length, generator=generator)[: 0 if number % apart else each]
-            at = -(-number // apart) * each
-            rows = slice(at, at + len(chosen))
-            descend_from_own_words(model, window, generator)
+            asked_for = number % apart == 0
+            asked.clear()
+            descend_from_own_words(model, window, targets)
             if done is not None:
                 done(window.numel())
-    means = {site: found.result() for site, found in energies.items()}
-    return Captured(vectors, means, dict(weights))
+    samples = {}
+    for place in list(found):
+        vectors, shares = zip(*found.pop(place), strict=True)
+        samples[place] = Sample(torch.cat(vectors), torch.cat(shares))
+    return Captured(samples, dict(weights))
 
 
-class ClippedMean:
-    """The mean of numbers of which those above a quantile count as it; these alone are kept."""
+def drawn(energies: Tensor, most: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Some of the vectors with these energies, more likely those with much, and their shares.
 
-    def __init__(self, count: int) -> None:
-        """Of so many numbers."""
-        self.count = count
-        self.kept = count - max(1, int(QUANTILE * count)) + 1
-        self.largest, self.rest = torch.empty(0, dtype=torch.float32), 0.0
+    Priority sampling (Duffield, Lund and Thorup, "Priority sampling for estimation of arbitrary
+    subset sums", J. ACM 54(6), 2007) by the root of the energy: the few tokens that all others look
+    at, whose energy may be a thousand times the rest's, are never missed, and most of what is drawn
+    are the others.
 
-    def add(self, numbers: Tensor) -> None:
-        """Take some in, ``(n,)`` float32."""
-        numbers = torch.cat([self.largest, numbers]).sort(descending=True).values
-        self.largest = numbers[: self.kept].clone()
-        self.rest += float(numbers[self.kept :].double().sum())
+    Args:
+        energies: ``(n,)``, float32.
+        most: how many are drawn.
+        generator: of the choice.
 
-    def result(self) -> float:
-        """The mean, when all are in."""
-        return (self.rest + float(self.largest[-1]) * self.kept) / self.count
+    Returns:
+        Numbers of those drawn, and for each its energy over the probability that it is drawn.
+    """
+    roots = energies.sqrt()
+    priorities = roots / (1 - torch.rand(len(roots), generator=generator, dtype=roots.dtype))
+    rows = priorities.argsort(descending=True)
+    threshold = priorities[rows[most]] if most < len(rows) else roots.new_zeros(())
+    rows = rows[:most]
+    return rows, roots[rows] * roots[rows].maximum(threshold)
 
 
 @contextmanager

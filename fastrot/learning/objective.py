@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastrot.lab.schemes import Numbers
+from fastrot.learning.capture import Sample
 
 POWER = 8
 ROWS = 512
@@ -20,13 +21,14 @@ ROWS = 512
 
 
 def spread(x: Tensor, numbers: Numbers) -> Tensor:
-    """The mean squared distance of levels over 12, for vectors along the last dimension."""
+    """The mean squared distance of levels over 12 of each vector, along the last dimension."""
     if numbers.group:
         x = x.unflatten(-1, (-1, numbers.group))
     levels = {"int": numbers.bits or 0, "fp8": 8}.get(numbers.format, 4)
     half = 2 ** (levels - 1) - 1
     steps = half if numbers.symmetric else (2**levels - 1) / 2
-    return x.abs().pow(POWER).sum(-1).pow(2 / POWER).mean() / (12 * steps**2)
+    squared = x.abs().pow(POWER).sum(-1).pow(2 / POWER)
+    return (squared.mean(-1) if numbers.group else squared) / (12 * steps**2)
 
 
 @dataclass(frozen=True)
@@ -34,19 +36,19 @@ class Vectors:
     """The vectors of one site.
 
     Attributes:
-        samples: ``(n, width)``, float32.
-        weight: nats per unit of :func:`spread`.
+        sample: of them.
         numbers: how they are rounded.
     """
 
-    samples: Tensor
-    weight: float
+    sample: Sample
     numbers: Numbers
 
     def cost(self, q: Tensor, generator: torch.Generator, count: int) -> Tensor:
-        """Of some of them, every block turned by ``q``."""
-        chosen = torch.randint(len(self.samples), (count,), generator=generator)
-        return self.weight * spread(turned(self.samples[chosen], q), self.numbers)
+        """Of some, more likely those that count much; every block turned by ``q``."""
+        roots = self.sample.shares.sqrt()
+        chosen = torch.multinomial(roots, count, replacement=True, generator=generator)
+        spreads = spread(turned(self.sample.vectors[chosen], q), self.numbers)
+        return roots.sum() / 2 * (roots[chosen] * spreads).mean()
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,9 @@ class Weight:
             part = turned(blocks[chosen].flatten(0, 1).float(), q).T
             # The 8-norm grows with the number of inputs.
             whole = 1.0 if self.numbers.group else (len(matrix) / part.shape[1]) ** (2 / POWER)
-            return self.weight * whole * spread(part, self.numbers)
+            return self.weight * whole * spread(part, self.numbers).mean()
         rows = matrix[_some(len(matrix), ROWS, generator)].float()
-        return self.weight * spread(turned(rows, q), self.numbers)
+        return self.weight * spread(turned(rows, q), self.numbers).mean()
 
 
 Term = Vectors | Weight
@@ -111,9 +113,3 @@ def total(
         return torch.stack(costs).sum() * (len(terms) / len(chosen))
 
     return loss
-
-
-def of_site(samples: Tensor, energy: float, numbers: Numbers) -> Vectors:
-    """The term of a site; a token has vectors of as many heads as there are, each costs."""
-    count = samples.shape[1] if samples.dim() == 3 else 1
-    return Vectors(samples.flatten(0, -2), energy * count / 2, numbers)

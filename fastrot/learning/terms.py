@@ -20,7 +20,7 @@ from fastrot.index import Index
 from fastrot.lab.quantized import decoder_layers, layer_of, linears_of
 from fastrot.lab.schemes import Scheme
 from fastrot.learning.capture import Captured
-from fastrot.learning.objective import Term, Weight, of_site
+from fastrot.learning.objective import Term, Vectors, Weight
 from fastrot.rotations import Rotation
 
 SITES = {"R1": ("attention", "mlp"), "R2": ("o", "values"), "R3": ("keys", "latents")}
@@ -94,12 +94,10 @@ def terms_of(model: Any, plan: Plan, scheme: Scheme, captured: Captured) -> dict
     found: dict[Place, list[Term]] = defaultdict(list)
     lent = _lent(model)
     for group, sites in SITES.items():
-        for (site, layer), vectors in captured.vectors.items():
+        for (site, layer), sample in captured.samples.items():
             numbers = scheme.at(site)
-            if site in sites and numbers is not None:
-                found[_place(group, layer, lent)].append(
-                    of_site(vectors, captured.energies[site, layer], numbers)
-                )
+            if site in sites and numbers is not None and sample.shares.any():
+                found[_place(group, layer, lent)].append(Vectors(sample, numbers))
     if scheme.weights is not None:
         for turn in turns_of(model, plan):
             # One of a fused projection mixes few of its rows; some modules wait for images.
