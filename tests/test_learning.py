@@ -31,7 +31,7 @@ from fastrot.learning import descents, learner
 from fastrot.learning.capture import Sample, capture, drawn
 from fastrot.learning.objective import Vectors, Weight, spread, total
 from fastrot.learning.orthogonal import Walk, cayley, defect, descend, polished
-from fastrot.learning.terms import bases, terms_of
+from fastrot.learning.terms import LEFT_BY_GPTQ, bases, terms_of
 from fastrot.learning.windows import JUDGES, parted, windows_in
 
 FAST = {"steps": 20, "refine": 0, "vectors": 64}
@@ -200,6 +200,22 @@ def test_a_weight_s_term_is_of_the_turned_weight(outputs):
     expected = 3.0 * spread(whole.T @ w if outputs else w @ whole, INT4).mean()
     got = Weight(w, 3.0, INT4, outputs).cost(q, generator, 0)
     torch.testing.assert_close(got, expected)
+
+
+def test_gptq_leaves_a_part_of_the_weights_cost(model, text):
+    rotated = copy.deepcopy(model)
+    plan = fastrot.apply(rotated).plan
+    captured = capture(rotated, text[:2], set(), 8, seed=0)
+    nearest, gptq = (
+        {
+            place: [term.weight for term in terms]
+            for place, terms in terms_of(rotated, plan, Scheme.parse(name), captured).items()
+        }
+        for name in ("w4a4", "w4gptq-a4")
+    )
+    assert nearest.keys() == gptq.keys() == {("R1", None), ("R2", 0), ("R2", 1)}
+    for place, weights in nearest.items():
+        assert gptq[place] == pytest.approx([LEFT_BY_GPTQ * weight for weight in weights])
 
 
 def test_a_part_of_the_vectors_estimates_all():

@@ -26,6 +26,10 @@ from fastrot.rotations import Rotation
 SITES = {"R1": ("attention", "mlp"), "R2": ("o", "values"), "R3": ("keys", "latents")}
 """What the rotations that can be learned turn."""
 
+LEFT_BY_GPTQ = 0.2
+"""The share of the cost of rounding weights to nearest that is left: of SmolLM2's 0.98 predicted
+nats 0.13 are. Beside activations in 4 bits, 0 and 1 learned as good rotations, but for luck."""
+
 Place = tuple[str, int | None]
 """A rotation: its name and, but for R1, its layer; a layer that uses the keys and values of another
 has the rotations of that one."""
@@ -102,7 +106,8 @@ def terms_of(model: Any, plan: Plan, scheme: Scheme, captured: Captured) -> dict
         for turn in turns_of(model, plan):
             # One of a fused projection mixes few of its rows; some modules wait for images.
             if turn.part is None and turn.name in captured.weights:
-                energy = captured.weights[turn.name] * len(turn.matrix) / 2
+                left = LEFT_BY_GPTQ if scheme.weights.gptq else 1
+                energy = left * captured.weights[turn.name] * len(turn.matrix) / 2
                 term = Weight(turn.matrix, energy, scheme.weights, turn.outputs)
                 found[turn.place].append(term)
     return dict(found)
