@@ -14,7 +14,7 @@ from fastrot.lab.evaluate import Difference, Losses
 from fastrot.lab.quantized import quantized
 from fastrot.lab.quantizers import fake_quantize
 from fastrot.lab.schemes import Numbers, Scheme
-from fastrot.learning import learner
+from fastrot.learning import descents, learner
 from fastrot.learning.orthogonal import cayley, polished
 from fastrot.learning.refine import simulated, straight_through
 from fastrot.learning.terms import bases
@@ -135,6 +135,21 @@ def test_it_goes_down(uneven, monkeypatch):
     fastrot.apply(uneven, learned)
     with torch.no_grad(), quantized(uneven, "w4a4kv4"):
         assert float(loss_of(uneven, text[:1])) < start - 0.05
+
+
+def test_without_steps_next_to_nothing_is_captured(uneven, monkeypatch):
+    seen = []
+    capture = descents.capture
+
+    def counting(model, windows, *rest):
+        seen.append(len(windows))
+        return capture(model, windows, *rest)
+
+    monkeypatch.setattr(descents, "capture", counting)
+    text = random_ids(uneven, 16, 24, seed=3)
+    for steps in (0, 1):
+        fastrot.learn(uneven, text, ALL, scheme="w4a4", steps=steps, refine=1)
+    assert seen == [1, 8]
 
 
 @pytest.mark.parametrize(

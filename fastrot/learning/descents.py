@@ -49,6 +49,8 @@ def fitted(
     """
     rotations = {name: each for name, each in bases(plan, rotated).items() if name in wanted}
     counts = {name: steps if name == "R1" else -(-steps // SHORTER) for name in rotations}
+    if not steps:
+        windows = windows[:1]  # shows what they turn
     bar.reset(len(windows) + sum(counts[name] * len(each) for name, each in rotations.items()))
     bar.set_description("capture")
     terms: dict[Place, list[Term]] = {}
