@@ -151,7 +151,7 @@ def test_left_where_it_does_not(uneven, trained, learned, monkeypatch):
     monkeypatch.setattr(learner, "orders_of", lambda *_: [o.argsort() for o in orders])
     left = fastrot.learn(even, trained[1], "R4", **PERMUTE)
     assert not left.accepted
-    assert left.gain.mean == 0
+    assert left.gain.mean > 0
     assert left == Learned("R4", block_size=PERMUTE["block_size"])
 
 

@@ -27,7 +27,8 @@ class Learned(Recipe):
         steps: of descent.
         text: SHA-256 of the token ids that it was learned from.
         before: mean loss of the quantized model with the recipe, on the held-out text, in nats.
-        gain: loss with what was learned minus that, with its standard error.
+        gain: loss with what was learned minus that, with its standard error; if nothing is taken,
+            with the matrices (else the permutations) that were left.
         defect: the largest entry of ``|QᵀQ - I|`` of all matrices that were learned.
         history: the loss that was descended on, of R1, for every step.
         taken: what was learned and is in the recipe, ``matrices`` and ``permutations``.

@@ -121,7 +121,7 @@ def learn(
     rotated, plan = _rotated(model, wishes)
     check_one_order({name: each for name, each in bases(plan, rotated).items() if name in wanted})
     with tqdm(disable=not progress) as bar:
-        before = best = _quantized_losses(rotated, scheme, judges, windows)
+        before = best = after = _quantized_losses(rotated, scheme, judges, windows)
         if permute:
             permuted = {**wishes, "permutations": {"R4": orders_of(rotated, plan, windows)}}
             candidate, made = _rotated(model, permuted)
@@ -157,7 +157,7 @@ def learn(
         steps=steps,
         text=hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
         before=before.mean,
-        gain=compare(best, before),
+        gain=compare(best if taken else after, before),
         defect=max((defect(matrix) for each in found.values() for matrix in each), default=0.0),
         history=tuple(history),
     )
