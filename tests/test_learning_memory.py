@@ -88,11 +88,14 @@ def test_a_layer_costs_its_input(monkeypatch):
     assert of(5) - of(2) > 30 * size
 
 
-def test_more_windows_than_vectors():
+def test_more_windows_than_vectors(monkeypatch):
     """Vectors come from windows that are equally far apart."""
     model = tiny("llama", dtype=torch.float32)
     ids = random_ids(model, 10, 12, seed=0)
-    vectors = capture(model, ids, {"mlp"}, 4, 0).samples["mlp", 1].vectors
+    energy = torch.ones(1)
+    monkeypatch.setattr(captures, "drawn", lambda *_: (torch.tensor([5]), energy))
+    vectors, shares = capture(model, ids, {"mlp"}, 4, 0).samples["mlp", 1]
+    torch.testing.assert_close(shares, energy.expand(4) / (4 * 12))
     assert len(vectors) == 4
     for vector, window in zip(vectors, ids[::3], strict=True):
         seen = {}
