@@ -22,20 +22,9 @@ def check_model(model: nn.Module) -> None:
         TypeError: no ``nn.Module``, or one without a transformers configuration.
         RotationError: a model that is quantized or an encoder-decoder.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a transformers model, got {type(model).__name__}")
-    if hasattr(model, "_orig_mod"):
-        raise TypeError(
-            f"this is a {type(model).__name__}, a compiled model; rotate the model itself "
-            "(model._orig_mod), then torch.compile it"
-        )
-    config = getattr(model, "config", None)
-    if not hasattr(config, "model_type"):
-        raise TypeError(
-            f"{type(model).__name__} has no transformers config; pass the model itself, not a "
-            "wrapper around it"
-        )
+    check_kind(model)
     check_adapters(model)
+    config: Any = model.config
     if getattr(config, "is_encoder_decoder", False):
         raise RotationError(
             f"{type(model).__name__} is an encoder-decoder; fastrot rotates decoders"
@@ -50,6 +39,26 @@ def check_model(model: nn.Module) -> None:
         raise RotationError(
             f"the model is quantized (quant_method={method}, {reason}); rotate the unquantized "
             "model, then quantize"
+        )
+
+
+def check_kind(model: nn.Module) -> None:
+    """Refuse what is no model of transformers itself.
+
+    Raises:
+        TypeError: no ``nn.Module``, a compiled one, or one without a transformers configuration.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a transformers model, got {type(model).__name__}")
+    if hasattr(model, "_orig_mod"):
+        raise TypeError(
+            f"this is a {type(model).__name__}, a compiled model; pass the model itself "
+            "(model._orig_mod), then torch.compile it"
+        )
+    if not hasattr(getattr(model, "config", None), "model_type"):
+        raise TypeError(
+            f"{type(model).__name__} has no transformers config; pass the model itself, not a "
+            "wrapper around it"
         )
 
 

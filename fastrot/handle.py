@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from fastrot.edits import Plan
+from fastrot.errors import RotationError
 from fastrot.mapping import STREAM
 from fastrot.removal import remove
 
@@ -27,10 +28,12 @@ class Handle:
         """The rotations in the schema of compressed-tensors' ``TransformConfig``."""
         return self.plan.transform_config.to_dict()
 
-    def remove(self) -> None:
+    def remove(self, *, trust: bool = False) -> None:
         """Take the online rotations of this application off, see :func:`fastrot.remove`."""
         groups = dict.fromkeys(site.group for site in self.plan.online if site.group != STREAM)
-        remove(self.model, list(groups))
+        if not groups:
+            raise RotationError("nothing of this is online: what it did is in the weights, to stay")
+        remove(self.model, groups, trust=trust)
 
     def __str__(self) -> str:
         return str(self.plan)

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from collections.abc import Mapping as MappingABC
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
 import torch
@@ -92,6 +93,11 @@ class Recipe:
                 f"keep_head=True is of {STREAM}, which is not among {', '.join(self.rotations)}; "
                 "leave it out"
             )
+        if self.randomize and self.transform_config is None and self.rotations == (STREAM,):
+            raise RotationError(
+                f"randomize=True gives every layer a matrix of its own, and {STREAM} is one of all "
+                "layers; leave it out, or take another seed"
+            )
         if self.transform_type not in KINDS:
             raise RotationError(
                 f"transform type {self.transform_type!r} is not one of {', '.join(KINDS)}"
@@ -123,6 +129,12 @@ class Recipe:
                 "learnable=True: rotations are learned from text; call fastrot.apply(model, "
                 "fastrot.learn(model, batches, rotations))"
             )
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in known:
+                near = get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+                raise TypeError(f"there is no option {name!r}; {hint}")
         if not isinstance(rotations, Recipe):
             return cls(rotations, **options)  # type: ignore[arg-type]
         if options:

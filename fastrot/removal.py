@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastrot.checks import check_adapters
+from fastrot.checks import check_adapters, check_flag, check_kind
 from fastrot.damage import mark_damaged
 from fastrot.edits import Plan, Rotate, WeightEdit
 from fastrot.errors import RotationError
 from fastrot.fit import check_weights
+from fastrot.foreign import check_whole
 from fastrot.fuse import Fusion
 from fastrot.index import Index
 from fastrot.integrations.marks import unmark
@@ -31,7 +32,11 @@ if TYPE_CHECKING:
 
 @torch.inference_mode(False)
 def remove(
-    model: "PreTrainedModel", groups: str | Iterable[str] | None = None, *, undo: Undo = "none"
+    model: "PreTrainedModel",
+    groups: str | Iterable[str] | None = None,
+    *,
+    trust: bool = False,
+    undo: Undo = "none",
 ) -> None:
     """Take online rotations off a model; it goes on computing the same function.
 
@@ -45,14 +50,20 @@ def remove(
         model: rotated by :func:`fastrot.apply`, or loaded from such a checkpoint.
         groups: names of the rotations to take off, for example ``"R4"``; default, all that are
             online but R1, and R2 where it is in the weights of some layers and online in others.
+        trust: let other models that share a part with this one be changed with it.
         undo: copies of the weights, as for :func:`fastrot.apply`.
 
     Raises:
         RotationError: a group that is not online on this model, one whose rotation is not the
             recorded one, or whose weights were rotated on the same side again by another one,
-            so that it can't be undone alone; or a model with adapters. The model is untouched then;
-            after other errors as for :func:`fastrot.apply`.
+            so that it can't be undone alone; a part of a larger model, or one that shares a part
+            with another; or a model with adapters. The model is untouched then; after other errors
+            as for :func:`fastrot.apply`.
+        TypeError: no model of transformers itself, or ``groups`` that are no names.
     """
+    check_kind(model)
+    check_flag("trust", trust)
+    check_whole(model, trust=trust)
     with exclusive(model), on_cpu():
         _remove(model, groups, undo)
 
@@ -81,7 +92,7 @@ def _remove(model: "PreTrainedModel", groups: str | Iterable[str] | None, undo: 
         for name, scheme in config.config_groups.items()
     ]
     online = [name for name, plan in plans if plan.online]
-    given = (groups,) if isinstance(groups, str) else groups
+    given = _names(groups)
     by_case = {name.upper(): name for name in online}
     # Values that some layers turn online (Gemma 4) were turned in the weights of others.
     others = [
@@ -113,6 +124,17 @@ def _remove(model: "PreTrainedModel", groups: str | Iterable[str] | None, undo: 
             unmark(config)
         retrace()
         fusion.run(journal)
+
+
+def _names(groups: str | Iterable[str] | None) -> tuple[str, ...] | None:
+    if groups is None or isinstance(groups, str):
+        return groups if groups is None else (groups,)
+    names = tuple(groups) if isinstance(groups, Iterable) else (groups,)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"groups must be names of rotations such as 'R4', got {groups!r}")
+    if not names:
+        raise RotationError("groups is empty; name some rotations, or leave it out for all")
+    return names
 
 
 def _check_described(model: "PreTrainedModel", norms: Sequence[NormMapping]) -> None:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from fastrot.checks import quant_method
+from fastrot.checks import check_kind, quant_method
 from fastrot.errors import RotationError
 from fastrot.foreign import check_whole
 from fastrot.integrations.guard import lift, missing
@@ -35,6 +35,7 @@ def restore(model: "PreTrainedModel") -> None:
         RotationError: there is no record of online rotations, the model has some of them or others,
             is a part of a larger one, or a rotation can't act in it. The model is untouched.
     """
+    check_kind(model)
     check_whole(model, trust=True)
     with exclusive(model), on_cpu():
         _restore(model)

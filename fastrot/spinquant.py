@@ -187,7 +187,8 @@ def _given_sizes(recipe: Recipe) -> dict[str, int]:
                 f"block_size={block_size} is that of {' and '.join(whole)}, which are not among "
                 f"{', '.join(wanted)}; give the others their own with a dict"
             )
-        given = {name: size for name, size in given.items() if name not in matrices}
+        # Beside others a matrix keeps its order; alone it must be of this one.
+        given = {name: size for name, size in given.items() if name not in matrices} or given
     for name in given:
         if name not in wanted:
             known = ROTATIONS if name not in ROTATIONS else wanted

@@ -158,3 +158,35 @@ def test_a_layer_without_a_matrix_and_a_second_block_size_are_refused():
     with pytest.raises(fastrot.RotationError, match="R4 has order 28, its block_size another"):
         fastrot.plan(model, "R4", matrices={"R4": orthogonal(28, 1)}, block_size={"R4": 16})
     fastrot.plan(model, ("R1", "R4"), matrices={"R4": orthogonal(28, 1)}, block_size=16)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (
+            lambda q: q.to("meta"),
+            "R1: .* plain tensor, got one that is on the meta",
+        ),
+        (lambda q: q.to_sparse(), r"R1: .*torch\.sparse_coo"),
+    ],
+)
+def test_tensors_without_plain_numbers(given, words):
+    with pytest.raises(TypeError, match=words):
+        Recipe(("R1",), matrices={"R1": given(torch.eye(96, dtype=torch.float64))})
+
+
+def test_orders_on_meta():
+    with pytest.raises(TypeError, match="on the meta device"):
+        Rotation.from_permutation(torch.arange(8, device="meta"))
+
+
+@pytest.mark.parametrize("size", [7, 8])
+def test_one_block_size_for_matrices_alone(size):
+    """It is theirs, or refused; beside a rotation that has none it is of that."""
+    model = tiny("llama")
+    alone = {"rotations": ("R1",), "matrices": {"R1": orthogonal(96, 0)}}
+    with pytest.raises(fastrot.RotationError, match="R1 has order 96, its block_size another"):
+        fastrot.plan(model, **alone, block_size=size)
+    assert fastrot.plan(model, **alone, block_size=96) == fastrot.plan(model, **alone)
+    both = fastrot.plan(model, **alone | {"rotations": ("R1", "R4")}, block_size=28)
+    assert {str(site.rotation.block) for site in both.online} == {"28"}

@@ -119,7 +119,7 @@ def test_remove_twice_is_refused():
 
 def test_remove_without_online_rotations_is_refused():
     handle = fastrot.apply(tiny("llama"), ("R1", "R2"))
-    with pytest.raises(ValueError, match="no rotation is online"):
+    with pytest.raises(ValueError, match="nothing of this is online"):
         handle.remove()
 
 

@@ -7,6 +7,7 @@ import torch
 from helpers import difference, fingerprint, logits, random_ids, relative_error, tiny
 from test_zoo import logits as zoo_logits
 from test_zoo import original
+from torch import nn
 from transformers import AutoModelForCausalLM
 from zoo import FAMILIES
 
@@ -85,3 +86,49 @@ def test_values_that_only_some_layers_turn_online_stay():
     fastrot.remove(rotated)
     assert {rotation.group for _, _, rotation in installed(rotated)} == groups & {"R2"}
     assert relative_error(zoo_logits(rotated, given), before) <= FAMILIES["gemma4_text"].exact
+
+
+def test_a_part_is_not_taken_for_the_whole():
+    """Nor a shallow copy, whose modules are those of another model."""
+    model = tiny("llama")
+    ids = random_ids(model, 2, 8, seed=0)
+    expected = logits(model, ids)
+    fastrot.apply(model, "R4")
+    shallow = copy.copy(model)
+    before = fingerprint(model)
+    with pytest.raises(fastrot.RotationError, match=r"'model' of a LlamaForCausalLM"):
+        fastrot.remove(model.model)
+    with pytest.raises(fastrot.RotationError, match=r"delete that model.*trust=True"):
+        fastrot.remove(shallow)
+    assert difference(before, fingerprint(model)) == []
+    fastrot.remove(model, trust=True)
+    assert relative_error(logits(model, ids), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("function", [fastrot.remove, fastrot.restore])
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (lambda model: "x", "expected a transformers model, got str"),
+        (nn.Sequential, "Sequential has no transformers config"),
+        (lambda model: torch.compile(model, backend="eager"), "_orig_mod"),
+    ],
+)
+def test_what_is_no_model(function, given, words):
+    model = tiny("llama")
+    fastrot.apply(model, "R4")
+    with pytest.raises(TypeError, match=words):
+        function(given(model))
+
+
+@pytest.mark.parametrize(
+    ("groups", "error", "words"),
+    [(5, TypeError, "got 5"), ([5], TypeError, r"got \[5\]"), ([], ValueError, "groups is empty")],
+)
+def test_what_names_no_rotation(groups, error, words):
+    model = tiny("llama")
+    fastrot.apply(model, ("R3", "R4"))
+    before = fingerprint(model)
+    with pytest.raises(error, match=words):
+        fastrot.remove(model, groups)
+    assert difference(before, fingerprint(model)) == []

@@ -327,3 +327,14 @@ def test_a_checkpoint_that_lost_its_record_is_not_loaded(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(fastrot.RecordError, match="no record of them"):
         AutoModel.from_pretrained(tmp_path)
+
+
+def test_a_model_s_own_configuration_may_be_given(tmp_path):
+    model = tiny("llama")
+    ids = random_ids(model, 2, 8, seed=0)
+    fastrot.apply(model, ROTATIONS)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, config=model.config)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, config=loaded.config)
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+    assert torch.equal(logits(again, ids), logits(model, ids))

@@ -33,6 +33,10 @@ class FastrotConfig(QuantizationConfigMixin):
     def __init__(self, **kwargs: Any):
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]
 
+    def get(self, name: str, default: Any = None) -> Any:
+        """As a dict has it: transformers asks the configuration of a model so, if it is given."""
+        return vars(self).get(name, default)
+
 
 @register_quantizer(QUANT_METHOD)
 class FastrotQuantizer(HfQuantizer):

@@ -44,6 +44,7 @@ def given_matrix(matrix: Tensor, fixes_ones: bool = False) -> Tensor:
         raise TypeError(f"a rotation needs a floating-point matrix, got {what}")
     if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.numel():
         raise RotationError(f"a rotation needs a square matrix, got {tuple(matrix.shape)}")
+    _check_plain(matrix)
     q = matrix.detach().to("cpu", torch.float64, copy=True).contiguous()
     error = float((q.T @ q - torch.eye(len(q), dtype=q.dtype)).abs().max())
     if not error <= ORTHOGONAL:
@@ -60,6 +61,12 @@ def given_matrix(matrix: Tensor, fixes_ones: bool = False) -> Tensor:
     return q
 
 
+def _check_plain(given: Tensor) -> None:
+    if given.is_meta or given.layout != torch.strided:
+        kind = "on the meta device, without numbers" if given.is_meta else str(given.layout)
+        raise TypeError(f"a rotation needs a plain tensor, got one that is {kind}")
+
+
 def given_order(order: Any) -> Tensor:
     """An int64 copy on the CPU of a permutation.
 
@@ -72,6 +79,7 @@ def given_order(order: Any) -> Tensor:
         raise TypeError(
             f"a permutation is a row of whole numbers, got {tuple(numbers.shape)} {numbers.dtype}"
         )
+    _check_plain(numbers)
     made = numbers.detach().to("cpu", torch.int64, copy=True).contiguous()
     if not len(made) or not torch.equal(made.sort().values, torch.arange(len(made))):
         raise RotationError(
