@@ -28,6 +28,9 @@ EXACT = {torch.float32: 1e-5, torch.float64: 1e-6}
 RANDOM_PROMPTS = (4, 64)
 """Number and length of random prompts."""
 
+SEEDS = range(-(1 << 63), 1 << 64)
+"""What a generator of torch takes."""
+
 
 @dataclass(frozen=True)
 class Verification:
@@ -83,10 +86,12 @@ def verify(
         seed: of the random prompts.
 
     Raises:
-        RotationError: the vocabularies differ, or a prompt does not fit the models.
+        RotationError: the vocabularies differ, a prompt does not fit the models, or ``seed`` has
+            more than 64 bits.
         TypeError: something that is no model.
     """
     dtype = parse_precision(precision)
+    check_seed(seed)
     for model in (original, rotated):
         check_model(model)
     check_vocabularies(original, rotated)
@@ -167,6 +172,12 @@ def add_rounding_noise(model: nn.Module, eps: float) -> None:
         noise = torch.rand(weight.shape, generator=generator, dtype=weight.dtype) - 0.5
         scale = eps * weight.square().mean(-1, keepdim=True).sqrt()
         weight.add_(noise.to(weight.device) * scale)
+
+
+def check_seed(seed: int, name: str = "seed=") -> None:
+    """Refuse a seed that torch has no generator for; ``name`` is what stands before its value."""
+    if seed not in SEEDS:
+        raise RotationError(f"{name}{seed}: expected a whole number from -2**63 to 2**64 - 1")
 
 
 def random_prompts(model: Any, seed: int) -> list[Tensor]:

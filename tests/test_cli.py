@@ -248,6 +248,26 @@ def test_prompts_from_a_file(checkpoints, tmp_path, capsys):
     assert f"{4 * 64 + 5} of {4 * 64 + 5} positions" in out
 
 
+@pytest.mark.parametrize("seed", [-(1 << 63), (1 << 64) - 1])
+def test_the_outermost_seeds(seed, checkpoints, capsys):
+    source = checkpoints["float32"]
+    assert run(capsys, "verify", source, source, "--seed", seed)[0] == 0
+
+
+def test_a_seed_that_torch_does_not_take(checkpoints):
+    model = load(checkpoints["float32"])
+    with pytest.raises(fastrot.RotationError, match=r"^seed=18446744073709551616: expected"):
+        fastrot.verify(model, model, seed=1 << 64)
+
+
+def test_prompts_are_utf_8_wherever_they_are_read(checkpoints, tmp_path):
+    source, file = checkpoints["float32"], tmp_path / "prompts.txt"
+    file.write_text("wörter", encoding="utf-8")
+    ascii_only = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    result = in_a_child(["verify", source, source, "--prompts-file", file], env=ascii_only)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 def no_config(folder):
     (folder / "config.json").unlink()
 
@@ -359,6 +379,14 @@ def target_is_a_file(folder):
     folder.with_name("target").touch()
 
 
+def latin(folder):
+    (folder / "LICENSE").write_bytes(b"w1 caf\xe9")
+
+
+def blank(folder):
+    (folder / "LICENSE").write_text("\n   \n")
+
+
 def nothing(folder):
     pass
 
@@ -415,6 +443,31 @@ REFUSALS = [
     (["verify", "S", "S", "--tolerance", "-1"], nothing, "is negative or no number"),
     (["verify", "S", "S", "--tolerance", "nan"], nothing, "is negative or no number"),
     (["verify", "--full", "S", "T"], other_vocabulary, "has a vocabulary of 64"),
+    (["verify", "S", "S", "--full", "--learned", "T"], nothing, "which need no recipe; leave it"),
+    (
+        ["verify", "S", "S", "--seed", "1", "--learned", "T"],
+        nothing,
+        "/target: --full and its opti",
+    ),
+    (["verify", "S", "S", "--learned", "S"], nothing, "/source is a folder; give a file"),
+    (
+        ["verify", "S", "S", "--seed", str(1 << 64)],
+        nothing,
+        f"--seed {1 << 64}: expected a whole n",
+    ),
+    (["verify", "S", "S", "--prompts-file", "S/LICENSE"], latin, "LICENSE is no text in UTF-8"),
+    (["verify", "S", "S", "--prompts-file", "S/LICENSE"], blank, "LICENSE has no prompt; give one"),
+    (["plan", "S", "--learned", "S"], nothing, "/source is a folder; give a file"),
+    (["plan", "--rotations", "R1", "S"], nothing, "/source' (choose from R1, R2, R3, R4; folders"),
+    (
+        ["rotate", "S", "T", "--worker", "2/2"],
+        nothing,
+        "error: --worker 2/2: expected I/N",
+    ),
+    (["rotate", "S", "T", "--worker", "x"], nothing, "error: --worker x: expected I/N with"),
+    (["rotate", "S", "T", "--memory", "1K"], nothing, "error: --memory 1K is not enough for"),
+    (["rotate", "S", "T", "--memory", "1.5K"], nothing, "--memory 1536 is not enough"),
+    (["demo", "--seed", str(-(1 << 63) - 1)], nothing, "--seed -9223372036854775809: expected a"),
     (["demo", "--bytes", "none"], nothing, "'none' is not a positive integer"),
     (["demo", "--json", "T/a/b"], nothing, "is not a folder"),
 ]

@@ -105,7 +105,7 @@ def test_permutations_from_text_to_checkpoint(source, text, tmp_path, capsys):
     order = torch.arange(112).flip(0)  # whatever the gate said, here is one
     replace(learned, permutations={"R4": order}).save(out)
     assert run(capsys, "rotate", source, rotated, "--learned", out)[0] == 0
-    assert run(capsys, "verify", source, rotated, "--learned", out, "--full")[0] == 0
+    assert run(capsys, "verify", source, rotated, "--full")[0] == 0
     moved, before = (AutoModelForCausalLM.from_pretrained(f) for f in (rotated, source))
     gates = [m.model.layers[1].mlp.gate_proj.weight for m in (moved, before)]
     assert torch.equal(gates[0], gates[1].flip(0))

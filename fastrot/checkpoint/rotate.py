@@ -16,7 +16,7 @@ from fastrot.checkpoint.outputs import Job, OutputFile
 from fastrot.checkpoint.panels import Room, needs
 from fastrot.checkpoint.pipeline import Pipeline
 from fastrot.checkpoint.store import Store
-from fastrot.checkpoint.target import check_target, readable
+from fastrot.checkpoint.target import check_target, exact, readable
 from fastrot.checkpoint.tasks import Task
 from fastrot.checkpoint.workers import Worker, share, worker_of
 from fastrot.edits import Plan
@@ -130,7 +130,7 @@ def shares_of(job: Job, memory: int | None = None) -> Shares:
         room = _room(job, most)
     if memory is not None and room.least > memory:
         raise RotationError(
-            f"--memory {readable(memory)} is not enough for the largest weight, which takes "
+            f"--memory {exact(memory)} is not enough for the largest weight, which takes "
             f"{readable(room.panel)}, and {readable(room.kernels)} of scratch memory; give at "
             f"least {readable(room.least)}"
         )

@@ -104,3 +104,11 @@ def readable(nbytes: int) -> str:
     if nbytes >= 1 << 30:
         return f"{-(-nbytes * 100 // (1 << 30)) / 100:.2f}G"
     return f"{-(-nbytes // (1 << 20))}M"
+
+
+def exact(nbytes: int) -> str:
+    """A size as the command line takes it, in the largest unit that leaves no fraction."""
+    for shift, unit in ((30, "G"), (20, "M"), (10, "K")):
+        if nbytes and not nbytes % (1 << shift):
+            return f"{nbytes >> shift}{unit}"
+    return str(nbytes)

@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fastrot.checkpoint.workers import parse_worker
 from fastrot.cli import commands
 from fastrot.cli.learn import learn
 from fastrot.cli.report import EMBEDDED, report
@@ -55,7 +54,6 @@ def parser() -> argparse.ArgumentParser:
     )
     rotate.add_argument(
         "--worker",
-        type=parse_worker,
         metavar="I/N",
         help="which of N processes this is, from 0; default: what torchrun, srun, a SLURM array or "
         "mpirun say",
@@ -219,8 +217,7 @@ def _rotation_options(rotations: tuple[str, ...] = ("R1", "R2")) -> _Parser:
     options.add_argument(
         "--rotations",
         nargs="+",
-        type=str.upper,
-        choices=ROTATIONS,
+        type=_rotation,
         default=rotations,
         metavar="R",
         help=f"some of R1, R2 (fused), R3, R4 (online); default: {' '.join(rotations)}",
@@ -324,6 +321,16 @@ def _add_verify_options(options: _Parser) -> None:
     options.add_argument(
         "--learned", type=Path, metavar="FILE", help="the learned recipe of DST, if it has one"
     )
+
+
+def _rotation(text: str) -> str:
+    """A name in any case; the words after ``--rotations`` may be paths that were meant for SRC."""
+    if text.upper() not in ROTATIONS:
+        raise argparse.ArgumentTypeError(
+            f"invalid choice: {text!r} (choose from {', '.join(ROTATIONS)}; folders and files come "
+            "before --rotations)"
+        )
+    return text.upper()
 
 
 def _positive(text: str) -> int:

@@ -8,8 +8,10 @@ from typing import Any
 
 import fastrot
 from fastrot.checkpoint.source import outline, weight_files
+from fastrot.checkpoint.workers import parse_worker
 from fastrot.cli.output import announce
 from fastrot.errors import RotationError
+from fastrot.verification import check_seed
 
 
 def plan(args: Namespace) -> int:
@@ -45,7 +47,7 @@ def rotate(args: Namespace) -> int:
         recipe_of(args),
         **_files_of(args),
         memory=args.memory,
-        worker=args.worker,
+        worker=None if args.worker is None else parse_worker(args.worker),
         device=args.device,
         fresh=args.fresh,
         progress=sys.stderr.isatty(),
@@ -98,6 +100,7 @@ def demo(args: Namespace) -> int:
 
     from fastrot.demo.evaluate import run, table
 
+    check_seed(args.seed, "--seed ")
     if args.json is not None and args.json.is_dir():
         raise IsADirectoryError(f"{args.json} is a folder; give a file to write")
     if args.json is not None and not args.json.parent.is_dir():

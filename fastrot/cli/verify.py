@@ -12,10 +12,12 @@ from fastrot.checkpoint.shallow import LAYERS, NotComparedError, verify_first_la
 from fastrot.checkpoint.verify import verify_checkpoint
 from fastrot.cli.checkpoint import load, load_tokenizer
 from fastrot.errors import RotationError
+from fastrot.lab.corpus import read_texts
 from fastrot.learning.learned import Learned
 from fastrot.transform_config import PRECISIONS
 from fastrot.verification import (
     allowed,
+    check_seed,
     coarsest,
     judge,
     logits,
@@ -36,6 +38,11 @@ def verify(args: Namespace) -> int:
     if args.full or any(given not in ([], None) for given in logits_wanted):
         if args.layers is not None:
             raise ValueError(f"--layers {args.layers}: --full and its options take all layers")
+        if args.learned is not None:
+            raise ValueError(
+                f"--learned {args.learned}: --full and its options compare logits, which need no "
+                "recipe; leave it out"
+            )
         return _by_logits(args)
     recipe = None if args.learned is None else Learned.load(args.learned)
     result = verify_checkpoint(args.source, args.target, recipe, progress=sys.stderr.isatty())
@@ -59,6 +66,7 @@ def _by_logits(args: Namespace) -> int:
     """One model at a time in memory, as :mod:`fastrot.verification`."""
     args.precision = args.precision or "float32"
     args.seed = args.seed or 0
+    check_seed(args.seed, "--seed ")
     if args.tolerance is not None and not args.tolerance >= 0:
         raise ValueError(f"--tolerance {args.tolerance} is negative or no number")
     given = _given_prompts(args)
@@ -90,7 +98,10 @@ def _by_logits(args: Namespace) -> int:
 def _given_prompts(args: Namespace) -> list[Tensor]:
     texts = args.prompts
     if args.prompts_file is not None:
-        texts = [line for line in args.prompts_file.read_text().splitlines() if line.strip()]
+        lines = read_texts([args.prompts_file]).splitlines()
+        texts = [line for line in lines if line.strip()]
+        if not texts:
+            raise ValueError(f"--prompts-file {args.prompts_file} has no prompt; give one a line")
     if not texts:
         return []
     tokenizer = load_tokenizer(Path(args.source))

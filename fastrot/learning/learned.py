@@ -98,6 +98,8 @@ class Learned(Recipe):
         """
         from safetensors import SafetensorError, safe_open
 
+        if Path(path).is_dir():
+            raise IsADirectoryError(f"{path} is a folder; give a file that fastrot learn wrote")
         try:
             with safe_open(str(path), "pt") as file:
                 metadata = file.metadata() or {}
