@@ -93,11 +93,6 @@ class Recipe:
                 f"keep_head=True is of {STREAM}, which is not among {', '.join(self.rotations)}; "
                 "leave it out"
             )
-        if self.randomize and self.transform_config is None and self.rotations == (STREAM,):
-            raise RotationError(
-                f"randomize=True gives every layer a matrix of its own, and {STREAM} is one of all "
-                "layers; leave it out, or take another seed"
-            )
         if self.transform_type not in KINDS:
             raise RotationError(
                 f"transform type {self.transform_type!r} is not one of {', '.join(KINDS)}"

@@ -228,12 +228,6 @@ def first(data, field, **changes):
     return {**data, field: [{**data[field][0], **changes}, *data[field][1:]]}
 
 
-def test_what_would_do_nothing_is_refused():
-    with pytest.raises(fastrot.RotationError, match=r"randomize=True .* leave it out"):
-        Recipe("R1", randomize=True)
-    assert Recipe(("R1", "R2"), randomize=True).randomize
-
-
 @pytest.mark.parametrize(
     ("option", "hint"), [("foo", "there are"), ("blocksize", "did you mean block_size")]
 )
