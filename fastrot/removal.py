@@ -103,9 +103,11 @@ def _remove(model: "PreTrainedModel", groups: str | Iterable[str] | None, undo: 
     wanted = others if given is None else [by_case.get(name.upper(), name) for name in given]
     missing = [name for name in wanted if name not in online]
     if missing or not wanted:
-        what = f"{' and '.join(missing)} is not" if missing else "no rotation is"
+        what = f"{' and '.join(missing)} is not online" if missing else "no rotation is online"
+        if given == ():
+            what = "groups is empty and names no rotation"
         there = ", ".join(online) or "none"
-        raise RotationError(f"{what} online on this {type(model).__name__} (online: {there})")
+        raise RotationError(f"{what} on this {type(model).__name__} (online: {there})")
     if STREAM in wanted and any(s.rotation.fixes_ones for s in dict(plans)[STREAM].online):
         _check_described(model, norms)
     _check_commutes(plans, wanted, ordered(model.config))
@@ -132,8 +134,6 @@ def _names(groups: str | Iterable[str] | None) -> tuple[str, ...] | None:
     names = tuple(groups) if isinstance(groups, Iterable) else (groups,)
     if not all(isinstance(name, str) for name in names):
         raise TypeError(f"groups must be names of rotations such as 'R4', got {groups!r}")
-    if not names:
-        raise RotationError("groups is empty; name some rotations, or leave it out for all")
     return names
 
 

@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-HELD = (signal.SIGINT, signal.SIGTERM)
+TERMINATIONS = (signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+HELD = (signal.SIGINT, *TERMINATIONS)
 
 
 @contextmanager
 def held_signals() -> Iterator[None]:
-    """Let SIGINT and SIGTERM wait until the block has ended, then deliver them.
+    """Let SIGINT, SIGTERM and SIGHUP wait until the block has ended, then deliver them.
 
     Python runs signal handlers in the main thread alone, so that there is nothing to hold in
     another one. A handler that was not installed by Python is left alone: it raises nothing. Blocks

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -545,6 +546,8 @@ def test_a_terminated_run_leaves_nothing(
     def stop(pipeline, file, part):
         signal.pthread_kill(threading.main_thread().ident, number)
         write(pipeline, file, part)
+        while pipeline._failure is None:
+            time.sleep(0.001)
         raise StoppedError
 
     monkeypatch.setattr(Pipeline, "_write_file", stop)

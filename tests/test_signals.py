@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from fastrot.signals import held_signals
+from fastrot.signals import TERMINATIONS, held_signals
 
 
 @pytest.fixture(autouse=True)
@@ -39,17 +39,18 @@ def test_asyncio_is_told_once():
     assert told == ["SIGTERM"]
 
 
-def test_a_handler_gets_number_and_frame():
+@pytest.mark.parametrize("number", TERMINATIONS)
+def test_a_handler_gets_number_and_frame(number):
     got = []
-    before = signal.signal(signal.SIGTERM, lambda *args: got.append(args))
+    before = signal.signal(number, lambda *args: got.append(args))
     try:
         with held_signals():
-            raised(signal.SIGTERM)
+            raised(number)
             assert got == []
     finally:
-        signal.signal(signal.SIGTERM, before)
-    ((number, frame),) = got
-    assert number == signal.SIGTERM
+        signal.signal(number, before)
+    ((told, frame),) = got
+    assert told == number
     assert frame is not None
 
 

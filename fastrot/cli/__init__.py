@@ -18,10 +18,10 @@ from typing import Any, NoReturn
 from fastrot.checkpoint.source import uncollected
 from fastrot.cli.arguments import parser
 from fastrot.cli.output import discard, escape
+from fastrot.signals import TERMINATIONS
 
 LONGEST_MESSAGE = 800
 EXPECTED = (ValueError, TypeError, OSError, LookupError, RuntimeError, ImportError, MemoryError)
-TERMINATIONS = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 
 
 class Terminated(BaseException):
