@@ -129,9 +129,9 @@ def _remove(model: "PreTrainedModel", groups: str | Iterable[str] | None, undo: 
 
 
 def _names(groups: str | Iterable[str] | None) -> tuple[str, ...] | None:
-    if groups is None or isinstance(groups, str):
-        return groups if groups is None else (groups,)
-    names = tuple(groups) if isinstance(groups, Iterable) else (groups,)
+    if groups is None:
+        return None
+    names = (groups,) if isinstance(groups, str) or not isinstance(groups, Iterable) else (*groups,)
     if not all(isinstance(name, str) for name in names):
         raise TypeError(f"groups must be names of rotations such as 'R4', got {groups!r}")
     return names

@@ -78,7 +78,7 @@ def capture(
     again: dict[Site, Tensor] = {}
 
     def see(site: str, layer: int, x: Tensor) -> None:
-        if not asked_for or site not in sites or charged.before(site, layer, x):
+        if not showing or site not in sites or charged.before(site, layer, x):
             return
         place = site, layer
         if place in asked:  # the layer runs again, on the way back
@@ -105,7 +105,7 @@ def capture(
         stack.enter_context(observed(model, see))
         stack.enter_context(_weighed(model, mind))
         for number, window in enumerate(windows.split(1)):
-            asked_for = number % apart == 0
+            showing = number % apart == 0
             asked.clear()
             descend_from_own_words(model, window, targets)
             if done is not None:
