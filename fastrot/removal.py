@@ -103,9 +103,8 @@ def _remove(model: "PreTrainedModel", groups: str | Iterable[str] | None, undo: 
     wanted = others if given is None else [by_case.get(name.upper(), name) for name in given]
     missing = [name for name in wanted if name not in online]
     if missing or not wanted:
-        what = f"{' and '.join(missing)} is not online" if missing else "no rotation is online"
-        if given == ():
-            what = "groups is empty and names no rotation"
+        none = "no rotation is online" if given is None else "groups is empty and names no rotation"
+        what = f"{' and '.join(missing)} is not online" if missing else none
         there = ", ".join(online) or "none"
         raise RotationError(f"{what} on this {type(model).__name__} (online: {there})")
     if STREAM in wanted and any(s.rotation.fixes_ones for s in dict(plans)[STREAM].online):

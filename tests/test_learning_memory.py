@@ -44,7 +44,7 @@ def saved(run):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_same_is_captured(name):
+def test_the_same_is_captured(name, monkeypatch):
     """As with the graph of all layers in memory: vectors, energies, and those of the weights."""
     model = build(FAMILIES[name], torch.float32)
     fastrot.apply(model, "R4")
@@ -74,6 +74,10 @@ def test_the_same_is_captured(name):
             got, wanted = (x[x[:, column].argsort(stable=True)] for x in (got, wanted))
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
         assert shares.max() > 0
+    monkeypatch.setattr(captures, "layerwise", whole)
+    weights = capture(model, ids, set(), 3 * 12, 1).weights
+    assert found.weights == pytest.approx(weights, rel=1e-5)
+    assert min(weights.values()) > 0
 
 
 def test_a_layer_costs_its_input(monkeypatch):

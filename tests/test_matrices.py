@@ -163,10 +163,7 @@ def test_a_layer_without_a_matrix_and_a_second_block_size_are_refused():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (
-            lambda q: q.to("meta"),
-            "R1: .* plain tensor, got one that is on the meta",
-        ),
+        (lambda q: q.to("meta"), "R1: .* plain tensor, got one that is on the meta"),
         (lambda q: q.to_sparse(), r"R1: .*torch\.sparse_coo"),
     ],
 )

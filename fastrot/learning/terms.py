@@ -103,10 +103,10 @@ def terms_of(model: Any, plan: Plan, scheme: Scheme, captured: Captured) -> dict
             if site in sites and numbers is not None and sample.shares.any():
                 found[_place(group, layer, lent)].append(Vectors(sample, numbers))
     if scheme.weights is not None:
+        left = LEFT_BY_GPTQ if scheme.weights.gptq else 1
         for turn in turns_of(model, plan):
             # One of a fused projection mixes few of its rows; some modules wait for images.
             if turn.part is None and turn.name in captured.weights:
-                left = LEFT_BY_GPTQ if scheme.weights.gptq else 1
                 energy = left * captured.weights[turn.name] * len(turn.matrix) / 2
                 term = Weight(turn.matrix, energy, scheme.weights, turn.outputs)
                 found[turn.place].append(term)
