@@ -23,7 +23,6 @@ from fastrot.journal import Journal
 from fastrot.online import OnlineRotation, acts_on, installed
 from fastrot.resolve import resolve_online
 from fastrot.resolve.places import places
-from fastrot.rotations import MATRIX, digest
 from fastrot.transform_config import TransformConfig, parse_transform_config
 
 if TYPE_CHECKING:
@@ -110,11 +109,17 @@ def _online_digest(model: nn.Module) -> str:
         # As in version 0.1.0, where every rotation lay on the module that it acts on.
         parts = f"{acts_on(holder, rotation)}.fastrot_{rotation.location}".split(".")
         start = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts) - 1)
-        operand = rotation.operand.detach().cpu().contiguous().numpy().tobytes()
+        operand = _digested(rotation)
         described = [rotation.group, rotation.inverse, str(rotation.dtype), str(rotation.rotation)]
         digest = hashlib.sha256(operand).hexdigest()
         entries.append([".".join(parts[max(start - 1, 0) :]), *described, digest])
     return _sha256(sorted(entries))
+
+
+def _digested(rotation: OnlineRotation) -> bytes:
+    """The operand; that of ``hadamard`` is described by the rotation."""
+    value = rotation.operand if rotation.rotation.has_operand else torch.ones(1, dtype=torch.int8)
+    return value.detach().cpu().contiguous().numpy().tobytes()
 
 
 def check_online(model: "PreTrainedModel") -> None:
@@ -126,7 +131,7 @@ def check_online(model: "PreTrainedModel") -> None:
     for name, module in model.named_modules():
         if not isinstance(module, OnlineRotation):
             continue
-        problem = _problem(module)
+        problem = module.problem()
         if problem is None:
             continue
         raise RecordError(
@@ -140,20 +145,6 @@ def check_online(model: "PreTrainedModel") -> None:
             "with: its layers, their sizes, or a random matrix differ; save the model again, or "
             "take the rotations off (fastrot.remove) before its layers are changed"
         )
-
-
-def _problem(module: OnlineRotation) -> str | None:
-    """What is wrong with the operand of an online rotation, in words."""
-    rotation, value = module.rotation, module.value
-    if not module.is_orthogonal():
-        return "is missing, or damaged"
-    if rotation.kind == MATRIX:
-        assert value is not None
-        return None if digest(value.cpu()) == rotation.label else "is not the recorded matrix"
-    # The last digits of a random matrix depend on the machine that made it.
-    if value is None or rotation.dense or torch.equal(module.operand.cpu(), rotation.operand):  # type: ignore[arg-type]
-        return None
-    return f"is not what its recorded seed {rotation.seed} makes"
 
 
 def applied_groups(config: Any) -> list[str]:

@@ -26,6 +26,7 @@ from fastrot.checkpoint.trace import loaded, missing
 from fastrot.errors import RotationError
 from fastrot.integrations.guard import lift
 from fastrot.integrations.loading import put_on
+from fastrot.online import installed
 from fastrot.record import online_sites
 from fastrot.verification import allowed, check_vocabularies, logits, random_prompts
 
@@ -179,7 +180,12 @@ class _Cut:
         lost = missing(model, state)
         if lost:
             raise CheckpointError(f"the checkpoint lacks {lost[0]}, which config.json describes")
-        model.load_state_dict(state, strict=False, assign=True)
+        operands = {f"{name}.{r.name}.operand": r for name, _, r in installed(model)}
+        for name in operands.keys() & state.keys():
+            # Loading refuses what is damaged; what it computes is to be compared.
+            operands[name].operand = state[name]
+        others = {name: value for name, value in state.items() if name not in operands}
+        model.load_state_dict(others, strict=False, assign=True)
         for tensor in state.values():
             tensor._is_hf_initialized = True  # type: ignore[attr-defined]
         model._apply(_on_cpu)

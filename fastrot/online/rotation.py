@@ -1,7 +1,7 @@
 """The module that rotates activations."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastrot.edits import OnlineSite
 from fastrot.errors import RotationError
 from fastrot.kernels import hadamard_transform
+from fastrot.online.operands import UNSAID, damage, difference, stored, value_of
 from fastrot.online.parallel import check_width, is_distributed, width_of
 from fastrot.rotations import Rotation
 from fastrot.rotations.stages import multiply
@@ -27,9 +28,9 @@ class OnlineRotation(nn.Module):
         device: where the operand lies; ``meta`` while a checkpoint is being loaded.
         child: of the module that holds it, where it acts; None for that module itself.
 
-    The operand is a buffer of integers: the signs, the bits of a float64 matrix, or a single 1 for
-    ``hadamard``, which needs none. It is saved with the model, no ``model.to(dtype)`` rounds it,
-    and loading such a state into a model without the rotation fails for its name.
+    The operand is a buffer of integers (:func:`fastrot.online.operands.stored`). It is saved with
+    the model, no ``model.to(dtype)`` rounds it, loading such a state into a model without the
+    rotation fails for its name, and into one with another rotation for its values.
     """
 
     operand: Tensor
@@ -43,26 +44,12 @@ class OnlineRotation(nn.Module):
         self.location = site.location
         self.child = child
         self.dtype = site.dtype
-        self.register_buffer("operand", self._stored(site.rotation, device))
-
-    def _stored(self, rotation: Rotation, device: torch.device) -> Tensor:
-        if rotation.dense and (device.type == "meta" or not rotation.known):
-            # Loading fills it; zeros are no rotation, and refused.
-            return torch.zeros((rotation.block, rotation.block), dtype=torch.int64, device=device)
-        operand = rotation.operand
-        if operand is None:
-            return torch.ones(1, dtype=torch.int8, device=device)
-        if operand.dtype == torch.float64:
-            operand = operand.contiguous().view(torch.int64)
-        return operand.to(device, copy=True)
+        self.register_buffer("operand", stored(site.rotation, site.inverse, device))
 
     @property
     def value(self) -> Tensor | None:
         """The operand as :meth:`fastrot.Rotation.apply` takes it."""
-        if not self.rotation.has_operand:
-            return None
-        operand = self.operand
-        return operand if operand.dtype == torch.int8 else operand.view(torch.float64)
+        return value_of(self.rotation, self.operand)
 
     @property
     def name(self) -> str:
@@ -113,16 +100,35 @@ class OnlineRotation(nn.Module):
             stride=x.stride(),
         )
 
-    def is_orthogonal(self) -> bool:
-        """Whether the operand keeps the length of a vector; a missing or damaged one does not."""
-        if self.operand.dtype == torch.int8 and bool((self.operand.abs() != 1).any()):
-            return False
-        x = torch.randn(
-            1, self.rotation.size, generator=torch.Generator().manual_seed(0), device="cpu"
-        )
-        x = x.to(self.operand.device, torch.float64)
-        marker = self.rotation.has_operand or bool((self.operand == 1).all())
-        return marker and abs(float(self(x).norm() / x.norm()) - 1) < 1e-6
+    def problem(self) -> str | None:
+        """Why the operand is not the one that this rotation should have, in words."""
+        operand, rotation = self.operand, self.rotation
+        return damage(rotation, operand) or difference(rotation, self.inverse, operand)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, metadata: Any, strict: bool, *lists: Any
+    ) -> None:
+        """As every module's, but an operand that would make this another rotation is an error."""
+        name, errors = f"{prefix}operand", lists[-1]
+        given = state_dict.get(name)
+        if isinstance(given, Tensor):
+            if (wrong := damage(self.rotation, given)) is not None:
+                errors.append(
+                    f"{name}, the operand of {self.group}, {wrong}; load the state as it was "
+                    "saved: cast, scale or average its other entries, not 'fastrot_*'"
+                )
+                return
+            if (wrong := difference(self.rotation, self.inverse, given, self.operand)) is not None:
+                errors.append(
+                    f"{name}, the operand of {self.group} ({self.rotation}), {wrong}: the state is "
+                    "of a model that was rotated otherwise; load it into one with the same recipe "
+                    "and seed"
+                )
+                return
+            if given.dtype == UNSAID and not self.rotation.has_operand:
+                said = stored(self.rotation, self.inverse, given.device)
+                state_dict = {**state_dict, name: said}
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, *lists)
 
     def extra_repr(self) -> str:
         """Group, rotation and direction, for ``print(model)``."""
