@@ -101,7 +101,9 @@ def check_first_time(index: Index, config: TransformConfig) -> None:
     if twice:
         raise AlreadyRotatedError(
             f"{' and '.join(twice)} is already on this {index.class_name}; a second time "
-            "would undo or scramble it; start from the original weights"
+            "would undo or scramble it; start from the original weights, or, where the "
+            "weights are new and only the configuration is that of a rotated model, make the model "
+            "from a copy of it without its record (del config.fastrot)"
         )
 
 

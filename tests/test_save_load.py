@@ -278,6 +278,19 @@ def test_a_lost_record_is_refused(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+def test_new_weights_under_the_configuration_of_a_rotated_model():
+    model = tiny("llama", dtype=torch.float64)
+    fastrot.apply(model, ("R1", "R2"))
+    other = type(model)(model.config).double().eval()
+    with pytest.raises(fastrot.AlreadyRotatedError, match=r"del config\.fastrot"):
+        fastrot.apply(other, ("R1", "R2"))
+    config = copy.deepcopy(model.config)
+    del config.fastrot
+    other = type(model)(config).double().eval()
+    fastrot.apply(other, ("R1", "R2"))
+    assert other.config.fastrot == model.config.fastrot
+
+
 R4 = "model.layers.0.mlp.fastrot_down_proj_input.operand"
 
 
