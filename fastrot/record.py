@@ -118,7 +118,7 @@ def _online_digest(model: nn.Module) -> str:
 
 def _digested(rotation: OnlineRotation) -> bytes:
     """The operand; that of ``hadamard`` is described by the rotation."""
-    value = rotation.operand if rotation.rotation.has_operand else torch.ones(1, dtype=torch.int8)
+    value = rotation.held() if rotation.rotation.has_operand else torch.ones(1, dtype=torch.int8)
     return value.detach().cpu().contiguous().numpy().tobytes()
 
 

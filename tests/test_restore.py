@@ -53,6 +53,24 @@ def edited(folder):
     return AutoModelForCausalLM.from_pretrained(folder)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_operands_that_are_offloaded_to_disk(kind, tmp_path):
+    folder = tmp_path / "model"
+    ids, _ = rotated("llama", folder, transform_type=kind)
+    expected = logits(AutoModelForCausalLM.from_pretrained(folder), ids)
+    places = {"model.layers.1": "disk"}
+    for name in ("embed_tokens", "layers.0", "norm", "rotary_emb"):
+        places[f"model.{name}"] = "cpu"
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        device_map={**places, "lm_head": "cpu"},
+        offload_folder=tmp_path / "offload",
+        offload_buffers=True,
+    )
+    assert any(rotation.operand.is_meta for *_, rotation in installed(model))
+    assert torch.equal(logits(model, ids), expected)
+
+
 ROUTES = (loaded_state, dispatched, offloaded, without_the_mark, edited)
 MISSING = r"are rotated, but .* are not on it, R\d on the .* first; call fastrot\.restore"
 

@@ -100,9 +100,19 @@ class OnlineRotation(nn.Module):
             stride=x.stride(),
         )
 
+    def held(self) -> Tensor:
+        """The operand, from where accelerate keeps it if it was offloaded."""
+        hook = vars(self).get("_hf_hook")
+        for inner in (hook, *getattr(hook, "hooks", ())):
+            kept = getattr(inner, "weights_map", None)
+            if self.operand.is_meta and kept is not None:
+                offloaded: Tensor = kept["operand"]
+                return offloaded
+        return self.operand
+
     def problem(self) -> str | None:
         """Why the operand is not the one that this rotation should have, in words."""
-        operand, rotation = self.operand, self.rotation
+        operand, rotation = self.held(), self.rotation
         return damage(rotation, operand) or difference(rotation, self.inverse, operand)
 
     def _load_from_state_dict(
