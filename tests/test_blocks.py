@@ -183,6 +183,27 @@ def test_a_forward_that_goes_past_the_module_raises(kind, message):
         model(random_ids(model, 1, 4, seed=0))
 
 
+def test_a_block_that_is_called_alone_notices_another_module():
+    model = tiny("llama")
+    fastrot.apply(model, "R4")
+    another_module(mlp := model.model.layers[0].mlp)
+    with pytest.raises(RuntimeError, match=r"is gone .fastrot_down_proj_input is Identity"):
+        mlp(torch.ones(1, model.config.hidden_size))
+
+
+@pytest.mark.parametrize(
+    ("group", "path"),
+    [("R4", "model.layers.0.mlp"), ("R4", ""), ("R3", "model.layers.0.self_attn")],
+)
+def test_replicas_of_data_parallel_are_refused(group, path):
+    """Its forward is bound to the original, whose weights it would compute with."""
+    model = tiny("llama")
+    fastrot.apply(model, group)
+    replica = model.get_submodule(path)._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match=r"DataParallel.*use DistributedDataParallel"):
+        replica(torch.ones(1, 4, dtype=torch.long))
+
+
 @pytest.mark.parametrize("kind", [Caster, Splitter])
 def test_a_forward_that_does_not_is_right(kind):
     model = tiny("llama")
@@ -235,12 +256,17 @@ def no_rotation(mlp):
     del mlp.fastrot_down_proj_input
 
 
+def another_module(mlp):
+    mlp.fastrot_down_proj_input = nn.Identity()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (no_forward, r"forward of this LlamaMLP was replaced.*down_proj_input"),
         (no_linear, r"R4 in LlamaMLP: down_proj: the module is gone"),
         (no_rotation, r"R4: model\.layers\.0\.mlp \(LlamaMLP\) does not rotate any more"),
+        (another_module, r"R4: model\.layers\.0\.mlp \(LlamaMLP\) does not rotate any more"),
     ],
 )
 def test_what_is_taken_away_is_noticed(change, message):

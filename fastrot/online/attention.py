@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from fastrot.errors import RotationError
+from fastrot.online.view import refuse_replica
 
 if TYPE_CHECKING:
     from transformers import Cache, EncoderDecoderCache
@@ -222,6 +223,7 @@ def rotate_keys(
     Raises:
         RuntimeError: the attention implementation was changed to one that R3 does not know.
     """
+    refuse_replica(module)
     implementation = module.config._attn_implementation
     if implementation not in IMPLEMENTATIONS:
         raise RuntimeError(

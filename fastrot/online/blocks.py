@@ -15,7 +15,7 @@ from fastrot.edits import OnlineSite
 from fastrot.errors import RotationError
 from fastrot.online.parallel import check_part, input_dim
 from fastrot.online.rotation import OnlineRotation
-from fastrot.online.view import mentioned, view, write_back
+from fastrot.online.view import mentioned, refuse_replica, view, write_back
 
 Place = tuple[str, str]
 """Name of a linear module in its block, and ``input`` or ``output``."""
@@ -105,10 +105,10 @@ def block_forward(block: Any, places: tuple[Place, ...], *args: Any, **kwargs: A
     stand_ins: dict[str, StandIn] = {}
     for child, end in places:
         rotation = block._modules.get(f"fastrot_{child}_{end}")
-        if rotation is None:
+        if not hasattr(rotation, "rotation"):
             raise RuntimeError(
                 f"the rotation of the {end} of {child} in this {type(block).__name__} is gone "
-                f"(fastrot_{child}_{end}); load the model anew"
+                f"(fastrot_{child}_{end} is {type(rotation).__name__}); load the model anew"
             )
         if child not in stand_ins:
             stand_ins[child] = StandIn(block, child, {})
@@ -187,6 +187,7 @@ def _is_ours(function: Any) -> bool:
 
 def check_forward(block: nn.Module, args: tuple[Any, ...]) -> None:
     """Forward pre-hook of a block: refuse a forward that was put in the place of ours."""
+    refuse_replica(block)
     own = block.__dict__.get("forward")
     if not _is_ours(own) and not _reaches(own) and not _is_ours(block.__dict__.get("_old_forward")):
         places = (n[8:] for n, _ in block.named_children() if n.startswith("fastrot_"))

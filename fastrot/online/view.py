@@ -43,6 +43,20 @@ def write_back(twin: nn.Module, names: Mapping[str, Any]) -> None:
             own[name] = value
 
 
+def refuse_replica(module: nn.Module) -> None:
+    """Refuse a replica of DataParallel: a forward of its own is still that of the original.
+
+    Raises:
+        RuntimeError: it is one.
+    """
+    if getattr(module, "_is_replica", False):
+        raise RuntimeError(
+            f"this {type(module).__name__} is a replica made by torch.nn.DataParallel, and its "
+            "online rotations would compute with the weights of the original; use "
+            "DistributedDataParallel (torchrun), or make one GPU visible (CUDA_VISIBLE_DEVICES)"
+        )
+
+
 def _listed(held: dict[str, Any], module: nn.Module) -> list[tuple[str, Any]]:
     """What the ``__dict__`` of a module or of its view holds, while the module is traced."""
     return [(name, held[name]) for name in _names(id(module)) if name in held]

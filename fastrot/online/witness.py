@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fastrot.online.rotation import OnlineRotation
+from fastrot.online.view import refuse_replica
 
 Place = tuple[tuple[str, ...], str, str]
 """Path of the module that holds a rotation, name of the rotation in it, and its group."""
@@ -39,11 +40,14 @@ def check_held(places: tuple[Place, ...], model: nn.Module, args: Any) -> None:
     """
     if torch.compiler.is_compiling():
         return
+    refuse_replica(model)
     for path, name, group in places:
         block: Any = model
         for part in path:
             block = None if block is None else block._modules.get(part)
-        if block is not None and name not in block._modules and not _inside(block, name):
+        if block is None or hasattr(block._modules.get(name), "rotation"):
+            continue
+        if not _inside(block, name):
             raise RuntimeError(
                 f"{group}: {'.'.join(path)} ({type(block).__name__}) does not rotate any more, "
                 "though its weights are rotated: it was replaced, or its rotation deleted; load "
