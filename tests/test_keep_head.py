@@ -172,6 +172,43 @@ def test_it_compiles_in_one_graph():
     assert relative_error(logits(compiled, given, use_cache=False), before) < 1e-5
 
 
+def test_a_forward_that_is_called_by_its_name_rotates():
+    """Layers and norms, by whose ends R1 acts online, give the same either way."""
+    for name in ("llama-tied", "gemma2", "gpt2"):
+        model, given = model_of(name)
+        fastrot.apply(model, KEEP)
+        calls = []
+
+        def note(module, args, kwargs, output, calls=calls):
+            calls.append((module, args, kwargs, output))
+
+        holders = {id(module): module for _, module, r in installed(model) if r.group == "R1"}
+        handles = [
+            module.register_forward_hook(note, with_kwargs=True) for module in holders.values()
+        ]
+        logits(model, given, use_cache=False)
+        for handle in handles:
+            handle.remove()
+        assert len(calls) == len(holders) > 0
+        with torch.no_grad():
+            for module, args, kwargs, output in calls:
+                assert torch.equal(module.forward(*args, **kwargs), output)
+
+
+def test_a_replaced_forward_is_refused_where_the_rotation_lies():
+    """Before the rotation and, as the rotation would be lost, behind it."""
+    early, given = model_of("gemma2")
+    late = copy.deepcopy(early)
+    fastrot.apply(late, KEEP)
+    for model in (early, late):
+        norm = model.model.layers[0].post_attention_layernorm
+        norm.forward = lambda x: x
+    with pytest.raises(fastrot.RotationError, match=r"post_attention_layernorm .* was replaced"):
+        fastrot.apply(early, KEEP, trust=True)
+    with pytest.raises(RuntimeError, match=r"forward of this Gemma2RMSNorm was replaced"):
+        logits(late, given)
+
+
 def test_gradient_checkpointing_and_offloading():
     model, given = model_of("llama-tied", torch.float32)
     ids = given["input_ids"]

@@ -18,7 +18,7 @@ from fastrot.online.rotation import OnlineRotation
 from fastrot.online.view import mentioned, refuse_replica, view, write_back
 
 Place = tuple[str, str]
-"""Name of a linear module in its block, and ``input`` or ``output``."""
+"""Name of a linear module in its block, ``""`` for the block, and ``input`` or ``output``."""
 
 FORWARDS = ("forward", "_old_forward")
 """Where a module may have a forward of its own; the second is accelerate's."""
@@ -103,16 +103,34 @@ def _label(stand_in: StandIn) -> str:
 def block_forward(block: Any, places: tuple[Place, ...], *args: Any, **kwargs: Any) -> Any:
     """The forward of a block with rotations at ``places``; arguments are those of its own."""
     stand_ins: dict[str, StandIn] = {}
+    ends: dict[str, Any] = {}
     for child, end in places:
-        rotation = block._modules.get(f"fastrot_{child}_{end}")
+        name = f"fastrot_{child}_{end}" if child else f"fastrot_{end}"
+        rotation = block._modules.get(name)
         if not hasattr(rotation, "rotation"):
             raise RuntimeError(
-                f"the rotation of the {end} of {child} in this {type(block).__name__} is gone "
-                f"(fastrot_{child}_{end} is {type(rotation).__name__}); load the model anew"
+                f"the rotation of the {end} of {child or 'it'} in this {type(block).__name__} is "
+                f"gone ({name} is {type(rotation).__name__}); load the model anew"
             )
+        if not child:
+            ends[end] = rotation
+            continue
         if child not in stand_ins:
             stand_ins[child] = StandIn(block, child, {})
         stand_ins[child].fastrot_rotations[end] = rotation
+    if "input" in ends and args:
+        args = (ends["input"](args[0]), *args[1:])
+    elif "input" in ends:  # By name; the layers of transformers call it so.
+        kwargs["hidden_states"] = ends["input"](kwargs["hidden_states"])
+    result = _viewed(block, stand_ins, args, kwargs)
+    return ends["output"](result) if "output" in ends else result
+
+
+def _viewed(
+    block: Any, stand_ins: dict[str, StandIn], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    if not stand_ins:
+        return type(block).forward(block, *args, **kwargs)
     twin = view(block, stand_ins)
     result = type(block).forward(twin, *args, **kwargs)
     write_back(twin, stand_ins)
@@ -127,8 +145,26 @@ def block_forward(block: Any, places: tuple[Place, ...], *args: Any, **kwargs: A
 def rebound_forward(block: Any, *args: Any, **kwargs: Any) -> Any:
     """The same, where a tool binds it anew and nothing but the block remembers the places."""
     held = (m for m in block._modules.values() if isinstance(m, OnlineRotation))
-    places = tuple((m.child, m.location) for m in held if m.child is not None)
+    places = tuple(place for m in held for place in place_of(m))
     return block_forward(block, places, *args, **kwargs)
+
+
+def check_own_forward(name: str, site: OnlineSite, module: nn.Module) -> None:
+    """Refuse a module whose forward was replaced, in which its ends would be rotated."""
+    own = next((module.__dict__[n] for n in FORWARDS[::-1] if n in module.__dict__), None)
+    plain = getattr(own, "__func__", None) is type(module).forward
+    if own is not None and not plain and not _is_ours(own):
+        raise RotationError(
+            f"{site.group} rotates the {site.location} of {name} ({type(module).__name__}) in its "
+            "forward, which was replaced; take that back, or leave it to a subclass"
+        )
+
+
+def place_of(rotation: OnlineRotation) -> tuple[Place, ...]:
+    """Where the forward of its holder does this rotation; that of a key or of experts is none."""
+    if rotation.child is None and rotation.location not in ("input", "output"):
+        return ()
+    return ((rotation.child or "", rotation.location),)
 
 
 class BlockForward(functools.partial[Any]):
@@ -211,6 +247,8 @@ def _reaches(function: Any, depth: int = 8) -> bool:
 def rename_old(block: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Load hook of a block: fastrot 0.1.0 kept the rotations on the linear modules."""
     for child, end in places_of(block):
+        if not child:
+            continue
         old, new = f"{prefix}{child}.fastrot_{end}.", f"{prefix}fastrot_{child}_{end}."
         for name in [name for name in state if name.startswith(old)]:
             state[new + name.removeprefix(old)] = state.pop(name)

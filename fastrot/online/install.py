@@ -9,7 +9,14 @@ from torch import Tensor, nn
 
 from fastrot.edits import OnlineSite
 from fastrot.online.attention import check_attention, rotate_keys
-from fastrot.online.blocks import FORWARDS, Place, check_block, places_of, set_places
+from fastrot.online.blocks import (
+    FORWARDS,
+    check_block,
+    check_own_forward,
+    place_of,
+    places_of,
+    set_places,
+)
 from fastrot.online.experts import (
     ExpertsForward,
     check_experts,
@@ -39,6 +46,8 @@ def check_site(model: nn.Module, site: OnlineSite) -> None:
         check_experts(site.module, module)
     elif _holder(model, site)[1] is not None:
         check_block(site.module, site, model)
+    else:
+        check_own_forward(site.module, site, module)
 
 
 def _holder(model: nn.Module, site: OnlineSite) -> tuple[nn.Module, str | None]:
@@ -117,10 +126,6 @@ def _watch(model: Any) -> None:
     )
 
 
-def _place(rotation: OnlineRotation) -> tuple[Place, ...]:
-    return () if rotation.child is None else ((rotation.child, rotation.location),)
-
-
 def plain_forward(module: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward of a module's class."""
     return type(module).forward(module, *args, **kwargs)
@@ -137,26 +142,17 @@ class PlainForward(functools.partial[Any]):
 
 
 def _hook(module: nn.Module, rotation: OnlineRotation) -> None:
-    location = rotation.location
-    if _hooks(rotation) and not any(name in module.__dict__ for name in FORWARDS):
-        module.forward = PlainForward(plain_forward, module)
-    if rotation.child is not None:
-        set_places(module, (*places_of(module), *_place(rotation)))
-    elif location == "output":
-        module.register_forward_hook(_rotate_output)
-    elif location == "input":
-        module.register_forward_pre_hook(_rotate_input, with_kwargs=True)
-    elif location == "k_cache":
+    if place := place_of(rotation):
+        set_places(module, (*places_of(module), *place))
+    elif rotation.location == "k_cache":
+        if not any(name in module.__dict__ for name in FORWARDS):
+            module.forward = PlainForward(plain_forward, module)
         module.register_forward_pre_hook(rotate_keys, with_kwargs=True)
-    elif location == "down_input":
+    elif rotation.location == "down_input":
         # No hook reaches inside a forward. A partial survives deepcopy and pickle. Hooks of
         # accelerate stand around the forward that they keep.
-        place = FORWARDS["_old_forward" in module.__dict__]
-        setattr(module, place, ExpertsForward(experts_forward, module))
-
-
-def _hooks(rotation: OnlineRotation) -> bool:
-    return rotation.child is None and rotation.location in ("output", "input", "k_cache")
+        name = FORWARDS["_old_forward" in module.__dict__]
+        setattr(module, name, ExpertsForward(experts_forward, module))
 
 
 def installed(model: nn.Module) -> Iterator[tuple[str, nn.Module, OnlineRotation]]:
@@ -234,21 +230,17 @@ def _snapshot(module: nn.Module) -> Callable[[], None]:
 
 
 def _unhook(module: nn.Module, rotation: OnlineRotation) -> None:
-    if rotation.child is not None:
-        set_places(module, tuple(p for p in places_of(module) if p not in _place(rotation)))
+    if place := place_of(rotation):
+        set_places(module, tuple(p for p in places_of(module) if p not in place))
     elif rotation.location == "down_input":
         _own_forward(module)
-    elif isinstance(module.__dict__.get("forward"), PlainForward) and not any(
-        isinstance(other, OnlineRotation) and _hooks(other) for other in module.children()
-    ):
-        del module.forward
-    # Handles do not survive deepcopy and pickle; the functions do.
-    functions = {"input": _rotate_input, "output": _rotate_output, "k_cache": rotate_keys}
-    function = functions.get(rotation.location) if rotation.child is None else None
-    for hooks in (module._forward_pre_hooks, module._forward_hooks):
-        for key, hook in list(hooks.items()):
-            if hook is function:
-                del hooks[key]
+    elif rotation.location == "k_cache":
+        if isinstance(module.__dict__.get("forward"), PlainForward):
+            del module.forward
+        # Handles do not survive deepcopy and pickle; the functions do.
+        for key, hook in list(module._forward_pre_hooks.items()):
+            if hook is rotate_keys:
+                del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
@@ -258,19 +250,3 @@ def _own_forward(module: nn.Module) -> None:
             delattr(module, name)
             if name == "_old_forward":
                 setattr(module, name, type(module).forward.__get__(module))
-
-
-def _rotate_input(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    rotation: Any = module.fastrot_input
-    if args:
-        return (rotation(args[0]), *args[1:]), kwargs
-    # By name; the layers of transformers call it so.
-    return args, {**kwargs, "hidden_states": rotation(kwargs["hidden_states"])}
-
-
-def _rotate_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-    rotation: Any = module.fastrot_output
-    result: Tensor = rotation(output)
-    return result
