@@ -37,10 +37,14 @@ def parse_rotations(rotations: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def parse_seed(seed: int) -> int:
-    """The seed itself, if it is one."""
-    if not isinstance(seed, int) or isinstance(seed, bool):
+    """A seed as Python's int, of whatever type of whole numbers it is.
+
+    Raises:
+        TypeError: no whole number.
+    """
+    if not isinstance(seed, Integral) or isinstance(seed, bool):
         raise TypeError(f"seed must be an int, got {seed!r}")
-    return seed
+    return int(seed)
 
 
 def parse_norms(value: Sequence[Any] | None) -> tuple[NormMapping, ...] | None:

@@ -99,7 +99,7 @@ class Recipe:
             )
         if self.precision is not None:
             self._set("precision", parse_precision(self.precision))
-        parse_seed(self.seed)
+        self._set("seed", parse_seed(self.seed))
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)

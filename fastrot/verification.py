@@ -8,13 +8,16 @@ rounding is put on the original's weights. Twice what it does is allowed.
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from fastrot.arguments import parse_seed
 from fastrot.checks import check_model
 from fastrot.errors import RotationError
 from fastrot.transform_config import parse_precision
@@ -74,28 +77,31 @@ def verify(
     precision: torch.dtype | str = "float32",
     seed: int = 0,
 ) -> Verification:
-    """Compare the logits of two models on prompts; neither is changed.
+    """Compare the logits of two models on prompts, in eval mode; neither is changed.
 
     Args:
         original: before the rotation.
         rotated: after it.
-        prompts: token ids ``(batch, length)``; four random ones of 64 tokens are added.
+        prompts: token ids, a list of tensors ``(batch, length)``; four random ones of 64 tokens
+            are added.
         tolerance: greatest relative error; default what arithmetic in ``precision`` makes, or twice
             what rounding the weights to the dtype of ``rotated`` does to ``original``.
         precision: to compute in; a model of another dtype is copied, one at a time.
         seed: of the random prompts.
 
     Raises:
-        RotationError: the vocabularies differ, a prompt does not fit the models, or ``seed`` has
-            more than 64 bits.
-        TypeError: something that is no model.
+        RotationError: the vocabularies differ, a prompt does not fit the models, ``tolerance`` is
+            negative or no number, or ``seed`` has more than 64 bits.
+        TypeError: something that is no model, or no prompt.
     """
     dtype = parse_precision(precision)
-    check_seed(seed)
+    seed = check_seed(seed)
+    check_tolerance(tolerance)
+    given = parse_prompts(prompts)
     for model in (original, rotated):
         check_model(model)
     check_vocabularies(original, rotated)
-    ids = [*random_prompts(rotated, seed), *prompts]
+    ids = [*random_prompts(rotated, seed), *given]
     stored = coarsest(rotated)
     got = logits(_in(rotated, dtype), ids)
     expected = logits(_in(original, dtype), ids)
@@ -174,10 +180,52 @@ def add_rounding_noise(model: nn.Module, eps: float) -> None:
         weight.add_(noise.to(weight.device) * scale)
 
 
-def check_seed(seed: int, name: str = "seed=") -> None:
-    """Refuse a seed that torch has no generator for; ``name`` is what stands before its value."""
-    if seed not in SEEDS:
-        raise RotationError(f"{name}{seed}: expected a whole number from -2**63 to 2**64 - 1")
+def check_seed(seed: int, name: str = "seed=") -> int:
+    """A seed as torch takes it; ``name`` is what stands before its value in errors.
+
+    Raises:
+        RotationError: torch has no generator for it.
+        TypeError: no whole number.
+    """
+    whole = parse_seed(seed)
+    if whole not in SEEDS:
+        raise RotationError(f"{name}{whole}: expected a whole number from -2**63 to 2**64 - 1")
+    return whole
+
+
+def check_tolerance(tolerance: float | None) -> None:
+    """Refuse what no error can be compared with.
+
+    Raises:
+        RotationError: it is negative or no number.
+        TypeError: something else than a number or None.
+    """
+    if tolerance is None:
+        return
+    if isinstance(tolerance, bool) or not isinstance(tolerance, Real):
+        raise TypeError(f"tolerance must be a number such as 1e-5, or None, got {tolerance!r}")
+    if not tolerance >= 0:
+        raise RotationError(f"tolerance={tolerance} is negative or no number; give one from 0 on")
+
+
+def parse_prompts(prompts: Iterable[Tensor]) -> list[Tensor]:
+    """Token ids that were given, as a list.
+
+    Raises:
+        RotationError: one is not ``(batch, length)``, or has no token.
+        TypeError: something else than token ids.
+    """
+    wanted = "give a list of tensors (batch, length), int64 or int32"
+    if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+        raise TypeError(f"prompts must hold token ids, got {prompts!r:.60}; {wanted}")
+    given = list(prompts)
+    for number, ids in enumerate(given):
+        if not isinstance(ids, Tensor) or ids.dtype not in (torch.int64, torch.int32):
+            what = ids.dtype if isinstance(ids, Tensor) else f"{ids!r:.60}"
+            raise TypeError(f"prompt {number} must hold token ids, got {what}; {wanted}")
+        if ids.dim() != 2 or not ids.numel():
+            raise RotationError(f"prompt {number} has the shape {tuple(ids.shape)}; {wanted}")
+    return given
 
 
 def random_prompts(model: Any, seed: int) -> list[Tensor]:
@@ -208,9 +256,25 @@ def check_vocabularies(original: Any, rotated: Any) -> None:
         )
 
 
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode: dropout would be taken for error, and for what rounding does, which hides error.
+
+    The flag of each module is its own again afterwards.
+    """
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 @torch.no_grad()
 def logits(model: Any, prompts: Sequence[Tensor]) -> list[Tensor]:
-    """The logits of every prompt, on the CPU.
+    """The logits of every prompt in eval mode, on the CPU.
 
     Without a padding token a classifier reads one sequence at a time.
 
@@ -224,7 +288,8 @@ def logits(model: Any, prompts: Sequence[Tensor]) -> list[Tensor]:
         return torch.cat([model(row.to(device), use_cache=False).logits.cpu() for row in rows])
 
     try:
-        return [read(ids) for ids in prompts]
+        with _evaluating(model):
+            return [read(ids) for ids in prompts]
     except IndexError as error:
         longest, largest = max(ids.shape[-1] for ids in prompts), max(int(i.max()) for i in prompts)
         raise RotationError(
