@@ -319,6 +319,33 @@ def test_what_is_learned_from_can_not_judge(model, text):
     assert len(learned.history) == 1
 
 
+def test_no_window_judges_twice(model, text):
+    """Eight times the same would have a standard error of zero, and one window decide."""
+    other = random_ids(model, 8, 24, seed=4)
+    halves = parted(torch.arange(16 * 3).view(16, 3))
+    held = halves[1][:, 0] // 3
+    twice = text.clone()
+    twice[held[3]] = twice[held[0]]
+    for batches, heldout in (
+        (text, other[:1].repeat(8, 1)),
+        (text, torch.cat([other, other[2:3]])),
+        (twice, None),
+    ):
+        with pytest.raises(RotationError, match=r"held-out window \d \(.*\) is also window \d, .*"):
+            fastrot.learn(model, batches, ("R1",), heldout=heldout, **FAST)
+
+
+@pytest.mark.parametrize("name", ["batches", "heldout"])
+def test_padding_is_refused(name, model, text):
+    mask = torch.ones_like(text)
+    given = {"input_ids": text, "attention_mask": mask}
+    assert torch.equal(windows_in(given, 64, "batches"), text)
+    mask[3, -1] = 0
+    padded = {"batches": text, name: given}
+    with pytest.raises(RotationError, match=f"{name} has an attention_mask with zeros, .* cut it"):
+        fastrot.learn(model, **padded, rotations=("R1",), **FAST)
+
+
 def test_one_copy_of_the_model_at_a_time(model, text, monkeypatch):
     """Without waiting for a collection of cycles."""
     weights, alive = [], []

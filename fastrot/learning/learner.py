@@ -88,8 +88,8 @@ def learn(
 
     Raises:
         RotationError: nothing in the recipe can be learned for this scheme, matrices are given
-            already, orders differ between layers, the text is too short, has ids beyond the
-            vocabulary or a held-out window twice, or the file in ``keep`` is of another run.
+            already, orders differ between layers, the text is too short, has padding, ids beyond
+            the vocabulary or a held-out window twice, or the file in ``keep`` is of another run.
         TypeError: an argument of the wrong type.
         OSError: that file can't be written.
     """

@@ -28,7 +28,7 @@ def windows_in(batches: Any, vocabulary: int, what: str) -> Tensor:
 
     Raises:
         TypeError: something else than token ids.
-        RotationError: none, too short, of several lengths, or beyond the vocabulary.
+        RotationError: none, too short, of several lengths, beyond the vocabulary, or with padding.
     """
     single = isinstance(batches, (Tensor, Mapping)) or not hasattr(batches, "__iter__")
     parts = [_ids(part, what) for part in ([batches] if single else batches)]
@@ -66,19 +66,28 @@ def check_judges(windows: Tensor, judges: Tensor) -> None:
     """Refuse held-out windows that can't judge what was learned from others.
 
     Raises:
-        RotationError: they are too few, or one is among those to learn from.
+        RotationError: they are too few, or one is there twice or among those to learn from.
     """
     if len(judges) < JUDGES:
         raise RotationError(
             f"{len(judges)} windows in heldout are too few to judge by; give {JUDGES} or more"
         )
     known = {window.numpy().tobytes() for window in windows}
+    earlier: dict[bytes, int] = {}
     for number, judge in enumerate(judges):
-        if judge.numpy().tobytes() in known:
+        seen = judge.numpy().tobytes()
+        shown = f"held-out window {number} ({', '.join(map(str, judge[:4].tolist()))}, …)"
+        if seen in known:
             raise RotationError(
-                f"held-out window {number} ({', '.join(map(str, judge[:4].tolist()))}, …) is also "
-                "learned from, and so can't judge; hold out other text, and give no window twice"
+                f"{shown} is also learned from, and so can't judge; hold out other text, and give "
+                "no window twice"
             )
+        if seen in earlier:
+            raise RotationError(
+                f"{shown} is also window {earlier[seen]}, and so one text would judge twice; give "
+                "no window twice"
+            )
+        earlier[seen] = number
 
 
 def check_ids(ids: Tensor, vocabulary: int, what: str) -> None:
@@ -101,6 +110,7 @@ def _ids(part: Any, what: str) -> Tensor:
         if "input_ids" not in part:
             names = ", ".join(map(str, part)) or "nothing"
             raise RotationError(f"{what} has a dict of {names}; it must have input_ids")
+        _check_whole(part.get("attention_mask"), what)
         part = part["input_ids"]
     if not isinstance(part, Tensor) or part.dtype not in INTEGERS or part.dim() not in (1, 2):
         shown = type(part).__name__
@@ -110,3 +120,16 @@ def _ids(part: Any, what: str) -> Tensor:
             f"{what} must hold token ids, tensors (length,) or (n, length), got {shown}"
         )
     return torch.atleast_2d(part)
+
+
+def _check_whole(mask: Any, what: str) -> None:
+    """Refuse a mask of a tokenizer that leaves out some tokens.
+
+    Raises:
+        RotationError: says how to do without.
+    """
+    if mask is not None and not bool(torch.as_tensor(mask).all()):
+        raise RotationError(
+            f"{what} has an attention_mask with zeros, and padding can't be learned from; join the "
+            "text and cut it into windows of one length, without padding"
+        )
