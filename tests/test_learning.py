@@ -346,6 +346,13 @@ def test_padding_is_refused(name, model, text):
         fastrot.learn(model, **padded, rotations=("R1",), **FAST)
 
 
+@pytest.mark.parametrize("seed", [2**70 + 3, -1])
+def test_whatever_a_recipe_takes_is_a_seed(seed, model, text):
+    learned = fastrot.learn(model, text, ("R1",), seed=seed, **FAST | {"refine": 1})
+    assert learned.seed == seed
+    assert learned == fastrot.learn(model, text, ("R1",), seed=seed, **FAST | {"refine": 1})
+
+
 def test_one_copy_of_the_model_at_a_time(model, text, monkeypatch):
     """Without waiting for a collection of cycles."""
     weights, alive = [], []

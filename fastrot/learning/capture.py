@@ -66,7 +66,7 @@ def capture(
         seed: of the samples and of the targets.
         done: told how many tokens were seen after each window.
     """
-    targets, choice = (torch.Generator().manual_seed(seed) for _ in range(2))
+    targets, choice = (generator_of(seed) for _ in range(2))
     count, length = windows.shape
     apart = -(-count // kept)
     looked_at = -(-count // apart)
@@ -115,6 +115,11 @@ def capture(
         vectors, shares = zip(*found.pop(place), strict=True)
         samples[place] = Sample(torch.cat(vectors), torch.cat(shares))
     return Captured(samples, dict(weights))
+
+
+def generator_of(seed: int) -> torch.Generator:
+    """What draws samples for a seed of any size: by its last 64 bits, all that torch takes."""
+    return torch.Generator().manual_seed(seed % 2**64)
 
 
 def drawn(energies: Tensor, most: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastrot.edits import Plan
 from fastrot.errors import RotationError
 from fastrot.lab.schemes import Scheme
-from fastrot.learning.capture import capture
+from fastrot.learning.capture import capture, generator_of
 from fastrot.learning.kept import Kept
 from fastrot.learning.objective import Term, total
 from fastrot.learning.orthogonal import Walk, descend, polished
@@ -74,11 +74,11 @@ def fitted(
             known = kept.get(place)
             if known is None:
                 mine = terms.get((name, layer), [])  # none where text does not reach
-                generator = torch.Generator().manual_seed(plan.seed)
+                generator = generator_of(plan.seed)
                 walk = Walk(base.block, RATES[name], fixes_ones=base.fixes_ones)
                 cost = total(mine, VECTORS, min(len(mine), TAKEN), generator)
-                steps = counts[name] if mine else 0
-                losses = descend([walk], cost, steps, lambda _: bar.update())
+                wished = counts[name] if mine else 0
+                losses = descend([walk], cost, wished, lambda _: bar.update())
                 known = {"q": walk.q, "losses": torch.tensor(losses, dtype=torch.float64)}
                 kept.put(place, known)
             found.setdefault(name, []).append(polished(dense(base.stages()) @ known["q"]))
@@ -135,6 +135,6 @@ def refined(
 
 def _shuffled(count: int, wanted: int, seed: int) -> list[int]:
     """So many numbers below ``count``, all of them before one comes again."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator_of(seed)
     rounds = [torch.randperm(count, generator=generator) for _ in range(-(-wanted // count))]
     return torch.cat(rounds).tolist() if rounds else []
