@@ -73,6 +73,20 @@ def test_the_shared_exponent_of_mxfp4():
     assert exponents.tolist() == [-2, -2, -2, -1, 0, 1, -22, 125, -127]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("blocked", [False, True])
+def test_a_group_of_mxfp4_that_is_not_finite_is_nan(bad, dtype, blocked):
+    """It became ordinary numbers; the groups beside it do not notice."""
+    x = torch.randn(3, 96, dtype=dtype)
+    form = Quantization("mxfp4", blocked_scales=blocked)
+    want = form.dequantize(form.quantize(x), dtype)
+    want[1, 32:64] = torch.nan
+    x[1, 40] = bad
+    got = form.dequantize(form.quantize(x), dtype)
+    torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
 def test_the_scales_of_nvfp4_use_the_global_scale():
     x = torch.randn(4, 64, dtype=torch.float64)
     world = torch.tensor([448 * 6 / x.abs().max().item()])

@@ -9,7 +9,7 @@ from helpers import levels, relative_error
 from fastrot import RotationError
 from fastrot.kernels.formats import LEVELS, Quantization
 from fastrot.lab.quantizers import CLIPS, asymmetric_grid, fake_quantize, symmetric_grid
-from fastrot.lab.schemes import Numbers
+from fastrot.lab.schemes import Numbers, Scheme
 
 
 def round_symmetric(x, bits, clip=1.0):
@@ -163,6 +163,31 @@ def test_tiny_and_huge_tensors_stay_finite(format, size):
     assert got.isfinite().all()
     if size in (0.0, 1e30):
         assert (got - x).abs().max() <= 0.3 * x.abs().max()
+
+
+ALL = ["w4", "w4g16", "w4mse", "afp8", "afp8t", "a8t", "wfp8g16", "mxfp4", "nvfp4"]
+
+
+def numbers_of(name):
+    scheme = Scheme.parse(name)
+    return scheme.weights or scheme.activations
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ALL)
+def test_what_is_broken_does_not_look_healthy(name, bad):
+    """A loss of a model whose activations are not finite must not be finite either."""
+    x = noise(3, 64, dtype=torch.float32)
+    x[1, 5] = bad
+    assert not fake_quantize(x, numbers_of(name))[1, :16].isfinite().any()
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (3, 0), (0,)])
+@pytest.mark.parametrize("name", ALL)
+def test_nothing_is_rounded_to_nothing(name, shape):
+    x = torch.empty(shape, dtype=torch.bfloat16)
+    got = fake_quantize(x, numbers_of(name))
+    assert (got.shape, got.dtype) == (x.shape, x.dtype)
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -14,6 +14,9 @@ mxfp4     two e2m1 in a uint8             32     float8_e8m0fnu, 2^(⌊log₂ am
 nvfp4     two e2m1 in a uint8             16     float8_e4m3fn, amax / 6 · global scale
 ========  ==============================  =====  =======================================
 
+A group of mxfp4 with an element that is not finite has the scale NaN, code 255. (The Triton kernels
+look for none: they need finite input.)
+
 The first three take a ``group_size`` instead of the token. Of two codes in a byte, the element of
 even index has the low half. Sources: OCP, "Microscaling Formats (MX) Specification v1.0", sections
 5.2 and 6.3, for e2m1, e8m0 and the exponent of mxfp4; NVIDIA, cuBLAS, "Block scaling", for nvfp4
@@ -34,6 +37,9 @@ SMALLEST_AMAX = 1e-30
 
 LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """The magnitudes of e2m1, in the order of their codes."""
+
+NO_NUMBER = 255
+"""The code of NaN in e8m0."""
 
 BLOCK_ROWS, BLOCK_COLUMNS = 128, 4
 """Of the blocks of 512 scales that block-scaled matrix products read."""
@@ -155,7 +161,8 @@ class Quantization:
         amax = groups.abs().amax(-1, keepdim=True)
         if self.format == "mxfp4":
             exponent = torch.where(amax > 0, torch.frexp(amax).exponent - 3, -127).clamp(-127, 127)
-            scales = (exponent + 127).to(torch.uint8).view(form.scales)
+            code = torch.where(amax.isfinite(), exponent + 127, NO_NUMBER)
+            scales = code.to(torch.uint8).view(form.scales)
             v = torch.ldexp(groups, -exponent)
         elif self.format == "nvfp4":
             world = 1.0 if self.global_scale is None else self.global_scale.to(y.dtype)

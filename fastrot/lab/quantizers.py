@@ -26,11 +26,13 @@ def fake_quantize(x: Tensor, numbers: Numbers) -> Tensor:
         numbers: the format.
 
     Returns:
-        Shape and dtype of ``x``.
+        Shape and dtype of ``x``; what shares a scale with NaN or infinity is not finite.
 
     Raises:
         RotationError: the last dimension does not divide into groups.
     """
+    if not x.numel():
+        return x.clone()
     work = x if x.dtype == torch.float64 else x.float()
     if numbers.format != "int":
         return _round_float(work, numbers).to(x.dtype)
