@@ -83,6 +83,21 @@ def test_every_tensor_is_looked_at(pair, spoilt, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "model.layers.1.input_layernorm.weight"]
+)
+def test_the_last_bit_of_what_is_copied_counts(name, tmp_path):
+    """What nothing is done to has no rounding that another device may do otherwise."""
+    tiny("llama", dtype=torch.bfloat16).save_pretrained(tmp_path / "source")
+    fastrot.rotate_checkpoint(tmp_path / "source", tmp_path / "target", fastrot.Recipe("R2"))
+    file = tmp_path / "target" / "model.safetensors"
+    weights = load_file(file)
+    weights[name].view(torch.int16).view(-1)[:5].bitwise_xor_(1)
+    save_file(weights, file, {"format": "pt"})
+    result = verify_checkpoint(tmp_path / "source", tmp_path / "target")
+    assert result.problems == (f"{name}: 5 entries differ from the source, which is copied",)
+
+
+@pytest.mark.parametrize(
     ("edit", "problem"),
     [
         (lambda w: w.pop("lm_head.weight"), "lm_head.weight: missing"),

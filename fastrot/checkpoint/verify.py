@@ -205,6 +205,9 @@ def _judged(task: Task, there: Entry, job: Job, workspace: Workspace) -> str:
             got = torch.from_numpy(raw)[:length]
             if torch.equal(got, expected):
                 continue
+            if not panel.acts:  # there is nothing that another device could round otherwise
+                off = (got != expected).view(-1, there.dtype.itemsize).any(1)
+                return f"{int(off.sum())} entries differ from the source, which is copied"
             problem = _difference(got.view(there.dtype), expected.view(there.dtype))
             if problem:
                 return problem
