@@ -232,6 +232,51 @@ def test_drafts_are_copied_refused_or_dropped(name, source, tmp_path):
     assert name not in tensors(tmp_path / "dropped")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"drafts": "keep"}, ValueError, "drafts='keep' is not one of copy, drop"),
+        ({"drafts": "Copy"}, ValueError, "drafts='Copy' is not one of copy, drop"),
+        ({"shard": 0}, ValueError, "shard=0: give bytes"),
+        ({"shard": -5}, ValueError, "shard=-5: give bytes"),
+        ({"shard": "1G"}, TypeError, "shard must be a whole number of bytes .* got '1G'"),
+        ({"memory": 0}, ValueError, "memory=0: give bytes"),
+        ({"memory": "1G"}, TypeError, "memory must be a whole number of bytes .* got '1G'"),
+        ({"memory": True}, TypeError, "memory must be .* got True"),
+        ({"dtype": "bfloat16"}, TypeError, "dtype must be one of torch.float64, .* 'bfloat16'"),
+        ({"dtype": torch.int8}, ValueError, "dtype=torch.int8 is not one of torch.float64"),
+        ({"dtype": torch.complex64}, ValueError, "dtype=torch.complex64 is not one of"),
+        ({"dtype": torch.float8_e4m3fn}, ValueError, "dtype=torch.float8_e4m3fn is not one of"),
+        ({"worker": (0, 1)}, TypeError, r"worker must be a Worker\(rank, size\), got \(0, 1\)"),
+        ({"worker": Worker(2, 2)}, ValueError, "rank must be from 0 to size - 1"),
+    ],
+)
+def test_arguments_are_refused_before_any_work(arguments, error, message, source, tmp_path):
+    drafts(source, "mtp.fc.weight", torch.ones(3))
+    with pytest.raises(error, match=message):
+        fastrot.rotate_checkpoint(source, tmp_path / "target", fastrot.Recipe("R2"), **arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("inside", ["", "model"])
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_source_that_lies_where_the_target_grows_is_kept(fresh, inside, source, tmp_path):
+    target = tmp_path / "target"
+    source = shutil.copytree(source, unfinished(target) / inside)
+    before = contents(source)
+    with pytest.raises(fastrot.RotationError, match=r"SRC .* lies where DST would grow, in .*name"):
+        fastrot.rotate_checkpoint(source, target, ALL, fresh=fresh)
+    assert contents(source) == before
+    assert not target.exists()
+
+
+def test_a_file_that_is_not_there_is_named_with_its_index(source, tmp_path):
+    lost = sorted(source.glob("*.safetensors"))[1]
+    lost.unlink()
+    with pytest.raises(FileNotFoundError, match=f"index.json names {lost.name} .1 such.*download"):
+        fastrot.rotate_checkpoint(source, tmp_path / "target", ALL)
+
+
 def test_nothing_else_is_dropped(source, tmp_path):
     drafts(source, "model.layers.1.mlp.extra.weight", torch.ones(3))
     with pytest.raises(fastrot.CheckpointError, match=r"extra\.weight .*does not have"):

@@ -23,6 +23,7 @@ from fastrot.checkpoint.header import (
 )
 from fastrot.checkpoint.mxfp4 import METHOD as MXFP4
 from fastrot.checkpoint.mxfp4 import blocks_of
+from fastrot.checkpoint.options import check_files
 from fastrot.checkpoint.outputs import Job, files_of, sealed_job
 from fastrot.checkpoint.source import indexed, outline, read_json, weight_files
 from fastrot.checkpoint.tasks import Coded, Task, place_of, tasks_of
@@ -66,10 +67,12 @@ def prepare(
 
     Raises:
         RotationError: anything that can't be done, naming the tensor and the way out.
+        TypeError: an argument of the wrong type.
         OSError: a file is missing or can't be read.
     """
     from fastrot.integrations.transformers import old_names
 
+    check_files(dtype, drafts, shard)
     model = outline(source)
     entries, coded, metadata = numbers_of(source, model)
     earlier = _restored(model)
@@ -127,12 +130,18 @@ def tensors_of(source: Path) -> tuple[dict[str, Entry], dict[Path, Metadata]]:
     files = weight_files(source)
     if not files or any(file.suffix != ".safetensors" for file in files):
         raise FileNotFoundError(f"{source} has no weights in safetensors (model.safetensors)")
+    index = f"{source}/model.safetensors.index.json"
+    if away := [file for file in files if not file.is_file()]:
+        raise FileNotFoundError(
+            f"{index} names {away[0].relative_to(source)} ({len(away)} such files), which is not "
+            "there: copy or download the files again"
+        )
     entries, metadata = read_headers(files)
     lost = sorted(indexed(source) - entries.keys())
     if lost:
         raise CheckpointError(
-            f"{source}/model.safetensors.index.json names {lost[0]} ({len(lost)} such tensors), "
-            "which no file holds: copy or download the files again, or take it out of the index"
+            f"{index} names {lost[0]} ({len(lost)} such tensors), which no file holds: copy or "
+            "download the files again, or take it out of the index"
         )
     return entries, metadata
 

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from fastrot.checkpoint.device import CPU, device_of, free_on, is_apart
 from fastrot.checkpoint.drafts import Drafts
 from fastrot.checkpoint.job import prepare
+from fastrot.checkpoint.options import check_files, check_process
 from fastrot.checkpoint.outputs import Job, OutputFile
 from fastrot.checkpoint.panels import Room, needs
 from fastrot.checkpoint.pipeline import Pipeline
@@ -193,8 +194,11 @@ def rotate_checkpoint(
         RotationError: the rotation is not possible, the device is not there or too small, a file is
             damaged, a tensor is missing, left over or not finite, or the unfinished target is of
             another rotation or kind of device.
+        TypeError: an argument of the wrong type.
         OSError: a file can't be read or written, or there is no room.
     """
+    check_files(dtype, drafts, shard)
+    check_process(memory, worker)
     source, target = Path(source).resolve(), Path(target).resolve()
     mine = worker_of() if worker is None else worker
     place = device_of(device)

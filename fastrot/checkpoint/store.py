@@ -82,9 +82,14 @@ class Store:
             fresh: throw away what an earlier run left.
 
         Raises:
-            RotationError: an earlier run of another job left it.
+            RotationError: an earlier run of another job left it, or the source lies in it.
             OSError: there is no room, or nothing can be written there.
         """
+        if self.folder in (self.job.source, *self.job.source.parents):
+            raise RotationError(
+                f"SRC ({self.job.source}) lies where DST would grow, in {self.folder}; move it, or "
+                "give DST another name"
+            )
         if fresh and self.folder.is_dir():
             shutil.rmtree(self.folder)
         there = self._begun()
