@@ -10,8 +10,10 @@ from transformers import AutoModelForCausalLM
 import fastrot
 from fastrot.cli import main
 from fastrot.cli.arguments import parser
+from fastrot.cli.commands import options_of
 from fastrot.learning import descents
 from fastrot.learning.learned import Learned
+from fastrot.recipe import Recipe
 
 OPTIONS = ("--steps", "10", "--tokens", "256")
 
@@ -167,7 +169,8 @@ def test_another_process_took_the_kept_file_away(source, text, tmp_path, capsys,
     ],
 )
 def test_block_sizes(given, expected):
-    assert parser().parse_args(["plan", "MODEL", *given]).block_size == expected
+    options = options_of(parser().parse_args(["plan", "MODEL", *given]))
+    assert Recipe(**options).block_size == expected
 
 
 @pytest.mark.parametrize(
@@ -185,7 +188,19 @@ def test_block_sizes(given, expected):
             ("learn", "{source}", "{new}", "--text", "{text}", "--permute", "--block-size", "R4=9"),
             "does not divide",
         ),
-        (("rotate", "{source}", "{new}", "--learned", "{file}", "--seed", "3"), "whole recipe"),
+        *(
+            (
+                ("rotate", "{source}", "{new}", "--learned", "{file}", *given),
+                f"is a whole recipe; leave {given[0]} out",
+            )
+            for given in (
+                ("--seed", "3"),
+                ("--seed", "0"),
+                ("--rotations", "R1", "R2"),
+                ("--transform-type", "hadamard"),
+                ("--spinquant", "{file}"),
+            )
+        ),
         (("rotate", "{source}", "{new}", "--learned", "{text}"), "no learned recipe"),
         (("rotate", "{source}", "{new}", "--learned", "{new}"), "No such file"),
         (("learn", "{source}", "{source}"), "is a folder"),

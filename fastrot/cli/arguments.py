@@ -1,6 +1,7 @@
 """The arguments of every command."""
 
 import argparse
+from argparse import SUPPRESS
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -10,6 +11,7 @@ from fastrot.cli.report import EMBEDDED, report
 from fastrot.cli.verify import EXACT, LAYERS, verify
 from fastrot.lab.sets import SCHEMES, SETS
 from fastrot.mapping import ROTATIONS
+from fastrot.recipe import Recipe
 from fastrot.rotations import KINDS
 from fastrot.version import __version__
 
@@ -212,23 +214,33 @@ def _add_learn(actions: Any, parents: list[_Parser]) -> None:
     learning.set_defaults(command=learn)
 
 
-def _rotation_options(rotations: tuple[str, ...] = ("R1", "R2")) -> _Parser:
-    options = _Parser(add_help=False)
+def _rotation_options(rotations: tuple[str, ...] | None = None) -> _Parser:
+    """The options of a recipe: what is not given is not there, and left to the recipe.
+
+    Args:
+        rotations: those by default, if not the recipe's.
+    """
+    options = _Parser(add_help=False, argument_default=SUPPRESS)
+    usual = rotations or Recipe.rotations
     options.add_argument(
         "--rotations",
         nargs="+",
         type=_rotation,
-        default=rotations,
+        default=rotations or SUPPRESS,
         metavar="R",
-        help=f"some of R1, R2 (fused), R3, R4 (online); default: {' '.join(rotations)}",
+        help=f"some of R1, R2 (fused), R3, R4 (online); default: {' '.join(usual)}",
     )
-    options.add_argument("--transform-type", choices=KINDS, default="hadamard")
+    options.add_argument("--transform-type", choices=KINDS)
     options.add_argument(
-        "--randomize", action="store_true", help="R2, R3 and R4 of its own for every layer"
+        "--randomize",
+        action="store_true",
+        default=SUPPRESS,
+        help="R2, R3 and R4 of its own for every layer",
     )
     options.add_argument(
         "--keep-head",
         action="store_true",
+        default=SUPPRESS,
         help="R1 leaves embedding, last norm and head alone, and acts online at both ends: tied "
         "embeddings stay tied",
     )
@@ -239,7 +251,7 @@ def _rotation_options(rotations: tuple[str, ...] = ("R1", "R2")) -> _Parser:
         metavar="N",
         help="block-diagonal R1 and R4; or R4=N, for R4 alone, once for every rotation",
     )
-    options.add_argument("--seed", type=int, default=0, help="of everything random; default: 0")
+    options.add_argument("--seed", type=int, help="of everything random; default: 0")
     options.add_argument(
         "--precision",
         choices=tuple(EXACT),
@@ -352,7 +364,7 @@ class _BlockSize(argparse.Action):
     """One size for all, or a dict of those that were named."""
 
     def __call__(self, parser: Any, args: Any, value: Any, option: str | None = None) -> None:
-        old = getattr(args, self.dest)
+        old = getattr(args, self.dest, None)
         if isinstance(old, dict) and isinstance(value, dict) and not old.keys() & value.keys():
             value = old | value
         elif old is not None:

@@ -132,7 +132,7 @@ def _files_of(args: Namespace) -> dict[str, Any]:
 
 
 def options_of(args: Namespace) -> dict[str, Any]:
-    """The options of the command line that are those of a recipe."""
+    """The options of the command line that are those of a recipe, as far as they were given."""
     names = {field.name for field in fields(fastrot.Recipe)}
     return {name: value for name, value in vars(args).items() if name in names}
 
@@ -140,19 +140,19 @@ def options_of(args: Namespace) -> dict[str, Any]:
 def recipe_of(args: Namespace) -> fastrot.Recipe:
     """The recipe of the command line, with matrices of a file, or the recipe in a file."""
     options = options_of(args)
+    if args.learned is not None:
+        given = [*options, *(["spinquant"] if args.spinquant is not None else [])]
+        if given:
+            shown = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise RotationError(f"{args.learned} is a whole recipe; leave {shown} out")
+        return fastrot.Learned.load(args.learned)
     if args.spinquant is not None:
-        given = fastrot.read_spinquant(args.spinquant)
-        options["matrices"] = {name: m for name, m in given.items() if name in args.rotations}
+        matrices = fastrot.read_spinquant(args.spinquant)
+        wanted = options.get("rotations", fastrot.Recipe.rotations)
+        options["matrices"] = {name: m for name, m in matrices.items() if name in wanted}
         if not options["matrices"]:
             raise RotationError(
-                f"{args.spinquant} has matrices for {' and '.join(given)}, which are not among "
-                f"--rotations {' '.join(args.rotations)}; name them, or leave --spinquant out"
+                f"{args.spinquant} has matrices for {' and '.join(matrices)}, which are not among "
+                f"--rotations {' '.join(wanted)}; name them, or leave --spinquant out"
             )
-    wanted = fastrot.Recipe(**options)
-    if args.learned is None:
-        return wanted
-    if wanted != fastrot.Recipe():
-        raise RotationError(
-            f"{args.learned} is a whole recipe; leave --rotations and what describes them out"
-        )
-    return fastrot.Learned.load(args.learned)
+    return fastrot.Recipe(**options)
