@@ -24,7 +24,18 @@ FUSED: tuple[tuple[int, int, torch.dtype, dict[str, Any], Quantization | None], 
     (8192, 8192, torch.bfloat16, {}, Quantization("fp8")),
     (14336, 14336, torch.bfloat16, {}, Quantization("fp8")),
     (8192, 8192, torch.bfloat16, {"activation": "gelu"}, Quantization("int8")),
+    (14336, 14336, torch.bfloat16, {}, Quantization("int4", 128)),
+    (14336, 14336, torch.bfloat16, {"gamma": True}, Quantization("fp8")),
+    (14336, 14336, torch.bfloat16, {"eps": 1e-6, "gamma": True}, Quantization("mxfp4")),
+    (14336, 14336, torch.bfloat16, {"activation": "silu", "signs": True}, Quantization("fp8")),
+    (11008, 11008, torch.bfloat16, {}, Quantization("fp8")),
+    (11008, 11008, torch.bfloat16, {}, Quantization("mxfp4")),
+    (11008, 11008, torch.bfloat16, {"signs": True}, Quantization("int8")),
+    (11008, 11008, torch.bfloat16, {"eps": 1e-6}, Quantization("int8")),
     (11008, 11008, torch.bfloat16, {"activation": "silu"}, Quantization("fp8")),
+    (11008, 11008, torch.bfloat16, {"activation": "silu"}, Quantization("mxfp4")),
+    (11008, 11008, torch.bfloat16, {"activation": "gelu"}, Quantization("fp8")),
+    (8192, 8192, torch.bfloat16, {"gamma": True}, Quantization("fp8")),
     (14336, 14336, torch.bfloat16, {"activation": "silu"}, None),
     (14336, 14336, torch.bfloat16, {"activation": "silu"}, Quantization("mxfp4")),
     (
@@ -36,7 +47,7 @@ FUSED: tuple[tuple[int, int, torch.dtype, dict[str, Any], Quantization | None], 
     ),
     (28672, 128, torch.bfloat16, {"activation": "silu"}, Quantization("fp8")),
 )
-"""Tokens and blocks of transforms: dtype, prologue and format."""
+"""Tokens and blocks of transforms: dtype, prologue and whether there are signs, and format."""
 
 ROPE: tuple[tuple[int, int, int, bool, Quantization | None], ...] = (
     (64, 0, 64, False, None),
@@ -78,24 +89,25 @@ def _word(quantize: Quantization | None) -> str:
 def fused_launches(arch: str) -> Iterator[Launch]:
     """The launches of :mod:`fastrot.kernels.gpu_fused` for :data:`FUSED`, where a tile holds it."""
     from fastrot.kernels import gpu_fused, gpu_fused_launch
-    from fastrot.kernels.gpu_fused_launch import Prologue, operands
-    from fastrot.kernels.gpu_fused_tiles import Cut, fused_tile
+    from fastrot.kernels.gpu_fused_launch import operands
+    from fastrot.kernels.gpu_fused_tiles import Cut, Prologue, fused_tile
     from fastrot.kernels.gpu_matrix import TABLE
 
     backend = BACKENDS[arch]
     for n, block, dtype, before, quantize in FUSED:
-        prologue = Prologue(**before)
+        signs = "signs" in before
+        prologue = Prologue(**{k: v for k, v in before.items() if k != "signs"})
         operand, parts, middle, _ = operands(dtype, prologue.exact, backend)
         group = (quantize.group if quantize else None) or 0
-        norm = prologue.eps is not None
-        cut = Cut(n, block, group, parts, prologue.exact, norm, False, dtype, backend)
+        cut = Cut(n, block, group, parts, prologue, signs, dtype, backend)
         tile = fused_tile(cut)
         if tile is None:
             continue
-        c = gpu_fused_launch.fused_constants(tile, prologue, quantize, dtype, False, backend)
+        c = gpu_fused_launch.fused_constants(tile, prologue, quantize, dtype, signs, backend)
         x, one = SHORT[dtype], tile.a == 1
         codes, scales, written = _memory(quantize, x)
-        types = dict.fromkeys(("x", "up", "signs"), f"*{x}") | {
+        types = dict.fromkeys(("x", "up"), f"*{x}") | {
+            "signs": "*i8" if signs else f"*{x}",
             "gamma": "*fp32" if prologue.gamma else f"*{x}",
             "out": codes,
             "scales": scales,
@@ -114,7 +126,8 @@ def fused_launches(arch: str) -> Iterator[Launch]:
             trips = -(-c["TOKEN_ROWS"] // c["CHUNK"])
             dots = Dot(A, B, c["CHUNK"], left * trips), Dot(A, B, B, right, False)
         else:
-            dots = Dot(A, B, A, left), Dot(A, B, B, right)
+            k = B if c["RIGHT"] == TABLE.value else c["Q"]
+            dots = Dot(A, B, A, left), Dot(A, B, k, right)
         words = (f"{n}/{block} in {A}x{B}", *before, _word(quantize))
         read = dtype.itemsize * (2 if prologue.activation else 1)
         yield Launch(
@@ -129,7 +142,11 @@ def fused_launches(arch: str) -> Iterator[Launch]:
             dots=dots,
             trips=trips,
             resident=tile.resident,
-            gathers=TABLE.value in (c["LEFT"], c["RIGHT"]) or prologue.gamma or c["GLOBAL"],
+            signed=signs,
+            gathers=signs
+            or prologue.gamma
+            or c["GLOBAL"]
+            or TABLE.value in (c["LEFT"], c["RIGHT"]),
             scales=quantize is not None,
         )
 

@@ -179,6 +179,9 @@ def candidates(operator: str, n: int) -> list[Case]:
                     continue
                 for block, resident, stages in launches(tile, A, place == 0):
                     config = Config(warps, block, resident, stages)
+                    if not block:
+                        rows, columns = tile.config.rows, tile.config.columns
+                        config = config._replace(rows=rows, columns=columns)
                     made = replace(tile, A=A, tokens=A // tile.token_rows, config=config)
                     found.append(Case(operator, n, A, config, made))
     return found
@@ -186,6 +189,8 @@ def candidates(operator: str, n: int) -> list[Case]:
 
 def launches(tile: FusedTile, A: int, first: bool) -> list[tuple[int, int, int]]:
     """Columns at a time, whether in a loop, and stages; fewer for any but the shipped cut."""
+    if tile.config.rows:
+        return [(0, 1, stages) for stages in (1, 2, 3)]
     if A > 128 and tile.a > 1:  # the left matrix is loaded in parts
         return [(0, 0, stages) for stages in ((1, 2, 3, 4) if first else (2, 3))]
     made = [(0, 1, stages) for stages in ((1, 2, 3, 4) if first else (2, 3))] + [(0, 0, 1)]

@@ -277,3 +277,26 @@ def test_cuda_graph():
     torch.cuda.synchronize()
     assert torch.equal(codes.view(torch.uint8), want.codes.view(torch.uint8))
     assert torch.equal(scales, want.scales)
+
+
+@pytest.mark.skipif(not TRITON, reason="no Triton")
+@pytest.mark.parametrize("n", [11008, 14336, 5760])
+@pytest.mark.parametrize("signed", [False, True])
+def test_tokens_in_pieces(n, signed, request):
+    """Of factors of which one or both have a table, with all that can stand before them."""
+    request.getfixturevalue("poisoned")
+    x, up, gamma = data(3, n), data(3, n, seed=1), torch.rand(n, device=DEVICE) + 0.5
+    signs = data(n).sign().to(torch.int8) if signed else None
+    norm = torch.rsqrt(x.double().square().mean(-1, keepdim=True) + EPS)
+    glu = transformed(functional.silu(x.double()) * up.double(), n, signs)
+    normed = transformed(x.double() * norm * gamma.double(), n, signs)
+    for format in ("fp8", "nvfp4" if n == 5760 else "mxfp4"):
+        q = Quantization(format)
+        got = hadamard_quantize(x, q, gamma=gamma, signs=signs, impl="triton")
+        assert_codes(got, transformed(x.double() * gamma.double(), n, signs), q)
+        assert_codes(glu_hadamard(x, up, q, signs=signs, impl="triton"), glu, q)
+        for weight, truth in ((gamma, normed), (None, transformed(x.double() * norm, n, signs))):
+            got = rmsnorm_hadamard(x, weight, q, eps=EPS, signs=signs, impl="triton")
+            assert_codes(got, truth, q)
+    assert_close(glu_hadamard(x, up, signs=signs, impl="triton"), glu)
+    assert_close(rmsnorm_hadamard(x, gamma, eps=EPS, signs=signs, impl="triton"), normed)

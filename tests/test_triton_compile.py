@@ -199,13 +199,16 @@ def test_every_tuned_fused_configuration_is_reached() -> None:
     from itertools import product
 
     from fastrot.kernels.gpu_fused_launch import operands
-    from fastrot.kernels.gpu_fused_tiles import TUNED, Cut, fused_tile
+    from fastrot.kernels.gpu_fused_tiles import TUNED, Cut, Prologue, fused_tile
 
     reached = set()
-    sizes = (*((n, n) for n in (4096, 5120, 8192, 14336)), (4096, 128), (14336, 128), (14336, 16))
-    for (n, block), exact in product((*sizes, (4096, 16), (4096, 32), (8192, 32)), (True, False)):
+    sizes = [*((n, n) for n in (4096, 5120, 8192, 11008, 14336))]
+    sizes += [(4096, 128), (14336, 128), (14336, 16)]
+    sizes += [(4096, 16), (4096, 32), (8192, 32)]
+    for (n, block), before in product(sizes, (Prologue(), Prologue(eps=1e-6), Prologue("silu"))):
+        exact = before.exact
         parts = operands(torch.bfloat16, exact, "hopper").parts
-        tile = fused_tile(Cut(n, block, 0, parts, exact, False, False, torch.bfloat16, "hopper"))
+        tile = fused_tile(Cut(n, block, 0, parts, before, False, torch.bfloat16, "hopper"))
         assert tile is not None
         for form, config in TUNED.items():
             same = form[:3] == (tile.A, tile.B, tile.a > 1) and form.exact in (exact, None)

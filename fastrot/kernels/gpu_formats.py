@@ -1,7 +1,8 @@
 """The epilogue of the fused kernels: a tile of float32 results becomes codes and scales.
 
-:mod:`fastrot.kernels.formats` says what the formats mean. A tile is ``(A, B)``: ``TOKENS`` tokens,
-each of ``TOKEN_ROWS`` rows of ``COLUMNS`` elements, then padding, which holds zeros.
+:mod:`fastrot.kernels.formats` says what the formats mean. A tile holds ``TOKENS`` tokens, each of
+``TOKEN_ROWS`` rows of ``COLUMNS`` elements, then padding, which holds zeros. It comes in R rows of
+S pieces, each ``(P, Q)``; there is one row if there are several tokens.
 """
 
 # Arguments of a kernel have Triton's types, not Python's.
@@ -101,15 +102,24 @@ def _encode_pair(low, high, KIND: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def _amax_of_tokens(y, TOKEN_ROWS: tl.constexpr, TOKENS: tl.constexpr, A: tl.constexpr):
-    """The largest magnitude of the token of every row, ``(A,)``."""
-    rows = tl.max(tl.abs(y), axis=1)
+def _amax_of_tokens(
+    pieces,
+    COUNT: tl.constexpr,
+    TOKEN_ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    P: tl.constexpr,
+):
+    """The largest magnitude of the token of every row of a piece, ``(P,)``."""
+    largest = tl.abs(pieces[0])
+    for n in tl.static_range(1, COUNT):
+        largest = tl.maximum(largest, tl.abs(pieces[n]))
+    rows = tl.max(largest, axis=1)
     if TOKENS == 1:
         return tl.zeros_like(rows) + tl.max(rows, axis=0)
     elif TOKEN_ROWS == 1:
         return rows
     else:
-        token = tl.arange(0, A) // TOKEN_ROWS
+        token = tl.arange(0, P) // TOKEN_ROWS
         same = token[:, None] == token[None, :]
         return tl.max(tl.where(same, rows[None, :], 0.0), axis=1)
 
@@ -124,30 +134,31 @@ def _scale_offset(token, group, GROUPS: tl.constexpr, BLOCKED: tl.constexpr):
 
 
 @triton.jit
-def store_tile(
+def store_piece(
     y,
+    factor,
     scale,
     out,
     scales,
     world,
     first,
     tokens,
+    i,
+    column: tl.constexpr,
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCKED: tl.constexpr,
     NATIVE: tl.constexpr,
-    A: tl.constexpr,
-    B: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
     COLUMNS: tl.constexpr,
     TOKEN_ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """Quantise ``y · scale``, a tile of the tokens from ``first`` on; round it if KIND is NONE.
+    """Quantise ``y · scale``, rows i, ``(P, 1)``, and Q columns from ``column`` on.
 
-    ``scale`` is ``(A, 1)``. ``out`` points to the bytes of the codes, or to elements of the
-    result's dtype; it is contiguous. COLUMNS is a multiple of GROUP.
+    Where the scale belongs to a token, ``factor`` makes codes of it. Else as :func:`store_tile`.
     """
-    i = tl.arange(0, A)[:, None]
     token = i // TOKEN_ROWS
     row = i - token * TOKEN_ROWS
     inside = (i < TOKENS * TOKEN_ROWS) & (token < tokens - first)
@@ -158,24 +169,63 @@ def store_tile(
         codes = (y * scale).to(out.dtype.element_ty)
     else:
         if GROUP == 0:
-            amax = _amax_of_tokens(y, TOKEN_ROWS, TOKENS, A)[:, None] * scale
-            stored, factor = _scale(amax, world, KIND)
-            tl.store(scales + first + token, stored, mask=inside & (row == 0))
             v = y * (factor * scale)
         else:
-            groups = tl.reshape(y, (A, B // GROUP, GROUP))
+            groups = tl.reshape(y, (P, Q // GROUP, GROUP))
             stored, factor = _scale(tl.max(tl.abs(groups), axis=2) * scale, world, KIND)
-            g = tl.arange(0, B // GROUP)[None, :]
+            g = column // GROUP + tl.arange(0, Q // GROUP)[None, :]
             group = row * (COLUMNS // GROUP) + g
             place = _scale_offset(first + token, group, SIZE // GROUP, BLOCKED)
             tl.store(scales + place, stored, mask=inside & (g < COLUMNS // GROUP))
-            v = tl.reshape(groups * (factor * scale)[:, :, None], (A, B))
+            v = tl.reshape(groups * (factor * scale)[:, :, None], (P, Q))
         if PER_BYTE == 1:
             codes = _encode(v, KIND, NATIVE)
         else:
-            low, high = tl.split(tl.reshape(v, (A, B // 2, 2)))
+            low, high = tl.split(tl.reshape(v, (P, Q // 2, 2)))
             codes = _encode_pair(low, high, KIND, NATIVE)
-    j = tl.arange(0, B // PER_BYTE)[None, :]
+    j = column // PER_BYTE + tl.arange(0, Q // PER_BYTE)[None, :]
     offset = (token * SIZE + row * COLUMNS) // PER_BYTE + j
     target = out + first * (SIZE // PER_BYTE) + offset
     tl.store(target, codes, mask=inside & (j < COLUMNS // PER_BYTE))
+
+
+@triton.jit
+def store_tile(
+    pieces,
+    scale,
+    out,
+    scales,
+    world,
+    first,
+    tokens,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCKED: tl.constexpr,
+    NATIVE: tl.constexpr,
+    P: tl.constexpr,
+    R: tl.constexpr,
+    Q: tl.constexpr,
+    S: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOKEN_ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Quantise ``pieces · scale``, the tokens from ``first`` on; round them if KIND is NONE.
+
+    ``scale`` is ``(P, 1)``. ``out`` points to the bytes of the codes, or to elements of the
+    result's dtype; it is contiguous. COLUMNS and Q are multiples of GROUP.
+    """
+    p = tl.arange(0, P)[:, None]
+    factor = 1.0
+    if KIND != NONE and GROUP == 0:
+        amax = _amax_of_tokens(pieces, R * S, TOKEN_ROWS, TOKENS, P)[:, None] * scale
+        stored, factor = _scale(amax, world, KIND)
+        token = p // TOKEN_ROWS
+        inside = (p < TOKENS * TOKEN_ROWS) & (token < tokens - first)
+        target = scales + tl.cast(first, tl.int64) + token
+        tl.store(target, stored, mask=inside & (p - token * TOKEN_ROWS == 0))
+    for n in tl.static_range(R * S):
+        store_piece(
+            pieces[n], factor, scale, out, scales, world, first, tokens, n // S * P + p, n % S * Q,
+            KIND, GROUP, BLOCKED, NATIVE, P, Q, COLUMNS, TOKEN_ROWS, TOKENS,
+        )  # fmt: skip

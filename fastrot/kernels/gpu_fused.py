@@ -9,19 +9,26 @@ nor output stays in registers and shared memory, in float32.
 
 A token of n elements, in blocks of H_a ⊗ H_b, lies in a tile as ``(n / columns, columns)``, its
 memory order. The columns are b, or several b if there is no left factor. See
-:mod:`fastrot.kernels.gpu_rows` for the products.
+:mod:`fastrot.kernels.gpu_rows` for the products, and :mod:`fastrot.kernels.gpu_rows_tile` for the
+pieces and loops in which they are made.
 """
 
-# Arguments of a kernel have Triton's types, not Python's.
-# ruff: noqa: ANN001, ANN201, ANN202
-# mypy: disable-error-code="no-untyped-def"
+# Arguments of a kernel have Triton's types, not Python's; its tuples cannot be unpacked.
+# ruff: noqa: ANN001, ANN201, ANN202, RUF005
+# mypy: disable-error-code="no-untyped-def,assignment,misc"
 
 import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from fastrot.kernels.gpu_formats import store_tile
+from fastrot.kernels.gpu_formats import NONE, store_piece, store_tile
 from fastrot.kernels.gpu_matrix import add_left, dot_left, dot_right, matrix
+from fastrot.kernels.gpu_rows_tile import (
+    blocks,
+    left_of_pieces,
+    right_blocks,
+    right_of_pieces,
+)
 
 PLAIN = tl.constexpr(0)
 SILU = tl.constexpr(1)
@@ -90,6 +97,32 @@ def _load(
 
 
 @triton.jit
+def _scales(
+    squares,
+    scale,
+    eps,
+    P: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    TOKEN_ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    PROLOGUE: tl.constexpr,
+):
+    """The scale of every row, ``(P, 1)``, with the norm of its token, from the squares of rows."""
+    by_row = tl.zeros((P,), tl.float32) + scale
+    if PROLOGUE == RMSNORM:
+        if TOKENS == 1:
+            square = tl.zeros((P,), tl.float32) + tl.sum(squares, axis=0)
+        elif TOKEN_ROWS == 1:
+            square = squares
+        else:
+            token = tl.arange(0, P) // TOKEN_ROWS
+            same = token[:, None] == token[None, :]
+            square = tl.sum(tl.where(same, squares[None, :], 0.0), axis=1)
+        by_row *= tl.rsqrt(square / (TOKEN_ROWS * COLUMNS) + eps)
+    return by_row[:, None]
+
+
+@triton.jit
 def _fused_tile(
     x,
     up,
@@ -109,7 +142,9 @@ def _fused_tile(
     first,
     tokens,
     A: tl.constexpr,
+    P: tl.constexpr,
     B: tl.constexpr,
+    Q: tl.constexpr,
     COLUMNS: tl.constexpr,
     TOKEN_ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -132,15 +167,18 @@ def _fused_tile(
     BLOCKED: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    i = tl.arange(0, A)
-    j = tl.arange(0, B)[None, :]
     BLOCK_SIZE: tl.constexpr = (LEFT_SIZE if LEFT != 0 else 1) * RIGHT_SIZE
+    R: tl.constexpr = A // P
+    S: tl.constexpr = B // Q
+    i = tl.arange(0, P)
+    j = tl.arange(0, Q)[None, :]
     base = tl.cast(first, tl.int64)
     x += base * x_stride
     up += base * up_stride
-    squares = tl.zeros((A,), tl.float32)
-    y = tl.zeros((A, B), tl.float32)
+    squares = tl.zeros((P,), tl.float32)
+    done = ()
     if BLOCK < B:
+        y = tl.zeros((A, B), tl.float32)
         for start in tl.range(0, COLUMNS, BLOCK):
             k = start + tl.arange(0, BLOCK)
             t, s = _load(
@@ -150,9 +188,10 @@ def _fused_tile(
             if PROLOGUE == RMSNORM:
                 squares += tl.sum(s, axis=1)
             if LEFT != 0:
-                t = dot_left(h_left, t, tl.zeros((A, BLOCK), tl.float32), PARTS, OPERAND)
+                t = dot_left(h_left[0], t, tl.zeros((A, BLOCK), tl.float32), PARTS, OPERAND)
             h = matrix(right, k[:, None], j, RIGHT_SIZE, B, RIGHT, MIDDLE_OPERAND)
             y = dot_right(t, h, y, MIDDLE_PARTS, MIDDLE_OPERAND)
+        done = (y,)
     elif CHUNK < A:
         if PROLOGUE == RMSNORM:
             # A loop of its own: beside products, Triton 3.6 loses chunks of the sum on Hopper.
@@ -175,32 +214,42 @@ def _fused_tile(
             )  # fmt: skip
             h = matrix(left, i[:, None], k[None, :], LEFT_SIZE, A, LEFT, OPERAND)
             t = add_left(h, v, t, PARTS, OPERAND)
-        y = dot_right(t, h_right, y, MIDDLE_PARTS, MIDDLE_OPERAND)
+        y = tl.zeros((A, B), tl.float32)
+        done = (dot_right(t, h_right[0], y, MIDDLE_PARTS, MIDDLE_OPERAND),)
     else:
-        t, s = _load(
-            x, up, gamma, signs, x_stride, up_stride, tokens - first, i[:, None], j,
-            COLUMNS, TOKEN_ROWS, TOKENS, BLOCK_SIZE, PROLOGUE, FAST, GAMMA, SIGNS,
-        )  # fmt: skip
+        v = ()
+        sums = tl.zeros((P, Q), tl.float32)
+        for n in tl.static_range(R * S):
+            piece, squared = _load(
+                x, up, gamma, signs, x_stride, up_stride, tokens - first,
+                n // S * P + i[:, None], n % S * Q + j,
+                COLUMNS, TOKEN_ROWS, TOKENS, BLOCK_SIZE, PROLOGUE, FAST, GAMMA, SIGNS,
+            )  # fmt: skip
+            v = v + (piece,)
+            sums += squared
         if PROLOGUE == RMSNORM:
-            squares = tl.sum(s, axis=1)
-        if LEFT != 0:
-            t = dot_left(h_left, t, tl.zeros((A, B), tl.float32), PARTS, OPERAND)
-        y = dot_right(t, h_right, y, MIDDLE_PARTS, MIDDLE_OPERAND)
-    scales_of_rows = tl.zeros((A,), tl.float32) + scale
-    if PROLOGUE == RMSNORM:
-        token = i // TOKEN_ROWS
-        if TOKENS == 1:
-            square = tl.zeros((A,), tl.float32) + tl.sum(squares, axis=0)
-        elif TOKEN_ROWS == 1:
-            square = squares
-        else:
-            same = token[:, None] == token[None, :]
-            square = tl.sum(tl.where(same, squares[None, :], 0.0), axis=1)
-        scales_of_rows *= tl.rsqrt(square / (TOKEN_ROWS * COLUMNS) + eps)
-    store_tile(
-        y, scales_of_rows[:, None], out, scales, world, first, tokens,
-        KIND, GROUP, BLOCKED, NATIVE, A, B, COLUMNS, TOKEN_ROWS, TOKENS,
-    )  # fmt: skip
+            squares = tl.sum(sums, axis=1)
+        # What does not wait for the scale of a token leaves its registers at once.
+        SOON: tl.constexpr = R * S > 1 and (KIND == NONE or GROUP != 0)
+        if SOON:
+            by_row = _scales(squares, scale, eps, P, COLUMNS, TOKEN_ROWS, TOKENS, PROLOGUE)
+        for r in tl.static_range(R):
+            t = left_of_pieces(v, h_left, r, P, R, LEFT, Q, S, RIGHT, PARTS, OPERAND)
+            for s in tl.static_range(S):
+                y = right_of_pieces(t, h_right, s, P, Q, S, RIGHT, MIDDLE_PARTS, MIDDLE_OPERAND)
+                if SOON:
+                    store_piece(
+                        y, 1.0, by_row, out, scales, world, first, tokens, r * P + i[:, None],
+                        s * Q, KIND, GROUP, BLOCKED, NATIVE, P, Q, COLUMNS, TOKEN_ROWS, TOKENS,
+                    )  # fmt: skip
+                else:
+                    done = done + (y,)
+    if len(done) > 0:
+        by_row = _scales(squares, scale, eps, P, COLUMNS, TOKEN_ROWS, TOKENS, PROLOGUE)
+        store_tile(
+            done, by_row, out, scales, world, first, tokens,
+            KIND, GROUP, BLOCKED, NATIVE, P, R, Q, S, COLUMNS, TOKEN_ROWS, TOKENS,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -220,7 +269,9 @@ def _fused_kernel(
     up_stride,
     tokens,
     A: tl.constexpr,
+    P: tl.constexpr,
     B: tl.constexpr,
+    Q: tl.constexpr,
     COLUMNS: tl.constexpr,
     TOKEN_ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -245,17 +296,15 @@ def _fused_kernel(
     GLOBAL: tl.constexpr,
     NATIVE: tl.constexpr,
 ):
-    i = tl.arange(0, A)
-    j = tl.arange(0, B)
-    h_left = 0
-    h_right = 0
+    h_left = ()
+    h_right = ()
     world = 1.0
     if GLOBAL:
         world = tl.load(global_scale)
-    if LEFT != 0 and CHUNK == A:
-        h_left = matrix(left, i[:, None], i[None, :], LEFT_SIZE, A, LEFT, OPERAND)
+    if CHUNK == A:
+        h_left = blocks(left, A // P, P, LEFT_SIZE, LEFT, OPERAND)
     if BLOCK == B:
-        h_right = matrix(right, j[:, None], j[None, :], RIGHT_SIZE, B, RIGHT, MIDDLE_OPERAND)
+        h_right = right_blocks(right, B // Q, Q, RIGHT_SIZE, RIGHT, MIDDLE_OPERAND)
     start = tl.program_id(0)
     stop = start + 1
     if PERSISTENT:
@@ -264,7 +313,7 @@ def _fused_kernel(
         _fused_tile(
             x, up, gamma, signs, out, scales, h_left, h_right, left, right,
             world, scale, eps, x_stride, up_stride, tile * TOKENS, tokens,
-            A, B, COLUMNS, TOKEN_ROWS, TOKENS, LEFT_SIZE, LEFT, RIGHT_SIZE, RIGHT, CHUNK, BLOCK,
-            PROLOGUE, FAST, GAMMA, SIGNS, PARTS, MIDDLE_PARTS, OPERAND, MIDDLE_OPERAND,
-            KIND, GROUP, BLOCKED, NATIVE,
+            A, P, B, Q, COLUMNS, TOKEN_ROWS, TOKENS, LEFT_SIZE, LEFT, RIGHT_SIZE, RIGHT,
+            CHUNK, BLOCK, PROLOGUE, FAST, GAMMA, SIGNS, PARTS, MIDDLE_PARTS, OPERAND,
+            MIDDLE_OPERAND, KIND, GROUP, BLOCKED, NATIVE,
         )  # fmt: skip

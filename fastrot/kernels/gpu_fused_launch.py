@@ -9,8 +9,8 @@ from torch import Tensor
 from fastrot.kernels.formats import Quantization, Quantized
 from fastrot.kernels.gpu import _check, _guard, _multiprocessors
 from fastrot.kernels.gpu_formats import KINDS
-from fastrot.kernels.gpu_fused import ACTIVATIONS, PLAIN, RMSNORM, _fused_kernel
-from fastrot.kernels.gpu_fused_tiles import Cut, FusedTile, fused_tile
+from fastrot.kernels.gpu_fused import _fused_kernel
+from fastrot.kernels.gpu_fused_tiles import Cut, FusedTile, Prologue, fused_tile
 from fastrot.kernels.gpu_matrix import (
     SYLVESTER,
     TABLE,
@@ -20,26 +20,6 @@ from fastrot.kernels.gpu_matrix import (
     table,
     triton_dtype,
 )
-
-
-class Prologue(NamedTuple):
-    """What happens to x before the transform; see :mod:`fastrot.kernels.fused`."""
-
-    activation: str | None = None
-    eps: float | None = None
-    gamma: bool = False
-
-    @property
-    def kind(self) -> int:
-        """The kernel's number for it."""
-        if self.activation is not None:
-            return ACTIVATIONS[self.activation]
-        return PLAIN.value if self.eps is None else RMSNORM.value
-
-    @property
-    def exact(self) -> bool:
-        """Whether the transform sees x as it is in memory."""
-        return self.activation is None and not self.gamma
 
 
 class Operands(NamedTuple):
@@ -75,7 +55,9 @@ def fused_constants(
     form = quantize.format if quantize else None
     return {
         "A": tile.A,
+        "P": config.rows or tile.A,
         "B": tile.B,
+        "Q": config.columns or tile.B,
         "COLUMNS": tile.columns,
         "TOKEN_ROWS": tile.token_rows,
         "TOKENS": tile.tokens,
@@ -140,8 +122,7 @@ def transform(
         block,
         (quantize.group if quantize else None) or 0,
         operands(x.dtype, prologue.exact, backend).parts,
-        prologue.exact,
-        prologue.eps is not None,
+        prologue,
         signs is not None,
         x.dtype,
         backend,

@@ -8,8 +8,33 @@ from typing import NamedTuple
 import torch
 
 from fastrot.hadamard import factors
-from fastrot.kernels.gpu_matrix import padded
-from fastrot.kernels.gpu_tiles import Config, config_for, product
+from fastrot.kernels.gpu_fused import ACTIVATIONS, PLAIN, RMSNORM
+from fastrot.kernels.gpu_tiles import Config, config_for, product, sizes
+
+
+class Prologue(NamedTuple):
+    """What happens to x before the transform; see :mod:`fastrot.kernels.fused`."""
+
+    activation: str | None = None
+    eps: float | None = None
+    gamma: bool = False
+
+    @property
+    def kind(self) -> int:
+        """The kernel's number for it."""
+        if self.activation is not None:
+            return ACTIVATIONS[self.activation]
+        return RMSNORM.value if self.norm else PLAIN.value
+
+    @property
+    def norm(self) -> bool:
+        """Whether the norms of tokens are needed."""
+        return self.eps is not None
+
+    @property
+    def exact(self) -> bool:
+        """Whether the transform sees x as it is in memory; else float32, of twice the registers."""
+        return self.activation is None and not self.gamma
 
 
 class Cut(NamedTuple):
@@ -21,10 +46,7 @@ class Cut(NamedTuple):
     """Elements that share a scale, 0 for a token."""
     parts: int
     """Of the input of the first product."""
-    exact: bool
-    """Whether that is x as it is in memory; else float32, which takes twice the registers."""
-    norm: bool
-    """Whether the norms of tokens are needed, too; then what is not exact reads gamma."""
+    prologue: Prologue
     signs: bool
     source: torch.dtype
     backend: str
@@ -58,7 +80,7 @@ class FusedTile:
     @property
     def chunked(self) -> bool:
         """Whether the left matrix is loaded in parts, for every tile, and not kept."""
-        return self.A > 128 and self.a > 1
+        return self.A > 128 and self.a > 1 and not self.config.rows
 
     @property
     def resident(self) -> int:
@@ -69,7 +91,7 @@ class FusedTile:
 class Form(NamedTuple):
     """What a configuration is tuned for: a padded tile, and whether there are two products.
 
-    Their input is ``exact`` or not (None: either), as in :class:`Cut`.
+    Their input is ``exact`` or not (None: either), as in :class:`Prologue`.
     """
 
     A: int
@@ -85,14 +107,18 @@ TUNED = {
     Form(64, 128, two=False): Config(4, 0, 2, 3),
     Form(128, 32, two=False, exact=True): Config(4, 0, 7, 3),
     Form(128, 64, two=True, exact=True): Config(4, 0, 2, 3),
-    Form(128, 128, two=True): Config(8, 0, 1, 3),
+    Form(128, 128, two=True): Config(8, 0, 1, 3, columns=64),
     Form(128, 128, two=False): Config(8, 0, 1, 3),
+    Form(192, 64, two=True, exact=True): Config(4, 0, 1, 2, rows=64),
+    Form(256, 64, two=True, exact=True): Config(8, 0, 1, 2, rows=128),
+    Form(256, 64, two=True, exact=False): Config(8, 0, 1, 1, rows=128),
     Form(256, 16, two=False, exact=True): Config(4, 0, 8, 3),
     Form(256, 32, two=False, exact=True): Config(4, 0, 4, 3),
     Form(256, 64, two=False, exact=True): Config(8, 0, 1, 3),
 }
 """For 16 bits on Hopper: what `benchmarks/tune_fused.py` found fastest on an H200, or what is like
-it. Elsewhere the configurations of :mod:`fastrot.kernels.gpu_tiles` hold.
+it; tiles in pieces are chosen by their machine code, as the plain kernel's were found fastest.
+Elsewhere the configurations of :mod:`fastrot.kernels.gpu_tiles` hold.
 """
 
 
@@ -117,51 +143,69 @@ def fused_tiles(cut: Cut) -> list[tuple[float, FusedTile]]:
             most = vectors if a == 1 else 1
             for packed in (p for p in range(1, most + 1) if most % p == 0 and p * b <= 256):
                 columns, rows = packed * b, vectors * a // packed
-                B, A = padded(columns), max(64, padded(rows))
-                if B > 256 or A > 256 or (cut.group and columns % cut.group):
-                    continue
-                tuned = _tuned(A, B, a, cut)
-                config = tuned or _config(A, B, a, cut)
-                if config is None:
-                    continue
-                tokens = A // rows
-                cost = float((A * cut.parts if a > 1 else 0) + B * (2 if a > 1 else cut.parts))
-                cost += max(A, B) / 16  # of equals the squarest
-                cost *= A * B / (tokens * rows * columns)
-                cost *= 1.0 if columns % 8 == 0 else 1.5  # narrow accesses
-                cost *= 1.0 if A * B >= 4096 else 3.0  # too little to load at a time
-                cost *= 1.5 if A > 128 and a > 1 else 1.0  # loads its left matrix for every tile
-                cost *= 1.0 if tuned else 1.1  # of equals the measured
-                if tuned and cut.norm and tokens > 1 and rows > 1:
-                    cost *= 1.5  # compares every row's token to every other's
-                tile = FusedTile(*left, *right, columns, rows, tokens, A, B, config)
-                found.append((cost, tile))
+                for A, B in dict.fromkeys(sizes(rows, columns)):
+                    tuned = _tuned(A, B, a, cut, bool(right[0]))
+                    config = tuned or _config(A, B, a, cut)
+                    if config is None or (cut.group and columns % cut.group):
+                        continue
+                    tile = FusedTile(*left, *right, columns, rows, A // rows, A, B, config)
+                    found.append((_cost(tile, cut, tuned is not None), tile))
     return found[::-1]  # of equals the last
 
 
-def _tuned(A: int, B: int, a: int, cut: Cut) -> Config | None:
+def _cost(tile: FusedTile, cut: Cut, tuned: bool) -> float:
+    """Arithmetic for an element, and what else has been seen to take time."""
+    A, B, two = tile.A, tile.B, tile.a > 1
+    right = B if tile.right_bases else tile.config.columns or B
+    cost = float((A * cut.parts if two else 0) + right * (2 if two else cut.parts))
+    cost += max(A, B) / 16  # of equals the squarest
+    cost *= A * B / (tile.tokens * tile.token_rows * tile.columns)
+    cost *= 1.0 if tile.columns % 8 == 0 else 1.5  # narrow accesses
+    cost *= 1.0 if A * B >= 4096 else 3.0  # too little to load at a time
+    if A > 128 and two:  # many blocks of left matrix, or loaded for every tile
+        cost *= 1.3 if tile.config.rows else 1.5
+    cost *= 1.0 if tuned else 1.1  # of equals the measured
+    if tuned and cut.prologue.norm and tile.tokens > 1 and tile.token_rows > 1:
+        cost *= 1.5  # compares every row's token to every other's
+    return cost
+
+
+def _tuned(A: int, B: int, a: int, cut: Cut, table: bool) -> Config | None:
     if cut.backend not in ("hopper", "interpreter") or cut.source == torch.float32:
         return None
-    if a > 1 and A * B > 4096 and cut.norm and not cut.exact:
-        return None  # a prefetched gamma leaves too few registers
-    form = Form(A, B, a > 1, cut.exact)
+    before, exact = cut.prologue, cut.prologue.exact
+    form = Form(A, B, a > 1, exact)
     config = TUNED.get(form, TUNED.get(form._replace(exact=None)))
-    if config and (cut.signs or (cut.norm and not cut.exact)):
-        # A prefetch of these takes as much room as that of x.
-        if form.two and not cut.exact and A * B > 4096:
-            return None  # nor are there registers left
+    if config is None:
+        return None
+    if table or cut.group > (config.columns or B):
+        config = config._replace(columns=0)
+    beside = cut.signs or before.gamma
+    # What is read beside x, or summed up, takes registers; where there are none left, and the
+    # error function in large pieces, other tiles and configurations do not spill.
+    whole = not (config.rows or config.columns)
+    if whole and form.two and not exact and A * B > 4096 and (beside or before.norm):
+        return None
+    if config.rows == 64 and (beside or before.norm):
+        return None
+    if config.rows and before.activation == "gelu":
+        return None
+    if beside:  # a prefetch of it takes as much room as that of x
         fewer = config.resident - config.resident // 4
-        return config._replace(resident=fewer, num_stages=2)
+        stages = min(config.num_stages, 1 if config.rows else 2)
+        return config._replace(resident=fewer, num_stages=stages)
     return config
 
 
 def _config(A: int, B: int, a: int, cut: Cut) -> Config | None:
+    if A & (A - 1) or B & (B - 1) or max(A, B) > 256:
+        return None
     # Without a left matrix, a tile of many rows is like one of few.
     rows = min(A, 128) if a == 1 else A
     # Hopper and Blackwell hold results of products elsewhere than operands.
-    wide = not cut.exact and cut.backend in ("ampere", "cdna")
+    wide = not cut.prologue.exact and cut.backend in ("ampere", "cdna")
     source = torch.float32 if wide else cut.source
     config = config_for(rows, A * B // rows if a == 1 else B, source, source, cut.backend)
-    if config is None or cut.exact or config.num_warps < 8:
+    if config is None or cut.prologue.exact or config.num_warps < 8:
         return config
     return config._replace(resident=min(config.resident, 1))

@@ -225,18 +225,18 @@ def _rope_kernel(
             if of_q:
                 out = q_out
             store_tile(
-                y, one, out, k_scales, world, first, vectors,
-                NONE, 0, False, False, A, B, SIZE, 1, A,
+                (y,), one, out, k_scales, world, first, vectors,
+                NONE, 0, False, False, A, 1, B, 1, SIZE, 1, A,
             )  # fmt: skip
         elif of_q:
             store_tile(
-                y, one, q_out, k_scales, world, first, vectors,
-                NONE, 0, False, False, A, B, SIZE, 1, A,
+                (y,), one, q_out, k_scales, world, first, vectors,
+                NONE, 0, False, False, A, 1, B, 1, SIZE, 1, A,
             )  # fmt: skip
         else:
             store_tile(
-                y, one, k_out, k_scales, world, first, vectors,
-                KIND, GROUP, BLOCKED, NATIVE, A, B, SIZE, 1, A,
+                (y,), one, k_out, k_scales, world, first, vectors,
+                KIND, GROUP, BLOCKED, NATIVE, A, 1, B, 1, SIZE, 1, A,
             )  # fmt: skip
     if VALUES:
         start += tl.cdiv(tl.maximum(turned - start, 0), step) * step
@@ -246,6 +246,6 @@ def _rope_kernel(
             e = tl.arange(0, V_B)[None, :]
             values = tl.load(v + row + e, mask=inside & (e < V_SIZE), other=0.0).to(tl.float32)
             store_tile(
-                values, one, v_out, v_scales, world, place * A, tokens * v_heads,
-                KIND, GROUP, BLOCKED, NATIVE, A, V_B, V_SIZE, 1, A,
+                (values,), one, v_out, v_scales, world, place * A, tokens * v_heads,
+                KIND, GROUP, BLOCKED, NATIVE, A, 1, V_B, 1, V_SIZE, 1, A,
             )  # fmt: skip

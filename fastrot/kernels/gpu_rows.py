@@ -29,7 +29,7 @@ from fastrot.kernels.gpu_matrix import (
     table,
     triton_dtype,
 )
-from fastrot.kernels.gpu_rows_tile import blocks, tile_in_loops, tile_in_pieces
+from fastrot.kernels.gpu_rows_tile import blocks, right_blocks, tile_in_loops, tile_in_pieces
 from fastrot.kernels.gpu_tiles import Tile, product
 
 
@@ -114,11 +114,8 @@ def _rows_kernel(
     h_right = ()
     if CHUNK == A:
         h_left = blocks(left, A // P, P, LEFT_SIZE, LEFT, OPERAND)
-    if BLOCK == B and RIGHT == SYLVESTER:
-        SIZE: tl.constexpr = RIGHT_SIZE if RIGHT_SIZE < Q else Q
-        h_right = blocks(right, 1, Q, SIZE, RIGHT, MIDDLE_OPERAND)
-    elif BLOCK == B:
-        h_right = blocks(right, B // Q, Q, RIGHT_SIZE, RIGHT, MIDDLE_OPERAND)
+    if BLOCK == B:
+        h_right = right_blocks(right, B // Q, Q, RIGHT_SIZE, RIGHT, MIDDLE_OPERAND)
     first = tl.program_id(0)
     if PERSISTENT:
         for tile in tl.range(first, tiles, tl.num_programs(0), flatten=BLOCK < B):

@@ -107,6 +107,22 @@ def blocks(
 
 
 @triton.jit
+def right_blocks(
+    table,
+    COUNT: tl.constexpr,
+    ORDER: tl.constexpr,
+    SIZE: tl.constexpr,
+    KIND: tl.constexpr,
+    DTYPE: tl.constexpr,
+):
+    """The :func:`blocks` of a right factor; of Sylvester's one is enough."""
+    if KIND == SYLVESTER:
+        return blocks(table, 1, ORDER, SIZE if SIZE < ORDER else ORDER, KIND, DTYPE)
+    else:
+        return blocks(table, COUNT, ORDER, SIZE, KIND, DTYPE)
+
+
+@triton.jit
 def _butterfly(pieces, COUNT: tl.constexpr, STEP: tl.constexpr):
     """Sums and differences of the pieces that are STEP apart."""
     done = ()
@@ -116,6 +132,66 @@ def _butterfly(pieces, COUNT: tl.constexpr, STEP: tl.constexpr):
         else:
             done = done + (pieces[n - STEP] - pieces[n],)
     return done
+
+
+@triton.jit
+def left_of_pieces(
+    v,
+    h_left,
+    r: tl.constexpr,
+    P: tl.constexpr,
+    R: tl.constexpr,
+    LEFT: tl.constexpr,
+    Q: tl.constexpr,
+    S: tl.constexpr,
+    RIGHT: tl.constexpr,
+    PARTS: tl.constexpr,
+    OPERAND: tl.constexpr,
+):
+    """Row r of the left product of R · S pieces, ready for :func:`right_of_pieces`."""
+    t = ()
+    for s in tl.static_range(S):
+        if LEFT == 0:
+            t = t + (v[r * S + s],)
+        else:
+            y = tl.zeros((P, Q), tl.float32)
+            y = dot_left(h_left[r * R], v[s], y, PARTS, OPERAND)
+            for k in tl.static_range(1, R):
+                y = add_left(h_left[r * R + k], v[k * S + s], y, PARTS, OPERAND)
+            t = t + (y,)
+    if RIGHT == SYLVESTER:
+        if S > 1:
+            t = _butterfly(t, S, 1)
+        if S > 2:
+            t = _butterfly(t, S, 2)
+        if S > 4:
+            t = _butterfly(t, S, 4)
+        if S > 8:
+            t = _butterfly(t, S, 8)
+    return t
+
+
+@triton.jit
+def right_of_pieces(
+    t,
+    h_right,
+    s: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    S: tl.constexpr,
+    RIGHT: tl.constexpr,
+    PARTS: tl.constexpr,
+    OPERAND: tl.constexpr,
+):
+    """Piece s of the right product of a row of S pieces."""
+    y = tl.zeros((P, Q), tl.float32)
+    if RIGHT == SYLVESTER:
+        y = dot_right(t[s], h_right[0], y, PARTS, OPERAND)
+    else:
+        y = dot_right(t[0], h_right[s], y, PARTS, OPERAND)
+        for k in tl.static_range(1, S):
+            y = add_right(t[k], h_right[k * S + s], y, PARTS, OPERAND)
+    return y
 
 
 @triton.jit
@@ -158,33 +234,9 @@ def tile_in_pieces(
         )  # fmt: skip
         v = v + (piece,)
     for r in tl.static_range(R):
-        t = ()
+        t = left_of_pieces(v, h_left, r, P, R, LEFT, Q, S, RIGHT, PARTS, OPERAND)
         for s in tl.static_range(S):
-            if LEFT == 0:
-                t = t + (v[r * S + s],)
-            else:
-                y = tl.zeros((P, Q), tl.float32)
-                y = dot_left(h_left[r * R], v[s], y, PARTS, OPERAND)
-                for k in tl.static_range(1, R):
-                    y = add_left(h_left[r * R + k], v[k * S + s], y, PARTS, OPERAND)
-                t = t + (y,)
-        if RIGHT == SYLVESTER:
-            if S > 1:
-                t = _butterfly(t, S, 1)
-            if S > 2:
-                t = _butterfly(t, S, 2)
-            if S > 4:
-                t = _butterfly(t, S, 4)
-            if S > 8:
-                t = _butterfly(t, S, 8)
-        for s in tl.static_range(S):
-            y = tl.zeros((P, Q), tl.float32)
-            if RIGHT == SYLVESTER:
-                y = dot_right(t[s], h_right[0], y, MIDDLE_PARTS, MIDDLE_OPERAND)
-            else:
-                y = dot_right(t[0], h_right[s], y, MIDDLE_PARTS, MIDDLE_OPERAND)
-                for k in tl.static_range(1, S):
-                    y = add_right(t[k], h_right[k * S + s], y, MIDDLE_PARTS, MIDDLE_OPERAND)
+            y = right_of_pieces(t, h_right, s, P, Q, S, RIGHT, MIDDLE_PARTS, MIDDLE_OPERAND)
             _store(
                 y * scale, out, signs, base, r * P + p, s * Q + q, remaining,
                 ROWS, COLUMNS, LEFT_SIZE, RIGHT_SIZE, BOUNDED, SIGNS and TRANSPOSE,

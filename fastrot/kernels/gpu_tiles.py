@@ -168,7 +168,7 @@ def tile_for(
             a, b = product(*left), product(*right)
             packed = _packed(b, 64) if a == 1 else 1
             width = packed * b
-            for A, B in _sizes(a, width):
+            for A, B in sizes(a, width):
                 if A > 256 or B > 256:
                     continue
                 form = Form(A, B, bool(left[0]), bool(right[0]), a == 1)
@@ -200,7 +200,7 @@ def _likes(form: Form) -> Iterator[Form]:
         yield form._replace(left=left, right=right)
 
 
-def _sizes(a: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+def sizes(a: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
     """Padded tiles of (a, width): in powers of two, and in the least pieces that may be tuned."""
     most, least = max(64, padded(a)), max(64, 64 * triton.cdiv(a, 64))
     return (most, padded(width)), (least, max(padded(width) // 2, 32 * triton.cdiv(width, 32)))
