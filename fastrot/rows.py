@@ -9,7 +9,9 @@ from torch import nn
 from fastrot.errors import RotationError
 from fastrot.index import Index, find_holders
 from fastrot.mapping import (
+    PLACES,
     ROLES,
+    STREAM,
     Architecture,
     Mapping,
     Norm,
@@ -19,6 +21,9 @@ from fastrot.mapping import (
     with_head,
 )
 from fastrot.patterns import matches
+
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""Where torch's wrappers keep the module: of compile, of activation checkpointing and of FSDP."""
 
 CLASSIFIERS = ("score", "classifier")
 """What transformers' classifiers have in the place of a causal model's head."""
@@ -49,8 +54,28 @@ def roles_of(
             raise UnsupportedRotationError(
                 f"{name} of {index.class_name}: {row.refuses[name]}{way}"
             )
+    _refuse_wrapped(index, row.mapping, wanted)
     row = present(index, row)
     return row.mapping, row.norms if norms is None else norms
+
+
+def _refuse_wrapped(index: Index, mapping: Mapping, wanted: Sequence[str]) -> None:
+    """A wrapper renames what it holds: a rotation would leave out its layer and none would see."""
+    roles = ROLES if STREAM in wanted else tuple(PLACES[name] for name in wanted)
+    patterns = tuple(pattern for role in roles for pattern in getattr(mapping, role))
+    for name in index.parameters:
+        *modules, _ = name.split(".")
+        plain = [part for part in modules if part not in WRAPPERS]
+        if plain == modules:
+            continue
+        if any(matches(".".join(plain), pattern) for pattern in patterns):
+            inside = next(i for i, part in enumerate(modules) if part in WRAPPERS)
+            raise UnsupportedRotationError(
+                f"{'.'.join(modules[:inside])} of {index.class_name} is wrapped in another module "
+                f"({modules[inside]}), so that its layer would be left out of "
+                f"{', '.join(wanted)}; compile and wrap after fastrot.apply, or compile in place, "
+                "module.compile()"
+            )
 
 
 def known_norms(index: Index) -> tuple[NormMapping, ...]:

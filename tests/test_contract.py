@@ -134,7 +134,7 @@ TORCH = {
     *("_apply", "_modules", "_parameters", "_forward_hooks", "_forward_pre_hooks"),
     *("_forward_pre_hooks_with_kwargs", "_load_state_dict_pre_hooks", "_orig_mod"),
     *("_global_forward_hooks", "_global_forward_pre_hooks", "_replace"),
-    *("_C", "_are_functorch_transforms_active", "_parser", "_cache"),
+    *("_C", "_are_functorch_transforms_active", "_parser", "_cache", "_is_replica"),
     *("_disable_dynamo", "_dynamo_marked_constant", "_exit"),
     *("_make_wrapper_subclass", "_disabled_torch_function_impl"),
     *("_to_copy", "_unsafe_view", "_reshape_alias"),

@@ -15,6 +15,7 @@ from accelerate.hooks import (
 )
 from helpers import difference, fingerprint, logits, random_ids, relative_error, tiny
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaModel
 from zoo import FAMILIES, build, inputs
@@ -376,3 +377,29 @@ def test_models_that_are_being_made_elsewhere_are_no_obstacle():
     unborn = LlamaForCausalLM.__new__(LlamaForCausalLM)
     fastrot.apply(tiny("llama"), "R2")
     del unborn
+
+
+@pytest.mark.parametrize(
+    ("wrap", "word"),
+    [(checkpoint_wrapper, "_checkpoint_wrapped_module"), (torch.compile, "_orig_mod")],
+)
+@pytest.mark.parametrize("rotations", [STREAM, BLOCK])
+def test_a_wrapped_layer_is_not_left_out(wrap, word, rotations):
+    """Of R4 alone it was, in silence: the other layers have the role."""
+    model = tiny("llama")
+    layer = model.model.layers[0]
+    layer.mlp = wrap(layer.mlp)
+    before = fingerprint(model)
+    with pytest.raises(fastrot.UnsupportedRotationError, match=rf"layers\.0\.mlp of .*{word}"):
+        fastrot.apply(model, rotations)
+    assert fingerprint(model) == before
+    fastrot.apply(model, ("R2",))  # which has no part in it
+
+
+def test_what_is_compiled_in_place_is_rotated():
+    model = tiny("llama")
+    model.model.layers[0].compile(backend="eager")
+    ids = random_ids(model, 2, 7, seed=0)
+    want = logits(model, ids)
+    fastrot.apply(model, BLOCK)
+    assert relative_error(logits(model, ids), want) < 1e-5

@@ -1,5 +1,6 @@
 """``hadamard_transform`` under the transforms of torch: whatever they ask for, the dense matrix."""
 
+import numpy as np
 import pytest
 import torch
 from torch import func
@@ -141,7 +142,14 @@ REFUSALS = [
     (dict(signs=2 * SIGNS), r"signs\[0\] is 2, not ±1"),
     (dict(signs=SIGNS * torch.eye(12)[3].sub(1)), r"signs\[3\] is -?0.0, not ±1"),
     (dict(signs=SIGNS.float() / 0), r"signs\[0\] is inf, not ±1"),
+    (dict(signs=SIGNS.bool()), "signs is torch.bool, expected real numbers"),
+    (dict(signs=SIGNS.cfloat()), "signs is torch.complex64, expected real numbers"),
     (dict(scale=torch.tensor(0.5, requires_grad=True)), "scale is a tensor, expected a number"),
+    (dict(scale="1"), "scale='1' is no number"),
+    (dict(scale=None), "scale=None is no number"),
+    (dict(scale=1j), "scale=1j is no number"),
+    (dict(dim=1.0), "dim=1.0 is no whole number"),
+    (dict(dim=None), "dim=None is no whole number"),
 ]
 
 
@@ -149,3 +157,11 @@ REFUSALS = [
 def test_refusals(kwargs, message):
     with pytest.raises(fastrot.RotationError, match=message):
         fastrot.hadamard_transform(torch.ones(2, 12), **kwargs)
+
+
+def test_numbers_of_numpy_and_sparse_tensors():
+    x = torch.randn(2, 12)
+    want = fastrot.hadamard_transform(x, 0.5, dim=1)
+    assert torch.equal(fastrot.hadamard_transform(x, np.float32(0.5), dim=np.int64(1)), want)
+    with pytest.raises(TypeError, match=r"takes dense tensors, got torch.sparse_coo; pass x.to_de"):
+        fastrot.hadamard_transform(x.to_sparse())

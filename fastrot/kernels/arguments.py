@@ -1,6 +1,8 @@
 """What every transform asks of its arguments."""
 
+import operator
 from functools import lru_cache
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -21,6 +23,8 @@ _factors = lru_cache(factors)  # a hit takes a third of the time that asking aga
 
 def check(x: Tensor, signs: Tensor | None, size: int, dim: int, impl: str) -> None:
     """Runs inside the operator, where no tracer follows it."""
+    if x.layout is not torch.strided:
+        raise TypeError(f"a transform takes dense tensors, got {x.layout}; pass x.to_dense()")
     check_sizes(x.shape, x.dtype, size, dim)
     if signs is not None:
         check_place(signs, size, x.device)
@@ -40,13 +44,34 @@ def check_sizes(shape: torch.Size, dtype: torch.dtype, size: int, dim: int) -> N
 
 
 def check_place(signs: Tensor, size: int, device: torch.device) -> None:
-    """Refuse signs of another shape, or on another device."""
+    """Refuse signs of another shape, on another device, or of a dtype that has no ±1."""
+    if signs.dtype == torch.bool or signs.is_complex():
+        raise RotationError(f"signs is {signs.dtype}, expected real numbers of ±1")
     if signs.shape != (size,):
         raise RotationError(f"signs has shape {tuple(signs.shape)}, expected ({size},)")
     if signs.device != device:
         raise RotationError(
             f"signs lies on {signs.device} and x on {device}; pass signs.to(x.device)"
         )
+
+
+def check_scale(scale: object) -> None:
+    """Refuse what is no number."""
+    if isinstance(scale, Tensor):
+        raise RotationError(
+            "scale is a tensor, expected a number; pass float(scale), or multiply the result by it "
+            "if it is learned"
+        )
+    if not isinstance(scale, (float, int, Real, torch.SymFloat, torch.SymInt)):
+        raise RotationError(f"scale={scale!r} is no number")
+
+
+def whole(name: str, value: object) -> int:
+    """An argument as an int, numpy's integers too."""
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise RotationError(f"{name}={value!r} is no whole number") from None
 
 
 def check_out(x: Tensor, out: Tensor) -> None:

@@ -22,8 +22,14 @@ from torch.nn import functional
 
 from fastrot.errors import RotationError
 from fastrot.hadamard import factors
-from fastrot.kernels.arguments import DTYPES, check_impl
-from fastrot.kernels.formats import Quantization, Quantized, empty_result, round_result
+from fastrot.kernels.arguments import DTYPES, check_impl, check_place, check_scale, check_signs
+from fastrot.kernels.formats import (
+    FORMATS,
+    Quantization,
+    Quantized,
+    empty_result,
+    round_result,
+)
 from fastrot.kernels.reference import compute_dtype
 from fastrot.kernels.run import backend
 
@@ -64,6 +70,11 @@ def hadamard_quantize(
         TypeError: ``x`` is not a tensor of one of the four dtypes.
     """
     form = quantization(quantize)
+    if form is None:
+        raise RotationError(
+            f"quantize=None is not one of {', '.join(FORMATS)}; fastrot.hadamard_transform "
+            "transforms without"
+        )
     return _call(x, None, gamma, signs, form, None, None, block_size, scale, impl)
 
 
@@ -124,6 +135,8 @@ def glu_hadamard(
     """
     if activation not in _ACTIVATIONS:
         raise RotationError(f"activation={activation!r} is not one of {', '.join(_ACTIVATIONS)}")
+    if not isinstance(up, Tensor):
+        raise TypeError(f"up is {type(up).__name__}, expected a tensor like gate")
     form = quantization(quantize)
     result = _call(gate, up, None, signs, form, activation, None, block_size, scale, impl)
     return result.codes if form is None else result
@@ -208,6 +221,8 @@ def _call(
     if not isinstance(x, Tensor) or x.dim() == 0:
         what = "a scalar" if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"a fused transform needs a tensor of shape (…, n), got {what}")
+    if scale is not None:
+        check_scale(scale)
     block = x.shape[-1] if block_size is None else block_size
     codes, scales = torch.ops.fastrot.fused_hadamard(
         x,
@@ -248,11 +263,12 @@ def _check(
         raise RotationError(
             f"up is {up.dtype} of shape {tuple(up.shape)}, but gate {x.dtype} of {tuple(x.shape)}"
         )
-    for name, value, size in (("gamma", gamma, n), ("signs", signs, block)):
-        if value is not None and value.shape != (size,):
-            raise RotationError(f"{name} has shape {tuple(value.shape)}, expected ({size},)")
+    if gamma is not None and gamma.shape != (n,):
+        raise RotationError(f"gamma has shape {tuple(gamma.shape)}, expected ({n},)")
+    if signs is not None:
+        check_place(signs, block, x.device)
     world = None if quantize is None else quantize.global_scale
-    named = {"up": up, "gamma": gamma, "signs": signs, "global_scale": world}
+    named = {"up": up, "gamma": gamma, "global_scale": world}
     for name, value in named.items():
         if value is not None and value.device != x.device:
             raise RotationError(f"{name} is on {value.device}, but the data on {x.device}")
@@ -279,6 +295,8 @@ def _fused_hadamard(
 ) -> tuple[Tensor, Tensor]:
     quantize = Quantization(format, group_size, global_scale, blocked_scales) if format else None
     _check(x, up, gamma, signs, quantize, block, impl)
+    if signs is not None and signs.is_cpu:
+        check_signs(signs)
     if x.numel() and on_triton(impl, x.device):
         from fastrot.kernels.gpu_fused_launch import transform
 

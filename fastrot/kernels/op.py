@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastrot.errors import RotationError
-from fastrot.kernels.arguments import check, check_out
+from fastrot.kernels.arguments import check, check_out, check_scale, whole
 from fastrot.kernels.run import run, run_into
 from fastrot.kernels.watched import is_plain, is_transformed
 
@@ -49,22 +49,21 @@ def hadamard_transform(
     Raises:
         RotationError: no Hadamard matrix of that size, a block size that does not divide, an
             unknown or impossible ``impl``; signs that are not ±1, lie elsewhere or require
-            gradients; a scale that is no number; an ``out`` that is not like ``x``, lies in
-            read-only memory, or is given where something differentiates.
-        TypeError: ``x`` is not a tensor of one of the four dtypes.
+            gradients; a scale or ``dim`` that is no number; an ``out`` that is not like ``x``,
+            lies in read-only memory, or is given where something differentiates.
+        TypeError: ``x`` is not a dense tensor of one of the four dtypes.
 
     H is ordered naturally (Sylvester's) for powers of two; for ``m · 2^k`` see
     :func:`fastrot.hadamard.factors`.
     """
+    if type(dim) is not int:
+        dim = whole("dim", dim)
     dims = x.dim() if isinstance(x, Tensor) else 0
     if not -dims <= dim < dims:
         what = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise RotationError(f"hadamard_transform needs a tensor with dimension {dim}, got {what}")
-    if isinstance(scale, Tensor):
-        raise RotationError(
-            "scale is a tensor, expected a number; pass float(scale), or multiply the result by it "
-            "if it is learned"
-        )
+    if type(scale) is not float:
+        check_scale(scale)
     dim %= dims
     size = x.shape[dim] if block_size is None else block_size
     if out is None:

@@ -12,7 +12,13 @@ from torch import Tensor
 
 from fastrot.errors import RotationError
 from fastrot.hadamard import factors
-from fastrot.kernels.arguments import DTYPES, check_impl
+from fastrot.kernels.arguments import (
+    DTYPES,
+    check_impl,
+    check_place,
+    check_scale,
+    check_signs,
+)
 from fastrot.kernels.formats import Quantization, Quantized, empty_result, round_result
 from fastrot.kernels.fused import on_triton, quantization, transformed
 from fastrot.kernels.reference import compute_dtype
@@ -78,9 +84,14 @@ def rope_hadamard(
         raise TypeError(f"rope_hadamard needs a tensor of shape (…, heads, head_size), got {what}")
     form = quantization(quantize)
     block = q.shape[-1] if block_size is None else block_size
+    for name, x in (("k", k), ("cos", cos), ("sin", sin)):
+        if not isinstance(x, Tensor) or not x.dim():
+            found = "a scalar" if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name} is {found}, expected a tensor")
+    if scale is not None:
+        check_scale(scale)
     if positions is None:
-        leading = q.shape[:-2]
-        cos, sin = (t.expand(*leading, t.shape[-1]) for t in (cos, sin))
+        cos, sin = (_angles(name, t, q) for name, t in (("cos", cos), ("sin", sin)))
     rotated, k_codes, k_scales, v_codes, v_scales = torch.ops.fastrot.rope_hadamard(
         q,
         k,
@@ -103,6 +114,17 @@ def rope_hadamard(
         k_codes if form is None else Quantized(k_codes, k_scales),
         None if v is None else Quantized(v_codes, v_scales),
     )
+
+
+def _angles(name: str, table: Tensor, q: Tensor) -> Tensor:
+    """A row for each token."""
+    try:
+        return table.expand(*q.shape[:-2], table.shape[-1])
+    except RuntimeError:
+        raise RotationError(
+            f"{name} has shape {tuple(table.shape)}, whose leading dimensions do not broadcast to "
+            f"those of q, {tuple(q.shape[:-2])}; with positions it has a row for each position"
+        ) from None
 
 
 def _check(
@@ -141,19 +163,19 @@ def _check(
             f"with one angle for each pair of at most {size} elements in the last dimension"
         )
     if positions is not None:
-        if positions.shape != leading or positions.is_floating_point():
+        if positions.shape != leading or positions.dtype not in (torch.int32, torch.int64):
             raise RotationError(
                 f"positions is {positions.dtype} of shape {tuple(positions.shape)}, expected "
-                f"integers of shape {tuple(leading)}"
+                f"int64 or int32 of shape {tuple(leading)}"
             )
         if cos.dim() != 2:
             raise RotationError(
                 f"with positions, cos and sin have a row for each, got shape {tuple(cos.shape)}"
             )
-    if signs is not None and signs.shape != (block,):
-        raise RotationError(f"signs has shape {tuple(signs.shape)}, expected ({block},)")
+    if signs is not None:
+        check_place(signs, block, q.device)
     world = None if quantize is None else quantize.global_scale
-    named = {"k": k, "v": v, "cos": cos, "sin": sin, "positions": positions, "signs": signs}
+    named = {"k": k, "v": v, "cos": cos, "sin": sin, "positions": positions}
     for name, value in (named | {"global_scale": world}).items():
         if value is not None and value.device != q.device:
             raise RotationError(f"{name} is on {value.device}, but q on {q.device}")
@@ -162,6 +184,18 @@ def _check(
             if x is not None:
                 quantize.check(x.shape[-1])
     check_impl(impl, q.device)
+
+
+def _check_values(positions: Tensor | None, rows: int, signs: Tensor | None) -> None:
+    """Refuse what can be seen without waiting for a device."""
+    if signs is not None and signs.is_cpu:
+        check_signs(signs)
+    if positions is not None and positions.is_cpu and positions.numel():
+        least, most = (int(value) for value in positions.aminmax())
+        if least < 0 or most >= rows:
+            raise RotationError(
+                f"positions are from {least} to {most}, but cos and sin have {rows} rows"
+            )
 
 
 def _embed(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -194,6 +228,7 @@ def _rope_hadamard(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     quantize = Quantization(format, group_size, global_scale, blocked_scales) if format else None
     _check(q, k, v, cos, sin, positions, signs, block, quantize, impl)
+    _check_values(positions, len(cos), signs)
     if q.numel() + k.numel() and on_triton(impl, q.device):
         from fastrot.kernels.gpu_rope_launch import transform
 
