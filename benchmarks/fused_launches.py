@@ -128,7 +128,8 @@ def fused_launches(arch: str) -> Iterator[Launch]:
         else:
             k = B if c["RIGHT"] == TABLE.value else c["Q"]
             dots = Dot(A, B, A, left), Dot(A, B, k, right)
-        words = (f"{n}/{block} in {A}x{B}", *before, _word(quantize))
+        steps = ("gelu" if value == "gelu" else step for step, value in before.items())
+        words = (f"{n}/{block} in {A}x{B}", *steps, _word(quantize))
         read = dtype.itemsize * (2 if prologue.activation else 1)
         yield Launch(
             name=title("fused", " ".join(filter(None, words)), dtype, dtype),
