@@ -294,8 +294,9 @@ def test_tokens_in_pieces(n, signed, request):
     norm = torch.rsqrt(x.double().square().mean(-1, keepdim=True) + EPS)
     glu = transformed(functional.silu(x.double()) * up.double(), n, signs)
     normed = transformed(x.double() * norm * gamma.double(), n, signs)
-    for format in ("fp8", "nvfp4" if n == 5760 else "mxfp4"):
-        q = Quantization(format)
+    # One scale for a token, for a part of a piece, and, where rows allow it, for two pieces.
+    others = {11008: ["mxfp4"], 14336: ["mxfp4", "int4"], 5760: ["nvfp4"]}[n]
+    for q in map(Quantization, ("fp8", *others), (None, None, 128)):
         got = hadamard_quantize(x, q, gamma=gamma, signs=signs, impl="triton")
         assert_codes(got, transformed(x.double() * gamma.double(), n, signs), q)
         assert_codes(glu_hadamard(x, up, q, signs=signs, impl="triton"), glu, q)
