@@ -375,6 +375,24 @@ def test_two_processes_on_the_same_files(source, tmp_path):
     assert contents(tmp_path / "target") == contents(tmp_path / "whole")
 
 
+def test_another_process_finishes_between_two_looks(source, tmp_path, monkeypatch):
+    """After the last file was whole, and before this process counts them once more."""
+    fastrot.rotate_checkpoint(source, tmp_path / "whole")
+    looked, others = Store.published, []
+
+    def look(store):
+        there = looked(store)
+        if not (there or others or store.missing(store.job.files)):
+            others.append(Store(store.job, store.target))
+            assert others[0].publish()
+        return there
+
+    monkeypatch.setattr(Store, "published", look)
+    assert fastrot.rotate_checkpoint(source, tmp_path / "target").complete
+    assert others
+    assert contents(tmp_path / "target") == contents(tmp_path / "whole")
+
+
 def test_launchers_tell_the_worker():
     assert worker_of({}) == Worker(0, 1)
     assert worker_of({"RANK": "2", "WORLD_SIZE": "4"}) == Worker(2, 4)

@@ -179,7 +179,7 @@ class Store:
                 shutil.rmtree(self.folder, ignore_errors=True)  # begun as another one finished
             return True
         if self.missing(self.job.files):
-            return False
+            return self.published()  # another may have given the folder its name between two looks
         self._begun()
         try:
             self._complete()
