@@ -22,7 +22,7 @@ import fastrot.api
 from fastrot.fuse import Fusion
 from fastrot.journal import Journal
 from fastrot.kernels.cpu_weight import MatrixRotation
-from fastrot.online import OnlineRotation
+from fastrot.online import rotation as rotation_module
 
 PACKAGE = str(Path(fastrot.__file__).parent)
 
@@ -40,7 +40,7 @@ POINTS = {
     "set": (Journal, "set"),
     "on_error": (Journal, "on_error"),
     "attach": (fastrot.api, "attach"),
-    "OnlineRotation": (OnlineRotation, "_stored"),
+    "OnlineRotation": (rotation_module, "stored"),
     "pre-hook": (nn.Module, "register_forward_pre_hook"),
     "own config": (fastrot.api, "own_config"),
     "ties": (fastrot.api, "_forget_ties"),
