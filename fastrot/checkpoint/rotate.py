@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from fastrot.checkpoint.device import CPU, device_of, free_on, is_apart
 from fastrot.checkpoint.drafts import Drafts
 from fastrot.checkpoint.job import prepare
-from fastrot.checkpoint.options import check_files, check_process
+from fastrot.checkpoint.options import check_process
 from fastrot.checkpoint.outputs import Job, OutputFile
 from fastrot.checkpoint.panels import Room, needs
 from fastrot.checkpoint.pipeline import Pipeline
@@ -197,7 +197,6 @@ def rotate_checkpoint(
         TypeError: an argument of the wrong type.
         OSError: a file can't be read or written, or there is no room.
     """
-    check_files(dtype, drafts, shard)
     check_process(memory, worker)
     source, target = Path(source).resolve(), Path(target).resolve()
     mine = worker_of() if worker is None else worker

@@ -62,7 +62,7 @@ def check_scale(scale: object) -> None:
             "scale is a tensor, expected a number; pass float(scale), or multiply the result by it "
             "if it is learned"
         )
-    if not isinstance(scale, (float, int, Real, torch.SymFloat, torch.SymInt)):
+    if not isinstance(scale, (Real, torch.SymFloat, torch.SymInt)):
         raise RotationError(f"scale={scale!r} is no number")
 
 
