@@ -24,8 +24,9 @@ from fastrot.demo.corpus import heldout_files, read_bytes
 from fastrot.demo.evaluate import MODEL, OUTLIER_SCALE
 from fastrot.demo.outliers import with_outliers
 from fastrot.lab.corpus import cut
-from fastrot.lab.evaluate import Difference, Losses
+from fastrot.lab.evaluate import Difference, Losses, compare, evaluate
 from fastrot.lab.outliers import observed
+from fastrot.lab.quantized import quantized
 from fastrot.lab.schemes import Numbers, Scheme
 from fastrot.learning import descents, learner
 from fastrot.learning.capture import Sample, capture, drawn
@@ -279,6 +280,36 @@ def test_the_gate(trained, monkeypatch):
     assert "left" in str(worse)
 
 
+def test_what_is_better_off_without_is_told(trained, learned, tmp_path):
+    """The model is left as it is where rotations make the loss larger; both are measured anew."""
+    assert not learned.is_harmful
+    assert learned.unrotated.mean < 0
+    model, text = copy.deepcopy(trained[0]).float(), trained[1]
+    hurt = fastrot.learn(model, text, ("R1",), scheme="nvfp4", **FAST)
+    windows, judges = parted(text)
+    with quantized(model, "nvfp4", windows):
+        plain = evaluate(model, judges)
+    rotated = copy.deepcopy(model)
+    fastrot.apply(rotated, hurt)
+    with quantized(rotated, "nvfp4", windows):
+        expected = compare(evaluate(rotated, judges), plain)
+    assert hurt.unrotated.mean == pytest.approx(expected.mean, rel=1e-3)
+    assert hurt.unrotated.error == pytest.approx(expected.error, rel=1e-3)
+    path = tmp_path / "learned.safetensors"
+    hurt.save(path)
+    assert Learned.load(path).unrotated == hurt.unrotated
+
+
+@pytest.mark.parametrize(
+    ("mean", "error", "harmful"),
+    [(0.3, 0.1, True), (0.3, 0.2, False), (-0.3, 0.1, False), (math.nan, math.nan, False)],
+)
+def test_advice_to_leave_a_model_unrotated(mean, error, harmful):
+    learned = Learned(("R1",), scheme="nvfp4", before=3, unrotated=Difference(mean, error))
+    assert learned.is_harmful == harmful
+    assert ("0.3000 ± 0.1000 less: leave the model unrotated" in str(learned)) == harmful
+
+
 def test_chance_is_seldom_taken_for_a_gain():
     """Of differences that are noise around zero 17 to 25 % gain one standard error by chance."""
     generator = torch.Generator().manual_seed(0)
@@ -461,6 +492,18 @@ def test_save_and_load(learned, tmp_path):
     assert math.isnan(Learned.load(path).before)
 
 
+def test_files_of_before_the_comparison_with_no_rotation(learned, tmp_path):
+    path = tmp_path / "learned.safetensors"
+    learned.save(path)
+    with safe_open(path, "pt") as file:
+        metadata, tensors = file.metadata(), {n: file.get_tensor(n) for n in file.keys()}  # noqa: SIM118
+    described = json.loads(metadata["fastrot"])
+    del described["unrotated"]
+    save_file(tensors, path, metadata | {"fastrot": json.dumps(described)})
+    assert Learned.load(path) == learned
+    assert not Learned.load(path).is_harmful
+
+
 def test_files_that_are_none(learned, tmp_path):
     path = tmp_path / "learned.safetensors"
     learned.save(path)
@@ -494,6 +537,7 @@ def test_files_that_are_none(learned, tmp_path):
         ("history", {"0": 1.0}, "history=.* is no list of number"),
         ("gain", ["a", 0.0], "gain=.* is no list of number"),
         ("gain", [0.0], "error"),
+        ("unrotated", ["a", 0.0], "unrotated=.* is no list of number"),
         ("rotations", 1, "not iterable"),
     ],
 )

@@ -1,7 +1,8 @@
 """``Learned``: a recipe with the matrices that were learned, and how."""
 
 import json
-from dataclasses import dataclass, field
+import math
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ class Learned(Recipe):
         before: mean loss of the quantized model with the recipe, on the held-out text, in nats.
         gain: loss with what was learned minus that, with its standard error; if nothing is taken,
             with the matrices (else the permutations) that were left.
+        unrotated: loss with this recipe minus that of the quantized model without any rotation, on
+            the same text.
         defect: the largest entry of ``|QᵀQ - I|`` of all matrices that were learned.
         history: the loss that was descended on, of R1, for every step.
         taken: what was learned and is in the recipe, ``matrices`` and ``permutations``.
@@ -37,8 +40,9 @@ class Learned(Recipe):
     scheme: str = field(default="", compare=False)
     steps: int = field(default=0, compare=False)
     text: str = field(default="", compare=False)
-    before: float = field(default=float("nan"), compare=False)
+    before: float = field(default=math.nan, compare=False)
     gain: Difference = field(default=Difference(0.0, 0.0), compare=False)
+    unrotated: Difference = field(default=Difference(math.nan, math.nan), compare=False)
     defect: float = field(default=0.0, compare=False)
     history: tuple[float, ...] = field(default=(), compare=False)
     taken: tuple[str, ...] = field(default=(), compare=False)
@@ -48,14 +52,25 @@ class Learned(Recipe):
         """Whether something learned was better, and is in the recipe."""
         return bool(self.taken)
 
+    @property
+    def is_harmful(self) -> bool:
+        """Whether the quantized model clearly loses less without any rotation."""
+        return self.unrotated.is_clear and self.unrotated.mean > 0
+
     def __str__(self) -> str:
         verdict = "left: the recipe alone is as good"
         if self.taken:
             verdict = f"{' and '.join(self.taken)} taken"
-        return (
+        text = (
             f"{self.scheme}: loss {self.before:.4f} with the recipe, {self.gain.mean:+.4f} ± "
             f"{self.gain.error:.4f} with what was learned; {verdict}"
         )
+        if self.is_harmful:
+            text += (
+                f"; no rotation at all loses another {self.unrotated.mean:.4f} ± "
+                f"{self.unrotated.error:.4f} less: leave the model unrotated"
+            )
+        return text
 
     def save(self, path: str | Path) -> None:
         """Write it to a file in the format of safetensors, matrices in float64.
@@ -78,7 +93,7 @@ class Learned(Recipe):
         described = {name: getattr(self, name) for name in (*_PLAIN, *_MEASURED)}
         described |= {
             "precision": None if self.precision is None else str(self.precision),
-            "gain": [self.gain.mean, self.gain.error],
+            **{name: list(astuple(getattr(self, name))) for name in _GAINS},
         }
         metadata = {"format": FORMAT, "fastrot": json.dumps(described)}
         # safetensors writes no file without tensors.
@@ -109,10 +124,11 @@ class Learned(Recipe):
         if metadata.get("format") != FORMAT or "fastrot" not in metadata:
             raise RotationError(f"{path} is no learned recipe of this version of fastrot")
         try:
-            described: dict[str, Any] = json.loads(metadata["fastrot"])
-            for name, kind in {**_MEASURED, "gain": _NUMBER}.items():
+            described: dict[str, Any] = {"unrotated": [math.nan] * 2}  # older files have none
+            described |= json.loads(metadata["fastrot"])
+            for name, kind in {**_MEASURED, **dict.fromkeys(_GAINS, _NUMBER)}.items():
                 _check(name, described[name], kind, name in _LISTS)
-            described["gain"] = Difference(*described["gain"])
+            described |= {name: Difference(*described[name]) for name in _GAINS}
             for name in ("rotations", "history", "taken"):
                 described[name] = tuple(described[name])
             precision = described["precision"]
@@ -138,7 +154,8 @@ _MEASURED = {
     "taken": str,
 }
 """What else is in a file, and its types."""
-_LISTS = ("gain", "history", "taken")
+_GAINS = ("gain", "unrotated")
+_LISTS = (*_GAINS, "history", "taken")
 
 
 def _check(name: str, value: Any, kind: Any, many: bool) -> None:

@@ -57,7 +57,8 @@ def learn(
     orthogonal matrix is fitted to it, without running the model. The learned matrices are taken if
     the quantized model loses less with them than with the recipe, by more than two standard errors
     of the paired difference, on windows that are held out for that: on such text they are not worse
-    than the recipe, beyond chance.
+    than the recipe, beyond chance. What comes out is compared with no rotation at all, too, since
+    some schemes (nvfp4) are better off without: ``print(learned)`` says so.
 
     Args:
         model: as for :func:`fastrot.apply`, not rotated; it is left as it is. Beside it memory for
@@ -150,6 +151,8 @@ def learn(
             if _better(after, best):
                 wishes, best = {**wishes, "matrices": found}, after
                 taken.append("matrices")
+            del learned
+    unrotated = _quantized_losses(_copied(model), scheme, judges, windows)
     return Learned(
         **wishes,
         taken=tuple(taken),
@@ -158,6 +161,7 @@ def learn(
         text=hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
         before=before.mean,
         gain=compare(best if taken else after, before),
+        unrotated=compare(best, unrotated),
         defect=max((defect(matrix) for each in found.values() for matrix in each), default=0.0),
         history=tuple(history),
     )
@@ -165,9 +169,13 @@ def learn(
 
 def _rotated(model: Any, wishes: dict[str, Any]) -> tuple[Any, Plan]:
     """A copy of a model in float32 that is rotated by a recipe, and the plan of that."""
-    gc.collect()  # an earlier copy, whose modules and hooks refer to each other
-    copied = copy.deepcopy(model).float().eval()
+    copied = _copied(model)
     return copied, apply(copied, Recipe(**wishes)).plan
+
+
+def _copied(model: Any) -> Any:
+    gc.collect()  # an earlier copy, whose modules and hooks refer to each other
+    return copy.deepcopy(model).float().eval()
 
 
 def _better(losses: Losses, others: Losses) -> bool:
