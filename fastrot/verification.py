@@ -232,14 +232,14 @@ def random_prompts(model: Any, seed: int) -> list[Tensor]:
     """Random token ids that a model can read."""
     count, length = RANDOM_PROMPTS
     generator = torch.Generator().manual_seed(seed)
-    shape = count, min(length, _positions(model))
+    shape = count, min(length, longest(model) or length)
     return [torch.randint(vocabulary(model), shape, generator=generator)]
 
 
-def _positions(model: Any) -> int:
-    """How many tokens a prompt may have, for all that the configuration says."""
+def longest(model: Any) -> int | None:
+    """How many tokens a text may have, if the configuration says so."""
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return most if isinstance(most, int) and most > 0 else RANDOM_PROMPTS[1]
+    return most if isinstance(most, int) and most > 0 else None
 
 
 def vocabulary(model: Any) -> int:
@@ -291,8 +291,8 @@ def logits(model: Any, prompts: Sequence[Tensor]) -> list[Tensor]:
         with _evaluating(model):
             return [read(ids) for ids in prompts]
     except IndexError as error:
-        longest, largest = max(ids.shape[-1] for ids in prompts), max(int(i.max()) for i in prompts)
+        length, largest = max(ids.shape[-1] for ids in prompts), max(int(i.max()) for i in prompts)
         raise RotationError(
-            f"a {type(model).__name__} of {vocabulary(model)} tokens and {_positions(model)} "
-            f"positions can't read prompts with token {largest} and of length {longest} ({error})"
+            f"a {type(model).__name__} of {vocabulary(model)} tokens and {longest(model)} "
+            f"positions can't read prompts with token {largest} and of length {length} ({error})"
         ) from error

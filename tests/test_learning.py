@@ -370,7 +370,7 @@ def test_no_window_judges_twice(model, text):
 def test_padding_is_refused(name, model, text):
     mask = torch.ones_like(text)
     given = {"input_ids": text, "attention_mask": mask}
-    assert torch.equal(windows_in(given, 64, "batches"), text)
+    assert torch.equal(windows_in(given, 64, None, "batches"), text)
     mask[3, -1] = 0
     padded = {"batches": text, name: given}
     with pytest.raises(RotationError, match=f"{name} has an attention_mask with zeros, .* cut it"):
@@ -558,6 +558,21 @@ def test_a_file_that_can_not_be_written(tmp_path):
         Learned(("R1",)).save(tmp_path / "missing" / "R.safetensors")
 
 
+def test_saving_that_is_stopped_leaves_the_file_that_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "R.safetensors"
+    Learned(("R1",), seed=3).save(path)
+
+    def stopped(tensors, name, metadata):
+        Path(name).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("safetensors.torch.save_file", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        Learned(("R1",), seed=4).save(path)
+    assert Learned.load(path).seed == 3
+    assert list(tmp_path.iterdir()) == [path]
+
+
 class Fake:
     def __init__(self, matrix):
         self.operand = matrix
@@ -583,6 +598,7 @@ class Fake:
             {"batches": torch.arange(15 * 4).view(15, 4)},
             "15 windows are too few .* give 16 or more",
         ),
+        ({"batches": torch.zeros(16, 300).long()}, "windows of 300 tokens, .* reads 256 at a time"),
         ({"heldout": torch.arange(7 * 4).view(7, 4)}, "7 windows in heldout .* give 8 or more"),
         ({"heldout": -torch.ones(8, 8).long()}, "heldout has the token id -1, .* 0 to 63"),
         ({"rotations": ("R1",), "block_size": 7}, "7"),
@@ -616,7 +632,7 @@ def test_wrong_types(model, text, arguments, message):
     [lambda x: {"input_ids": x}, lambda x: BatchEncoding({"input_ids": x}), list, lambda x: [x]],
 )
 def test_whatever_holds_token_ids(text, given):
-    assert torch.equal(windows_in(given(text), 64, "batches"), text)
+    assert torch.equal(windows_in(given(text), 64, None, "batches"), text)
 
 
 def test_the_code_in_the_document_runs(capsys):

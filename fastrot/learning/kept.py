@@ -34,7 +34,7 @@ class Kept:
             raise RotationError(f"{path} is a folder; name a file to keep the run in")
         if path.exists():
             self._sets = self._read(path)
-        with _beside(path) as fresh:  # what can't be written is known before hours are spent
+        with beside(path) as fresh:  # what can't be written is known before hours are spent
             fresh.touch()
 
     def _read(self, path: Path) -> dict[str, Tensor]:
@@ -66,13 +66,13 @@ class Kept:
         self._sets |= {f"{name}/{n}": t.detach().clone() for n, t in tensors.items()}
         from safetensors.torch import save
 
-        with _beside(self._path) as fresh:
+        with beside(self._path) as fresh:
             fresh.write_bytes(save(self._sets, {"run": self._run}))
             os.replace(fresh, self._path)
 
 
 @contextmanager
-def _beside(path: Path) -> Iterator[Path]:
+def beside(path: Path) -> Iterator[Path]:
     """A name for what is to become a file; nothing of that name is left, and errors name the file.
 
     Raises:

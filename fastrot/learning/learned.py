@@ -10,6 +10,7 @@ import torch
 
 from fastrot.errors import RotationError
 from fastrot.lab.evaluate import Difference
+from fastrot.learning.kept import beside
 from fastrot.recipe import Recipe
 
 FORMAT = "1"
@@ -75,6 +76,8 @@ class Learned(Recipe):
     def save(self, path: str | Path) -> None:
         """Write it to a file in the format of safetensors, matrices in float64.
 
+        A file that is there already is replaced when the new one is whole.
+
         Raises:
             RotationError: the recipe has mappings, which the file has no place for.
             OSError: the file can't be written.
@@ -98,7 +101,9 @@ class Learned(Recipe):
         metadata = {"format": FORMAT, "fastrot": json.dumps(described)}
         # safetensors writes no file without tensors.
         try:
-            save_file(tensors or {"none": torch.zeros(0)}, str(path), metadata)
+            with beside(Path(path)) as fresh:
+                save_file(tensors or {"none": torch.zeros(0)}, str(fresh), metadata)
+                fresh.replace(path)
         except SafetensorError as error:
             raise OSError(f"{path} can't be written: {error}") from None
 

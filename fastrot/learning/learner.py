@@ -28,7 +28,7 @@ from fastrot.learning.orthogonal import defect
 from fastrot.learning.terms import SITES, bases, check_one_order
 from fastrot.learning.windows import check_judges, parted, windows_in
 from fastrot.recipe import Recipe, takes_recipe
-from fastrot.verification import vocabulary
+from fastrot.verification import longest, vocabulary
 
 REFINED = 60
 """Steps of the second descent where weights are rounded to nearest: there it gains most."""
@@ -105,11 +105,12 @@ def learn(
         refine = REFINED if scheme.weights and not scheme.weights.gptq else 0
     _check_counts(steps, refine, vectors, permute)
     wanted = _learnable(recipe, scheme, permute) if steps or refine else ()
-    windows = windows_in(batches, vocabulary(model), "batches")
+    reads = vocabulary(model), longest(model)
+    windows = windows_in(batches, *reads, "batches")
     if heldout is None:
         windows, judges = parted(windows)
     else:
-        judges = windows_in(heldout, vocabulary(model), "heldout")
+        judges = windows_in(heldout, *reads, "heldout")
     check_judges(windows, judges)
     wishes = {f.name: getattr(recipe, f.name) for f in fields(Recipe)}
     if permute:

@@ -17,18 +17,20 @@ HELD_OUT = 4
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def windows_in(batches: Any, vocabulary: int, what: str) -> Tensor:
+def windows_in(batches: Any, vocabulary: int, longest: int | None, what: str) -> Tensor:
     """Token ids, ``(n, length)`` int64, of whatever :func:`fastrot.learn` takes.
 
     Args:
         batches: ids ``(length,)`` or ``(n, length)``, something with such ``input_ids``, or an
             iterable of these.
         vocabulary: how many ids the model knows.
+        longest: how many tokens it reads at a time; None if that is not known.
         what: the name of the argument, for errors.
 
     Raises:
         TypeError: something else than token ids.
-        RotationError: none, too short, of several lengths, beyond the vocabulary, or with padding.
+        RotationError: none, too short or too long, of several lengths, beyond the vocabulary, or
+            with padding.
     """
     single = isinstance(batches, (Tensor, Mapping)) or not hasattr(batches, "__iter__")
     parts = [_ids(part, what) for part in ([batches] if single else batches)]
@@ -38,6 +40,11 @@ def windows_in(batches: Any, vocabulary: int, what: str) -> Tensor:
         raise RotationError(
             f"{what} is empty, or its windows are shorter than {SHORTEST} tokens; give token ids "
             "(n, length)"
+        )
+    if longest is not None and parts[0].shape[1] > longest:
+        raise RotationError(
+            f"{what} has windows of {parts[0].shape[1]} tokens, and the model reads {longest} at a "
+            "time (max_position_embeddings); cut them shorter"
         )
     ids = torch.cat(parts).long().cpu()
     check_ids(ids, vocabulary, what)
