@@ -97,11 +97,6 @@ STRANGERS = {
         f"{FIRST}.mlp.up_proj",
         STREAM,
     ),
-    "forward of an MLP": (
-        lambda m: own_forward(m.get_submodule(f"{FIRST}.mlp")),
-        f"{FIRST}.mlp",
-        BLOCK,
-    ),
     "subclass of the model": (subclass("model", Norming), "model", STREAM),
     "subclass of an MLP": (subclass(f"{FIRST}.mlp", Reader), f"{FIRST}.mlp", BLOCK),
     "call of an MLP": (subclass(f"{FIRST}.mlp", Called), f"{FIRST}.mlp", BLOCK),
@@ -199,18 +194,35 @@ def test_hooks_of_accelerate():
         fastrot.apply(other, "R1")
 
 
-@pytest.mark.parametrize("hidden", ["forward", "hook"])
-def test_what_hooks_of_accelerate_hide(hidden):
-    """A forward that they keep, a hook inside a sequence of sequences."""
+def test_what_hooks_of_accelerate_hide():
+    """A hook inside a sequence of sequences."""
     model = tiny("llama")
     mlp = model.get_submodule(f"{FIRST}.mlp")
-    if hidden == "forward":
-        own_forward(mlp)
-        add_hook_to_module(mlp, ModelHook())
-    else:
-        add_hook_to_module(mlp, SequentialHook(ModelHook(), SequentialHook(Doubling())))
+    add_hook_to_module(mlp, SequentialHook(ModelHook(), SequentialHook(Doubling())))
     with pytest.raises(fastrot.ForeignCodeError, match="test_foreign"):
         fastrot.apply(model, "R4")
+
+
+@pytest.mark.parametrize("trust", [False, True])
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_replaced_forward_in_which_a_rotation_would_act(hidden, trust):
+    """Trust can't help: the rotation takes its place, and what it did would be lost."""
+    model = tiny("llama")
+    mlp = model.get_submodule(f"{FIRST}.mlp")
+    own_forward(mlp)
+    if hidden:
+        add_hook_to_module(mlp, ModelHook())
+    before = fingerprint(model)
+    for action in (fastrot.plan, fastrot.apply):
+        with pytest.raises(
+            fastrot.RotationError, match=f"the forward of {FIRST}.mlp .*which was replaced"
+        ):
+            action(model, "R4", trust=trust)
+    assert difference(before, fingerprint(model)) == []
+    ids = random_ids(model, 2, 8, seed=0)
+    expected = logits(model, ids)
+    fastrot.apply(model, "R1", trust=True)
+    assert relative_error(logits(model, ids), expected) <= 1e-5
 
 
 def test_hooks_of_accelerate_on_described_classes():

@@ -149,14 +149,18 @@ def rebound_forward(block: Any, *args: Any, **kwargs: Any) -> Any:
     return block_forward(block, places, *args, **kwargs)
 
 
-def check_own_forward(name: str, site: OnlineSite, module: nn.Module) -> None:
-    """Refuse a module whose forward was replaced, in which its ends would be rotated."""
+def check_own_forward(name: str, group: str, module: nn.Module) -> None:
+    """Refuse a module whose forward was replaced, where a rotation would act in it.
+
+    Raises:
+        RotationError: names the module, trusted or not: its forward would be left out.
+    """
     own = next((module.__dict__[n] for n in FORWARDS[::-1] if n in module.__dict__), None)
     plain = getattr(own, "__func__", None) is type(module).forward
     if own is not None and not plain and not _is_ours(own):
         raise RotationError(
-            f"{site.group} rotates the {site.location} of {name} ({type(module).__name__}) in its "
-            "forward, which was replaced; take that back, or leave it to a subclass"
+            f"{group} acts in the forward of {name or 'the model'} ({type(module).__name__}), "
+            "which was replaced; take that back, or leave it to a subclass"
         )
 
 
@@ -183,6 +187,7 @@ def check_block(name: str, site: OnlineSite, model: nn.Module) -> None:
             f"({type(block).__name__}) calls {child!r} by its name, so its {site.location} can't "
             "be rotated online"
         )
+    check_own_forward(owner, site.group, block)
 
 
 def places_of(block: nn.Module) -> tuple[Place, ...]:

@@ -44,10 +44,11 @@ def check_site(model: nn.Module, site: OnlineSite) -> None:
         check_attention(site.module, module)
     elif site.location == "down_input":
         check_experts(site.module, module)
+        check_own_forward(site.module, site.group, module)
     elif _holder(model, site)[1] is not None:
         check_block(site.module, site, model)
     else:
-        check_own_forward(site.module, site, module)
+        check_own_forward(site.module, site.group, module)
 
 
 def _holder(model: nn.Module, site: OnlineSite) -> tuple[nn.Module, str | None]:
