@@ -242,6 +242,16 @@ def longest(model: Any) -> int | None:
     return most if isinstance(most, int) and most > 0 else None
 
 
+def learned_positions(model: Any) -> int | None:
+    """How many tokens a model can read at most, where positions are rows of a table; else None."""
+    most, tokens = longest(model), model.get_input_embeddings()
+    if most is None:
+        return None
+    # OPT's and BART's have two rows that no position has.
+    tables = (m for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens)
+    return most if any(m.num_embeddings - most in (0, 2) for m in tables) else None
+
+
 def vocabulary(model: Any) -> int:
     """How many tokens a model knows."""
     return int(model.config.get_text_config().vocab_size)

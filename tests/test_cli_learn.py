@@ -1,6 +1,9 @@
 """``fastrot learn``, and what takes the file that it writes."""
 
+import re
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -113,6 +116,27 @@ def test_permutations_from_text_to_checkpoint(source, text, tmp_path, capsys):
     assert torch.equal(gates[0], gates[1].flip(0))
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("model.safetensors", "model.safetensors is there and no learned recipe"),
+        ("words.txt", "words.txt is there and no learned recipe"),
+        ("folder", "folder is a folder"),
+        ("nowhere/R.safetensors", "there is no folder .*nowhere to write R.safetensors in"),
+    ],
+)
+def test_what_is_not_written_over(name, message, source, text, tmp_path, capsys):
+    """Before any time is spent; an earlier recipe may be replaced."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "words.txt").write_text("mine")
+    out = Path(shutil.copy(source / name, tmp_path)) if name[0] == "m" else tmp_path / name
+    before = out.read_bytes() if out.is_file() else None
+    status, _, err = run(capsys, "learn", source, out, "--scheme", "a4", "--text", text, *OPTIONS)
+    assert status == 2
+    assert re.search(message, err)
+    assert before == (out.read_bytes() if out.is_file() else None)
+
+
 def test_a_run_that_was_stopped_goes_on(source, text, tmp_path, capsys, monkeypatch):
     out = tmp_path / "R.safetensors"
     command = ("learn", source, out, "--scheme", "a4", "--text", text, *OPTIONS)
@@ -207,7 +231,7 @@ def test_block_sizes(given, expected):
         (("learn", "{source}", "{new}", "--learned", "{file}"), "arguments: --learned"),
         (("learn", "{source}", "{new}", "--spinquant", "{file}"), "arguments: --spinquant"),
         (("demo", "--json", "{source}"), "is a folder"),
-        (("learn", "{source}", "{new}/R.safetensors"), "in none"),
+        (("learn", "{source}", "{new}/R.safetensors"), "new to write R.safetensors in"),
         (("learn", "{source}", "{new}", "--scheme", "w99"), "w99"),
         (("learn", "{source}", "{new}", "--rotations", "R4"), "none can be learned"),
         (

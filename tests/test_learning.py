@@ -34,6 +34,7 @@ from fastrot.learning.objective import Vectors, Weight, spread, total
 from fastrot.learning.orthogonal import Walk, cayley, defect, descend, polished
 from fastrot.learning.terms import LEFT_BY_GPTQ, bases, terms_of
 from fastrot.learning.windows import JUDGES, parted, windows_in
+from fastrot.verification import learned_positions
 
 FAST = {"steps": 20, "refine": 0, "vectors": 64}
 INT4 = Numbers()
@@ -533,6 +534,7 @@ def test_files_that_are_none(learned, tmp_path):
         ("scheme", 4, "scheme=4 is no text"),
         ("text", ["a"], r"text=\['a'\] is no text"),
         ("taken", "matrices", "taken='matrices' is no list of text"),
+        ("taken", ["foo"], "taken={'foo'} is none of matrices, permutations"),
         ("taken", [1], r"taken=\[1\] is no list of text"),
         ("history", {"0": 1.0}, "history=.* is no list of number"),
         ("gain", ["a", 0.0], "gain=.* is no list of number"),
@@ -554,23 +556,83 @@ def test_values_of_the_wrong_type(name, value, message, tmp_path):
 
 
 def test_a_file_that_can_not_be_written(tmp_path):
-    with pytest.raises(OSError, match=r"missing/R\.safetensors can't be written"):
+    with pytest.raises(OSError, match=r"missing/R\.safetensors"):
         Learned(("R1",)).save(tmp_path / "missing" / "R.safetensors")
 
 
 def test_saving_that_is_stopped_leaves_the_file_that_was_there(tmp_path, monkeypatch):
     path = tmp_path / "R.safetensors"
     Learned(("R1",), seed=3).save(path)
+    write = Path.write_bytes
 
-    def stopped(tensors, name, metadata):
-        Path(name).write_bytes(b"half")
+    def stopped(self, whole):
+        write(self, whole[:9])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("safetensors.torch.save_file", stopped)
+    monkeypatch.setattr(Path, "write_bytes", stopped)
     with pytest.raises(KeyboardInterrupt):
         Learned(("R1",), seed=4).save(path)
     assert Learned.load(path).seed == 3
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_whoever_reads_other_files_reads_a_learned_one(tmp_path):
+    """safetensors' own files are private, whatever the umask says."""
+    other = tmp_path / "other"
+    other.write_bytes(b"")
+    Learned(("R1",)).save(tmp_path / "R.safetensors")
+    assert (tmp_path / "R.safetensors").stat().st_mode == other.stat().st_mode
+
+
+@pytest.mark.parametrize("name", ["R", "part"])
+def test_a_file_that_can_not_be_read_is_not_called_missing(
+    name, model, text, tmp_path, monkeypatch
+):
+    path = tmp_path / name
+    Learned(("R1",)).save(path)
+    opened = Path.open
+
+    def refused(self, *args, **kwargs):
+        if self == path:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(PermissionError, match=name):
+        if name == "R":
+            Learned.load(path)
+        fastrot.learn(model, text, ("R1",), keep=path, **FAST)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (("R2", "R2.0", "R2.1"), "R2 is given of '', '0', '1', not of each layer"),
+        (("R2.0", "R2.2"), "R2 is given of '0', '2', not of each layer"),
+        (("R2.1", "R2.x"), "R2 is given of '1', 'x', not of each layer"),
+    ],
+)
+def test_layers_that_are_left_out_of_a_file(names, message, tmp_path):
+    path = tmp_path / "R.safetensors"
+    Learned(("R1", "R2")).save(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    save_file({name: torch.eye(4, dtype=torch.float64) for name in names}, path, metadata)
+    with pytest.raises(RotationError, match=re.escape(f"{path}: {message}")):
+        Learned.load(path)
+
+
+@pytest.mark.parametrize("name", ["seed", "steps", "gain", "precision"])
+def test_values_that_a_file_lacks(name, learned, tmp_path):
+    path = tmp_path / "R.safetensors"
+    learned.save(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    described = json.loads(metadata["fastrot"])
+    del described[name]
+    save_file({"none": torch.zeros(0)}, path, metadata | {"fastrot": json.dumps(described)})
+    with pytest.raises(RotationError, match=f"it lacks {name}"):
+        Learned.load(path)
 
 
 class Fake:
@@ -598,7 +660,6 @@ class Fake:
             {"batches": torch.arange(15 * 4).view(15, 4)},
             "15 windows are too few .* give 16 or more",
         ),
-        ({"batches": torch.zeros(16, 300).long()}, "windows of 300 tokens, .* reads 256 at a time"),
         ({"heldout": torch.arange(7 * 4).view(7, 4)}, "7 windows in heldout .* give 8 or more"),
         ({"heldout": -torch.ones(8, 8).long()}, "heldout has the token id -1, .* 0 to 63"),
         ({"rotations": ("R1",), "block_size": 7}, "7"),
@@ -609,6 +670,19 @@ def test_refusals(model, text, arguments, message):
     with pytest.raises(RotationError, match=message):
         fastrot.learn(model, **{"batches": text, **arguments}, **FAST)
     assert difference(before, fingerprint(model)) == []
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt"])
+def test_windows_longer_than_a_table_of_positions(name):
+    model = build(FAMILIES[name], torch.float32)
+    most = model.config.max_position_embeddings
+    windows = random_ids(model, 16, most + 1, seed=0)
+    before = fingerprint(model)
+    with pytest.raises(RotationError, match=f"{most + 1} tokens, and the model has {most} positio"):
+        fastrot.learn(model, windows, ("R1",), **FAST)
+    assert difference(before, fingerprint(model)) == []
+    assert learned_positions(model) == most
+    assert learned_positions(uneven()) is None
 
 
 @pytest.mark.parametrize(

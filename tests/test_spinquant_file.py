@@ -128,4 +128,5 @@ def test_a_damaged_file_on_the_command_line(path, tmp_path, capsys):
     assert main([*command, "--spinquant", str(path)]) == 2
     error = capsys.readouterr().err
     assert f"{path} is no file of matrices" in error
+    assert "weights_only" not in error  # that would run code from the file
     assert error.count("\n") == 1

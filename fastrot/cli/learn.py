@@ -9,6 +9,7 @@ from fastrot.cli.commands import options_of
 from fastrot.cli.output import announce
 from fastrot.cli.texts import windows_of
 from fastrot.errors import RotationError
+from fastrot.learning.learned import Learned
 from fastrot.learning.windows import HELD_OUT, JUDGES, SHORTEST
 from fastrot.recipe import Recipe
 
@@ -21,8 +22,7 @@ def learn(args: Namespace) -> int:
     from fastrot.lab.schemes import Scheme
     from fastrot.learning.learner import learn as fitted
 
-    if args.out.is_dir() or not args.out.parent.is_dir():
-        raise FileNotFoundError(f"{args.out} is a folder, or in none; give a file to write")
+    _check_out(args.out)
     least = FEWEST * (SHORTEST - 1)
     if args.tokens < least:
         raise RotationError(
@@ -57,3 +57,22 @@ def learn(args: Namespace) -> int:
     kept.unlink(missing_ok=True)
     announce(f"{learned}\nwritten to {args.out}; fastrot rotate SRC DST --learned {args.out}")
     return 0
+
+
+def _check_out(out: Path) -> None:
+    """Refuse what can't be written, or should not be: hours are spent before it is.
+
+    Raises:
+        OSError: a folder, in no folder, or a file that is no learned recipe.
+    """
+    if out.is_dir():
+        raise IsADirectoryError(f"{out} is a folder; give a file to write")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {out.parent} to write {out.name} in")
+    if out.exists():
+        try:
+            Learned.load(out)
+        except RotationError:
+            raise FileExistsError(
+                f"{out} is there and no learned recipe; nothing else is overwritten"
+            ) from None

@@ -155,7 +155,7 @@ def run(
 
 def _learned(model: Any, transform_type: str, seed: int, steps: int) -> fastrot.Recipe:
     stream = torch.tensor(read_bytes(training_files())).long()
-    windows = cut(stream, CONTEXT - 1, LEARN_FROM * CONTEXT)  # all of a window is read
+    windows = cut(stream, CONTEXT, LEARN_FROM * CONTEXT)
     recipe = fastrot.Recipe(ALL, transform_type, seed=seed)
     return fastrot.learn(model, windows, recipe, scheme=SCHEME, steps=steps, refine=0)
 

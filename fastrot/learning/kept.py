@@ -40,6 +40,7 @@ class Kept:
     def _read(self, path: Path) -> dict[str, Tensor]:
         from safetensors import SafetensorError, safe_open
 
+        path.open("rb").close()  # safetensors calls a file missing that can't be read
         try:
             with safe_open(str(path), "pt") as file:
                 run = (file.metadata() or {}).get("run")

@@ -82,8 +82,7 @@ class Learned(Recipe):
             RotationError: the recipe has mappings, which the file has no place for.
             OSError: the file can't be written.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         if self.mappings is not None or self.norm_mappings is not None:
             raise RotationError("a learned recipe with mappings of your own can't be saved")
@@ -99,27 +98,26 @@ class Learned(Recipe):
             **{name: list(astuple(getattr(self, name))) for name in _GAINS},
         }
         metadata = {"format": FORMAT, "fastrot": json.dumps(described)}
-        # safetensors writes no file without tensors.
-        try:
-            with beside(Path(path)) as fresh:
-                save_file(tensors or {"none": torch.zeros(0)}, str(fresh), metadata)
-                fresh.replace(path)
-        except SafetensorError as error:
-            raise OSError(f"{path} can't be written: {error}") from None
+        # safetensors writes no file without tensors; a file of its own would be private (0600).
+        whole = save(tensors or {"none": torch.zeros(0)}, metadata)
+        with beside(Path(path)) as fresh:
+            fresh.write_bytes(whole)
+            fresh.replace(path)
 
     @classmethod
     def load(cls, path: str | Path) -> "Learned":
         """The recipe that :meth:`save` wrote.
 
         Raises:
-            RotationError: another kind of file, a value of the wrong type, or a matrix that is not
-                orthogonal to 1e-12.
+            RotationError: another kind of file, a value of the wrong type, a layer without a
+                matrix, or a matrix that is not orthogonal to 1e-12.
             OSError: the file can't be read.
         """
         from safetensors import SafetensorError, safe_open
 
         if Path(path).is_dir():
             raise IsADirectoryError(f"{path} is a folder; give a file that fastrot learn wrote")
+        Path(path).open("rb").close()  # safetensors calls a file missing that can't be read
         try:
             with safe_open(str(path), "pt") as file:
                 metadata = file.metadata() or {}
@@ -131,11 +129,15 @@ class Learned(Recipe):
         try:
             described: dict[str, Any] = {"unrotated": [math.nan] * 2}  # older files have none
             described |= json.loads(metadata["fastrot"])
+            if missing := {*_PLAIN, *_MEASURED, *_GAINS, "precision"} - described.keys():
+                raise ValueError(f"it lacks {', '.join(sorted(missing))}")
             for name, kind in {**_MEASURED, **dict.fromkeys(_GAINS, _NUMBER)}.items():
                 _check(name, described[name], kind, name in _LISTS)
             described |= {name: Difference(*described[name]) for name in _GAINS}
             for name in ("rotations", "history", "taken"):
                 described[name] = tuple(described[name])
+            if unknown := {*described["taken"]} - {*GIVEN}:
+                raise ValueError(f"taken={unknown} is none of {', '.join(GIVEN)}")
             precision = described["precision"]
             if precision is not None:
                 described["precision"] = precision.removeprefix("torch.")
@@ -172,17 +174,21 @@ def _check(name: str, value: Any, kind: Any, many: bool) -> None:
 
 
 def _given(tensors: dict[str, Any], prefix: str) -> dict[str, Any] | None:
-    """The tensors of a prefix by the name of the rotation: one, or one for each layer."""
-    found: dict[str, Any] = {}
+    """The tensors of a prefix by the name of the rotation: one, or one for each layer.
+
+    Raises:
+        ValueError: a layer is left out, or the name is given alone and with layers.
+    """
+    found: dict[str, dict[str, Any]] = {}
     for name, tensor in tensors.items():
-        if name == "none" or bool(prefix) != name.startswith(GIVEN["permutations"]):
-            continue
-        group, _, number = name.removeprefix(prefix).partition(".")
-        if number:
-            found.setdefault(group, {})[int(number)] = tensor
-        else:
-            found[group] = tensor
-    return {
-        group: [each[number] for number in range(len(each))] if isinstance(each, dict) else each
-        for group, each in found.items()
-    } or None
+        if name != "none" and bool(prefix) == name.startswith(GIVEN["permutations"]):
+            group, _, number = name.removeprefix(prefix).partition(".")
+            found.setdefault(group, {})[number] = tensor
+    given: dict[str, Any] = {}
+    for group, each in found.items():
+        numbers = [""] if "" in each else [str(number) for number in range(len(each))]
+        if each.keys() != {*numbers}:
+            raise ValueError(f"{group} is given of {', '.join(map(repr, each))}, not of each layer")
+        ordered = [each[number] for number in numbers]
+        given[group] = ordered if numbers[0] else ordered[0]
+    return given or None

@@ -28,7 +28,7 @@ from fastrot.learning.orthogonal import defect
 from fastrot.learning.terms import SITES, bases, check_one_order
 from fastrot.learning.windows import check_judges, parted, windows_in
 from fastrot.recipe import Recipe, takes_recipe
-from fastrot.verification import longest, vocabulary
+from fastrot.verification import learned_positions, vocabulary
 
 REFINED = 60
 """Steps of the second descent where weights are rounded to nearest: there it gains most."""
@@ -105,7 +105,7 @@ def learn(
         refine = REFINED if scheme.weights and not scheme.weights.gptq else 0
     _check_counts(steps, refine, vectors, permute)
     wanted = _learnable(recipe, scheme, permute) if steps or refine else ()
-    reads = vocabulary(model), longest(model)
+    reads = vocabulary(model), learned_positions(model)
     windows = windows_in(batches, *reads, "batches")
     if heldout is None:
         windows, judges = parted(windows)

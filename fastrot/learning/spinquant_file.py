@@ -39,7 +39,7 @@ def read_spinquant(path: str | Path) -> dict[str, Tensor | list[Tensor]]:
         try:
             found = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # damaged bytes make torch's reader raise whatever there is
-            reason = str(error).partition("\n")[0] or type(error).__name__
+            reason = re.split(r"\n|\. ", str(error))[0] or type(error).__name__  # then advice
             raise RotationError(
                 f"{path} is no file of matrices that torch saved: {reason}"
             ) from None

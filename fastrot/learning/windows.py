@@ -24,7 +24,7 @@ def windows_in(batches: Any, vocabulary: int, longest: int | None, what: str) ->
         batches: ids ``(length,)`` or ``(n, length)``, something with such ``input_ids``, or an
             iterable of these.
         vocabulary: how many ids the model knows.
-        longest: how many tokens it reads at a time; None if that is not known.
+        longest: how many tokens it can read at a time; None if that has no end.
         what: the name of the argument, for errors.
 
     Raises:
@@ -43,8 +43,8 @@ def windows_in(batches: Any, vocabulary: int, longest: int | None, what: str) ->
         )
     if longest is not None and parts[0].shape[1] > longest:
         raise RotationError(
-            f"{what} has windows of {parts[0].shape[1]} tokens, and the model reads {longest} at a "
-            "time (max_position_embeddings); cut them shorter"
+            f"{what} has windows of {parts[0].shape[1]} tokens, and the model has {longest} "
+            "positions; cut them shorter"
         )
     ids = torch.cat(parts).long().cpu()
     check_ids(ids, vocabulary, what)
