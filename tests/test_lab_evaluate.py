@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
+import transformers
 from helpers import logits, tiny, word_tokenizer
+from zoo import FAMILIES, build
 
 from fastrot import RotationError
 from fastrot.lab import evaluate as room
 from fastrot.lab.corpus import cut, found_text, read_texts, tokenize
-from fastrot.lab.evaluate import Losses, compare, evaluate
+from fastrot.lab.evaluate import Losses, check_causal, compare, evaluate
 
 
 def random_windows(count, length=33, vocab=64):
@@ -90,3 +92,21 @@ def test_text_is_found_on_this_machine():
     text = found_text()
     assert len(text) > 300_000
     assert " the " in text
+
+
+@pytest.mark.parametrize("kind", ["Model", "ForSequenceClassification", "ForTokenClassification"])
+def test_what_predicts_no_tokens_is_refused(kind):
+    config = tiny("llama").config
+    config.num_labels = 12
+    model = getattr(transformers, f"Llama{kind}")(config).eval()
+    with pytest.raises(RotationError, match=f"Llama{kind} has no language-model head; pass"):
+        check_causal(model)
+
+
+@pytest.mark.parametrize("name", ["nemotron_h_omni", "apertus1p5", "gpt2"])
+def test_heads_without_a_name_or_with_other_rows_are_taken(name):
+    if name not in FAMILIES:
+        pytest.skip(f"{name} is newer than this transformers")
+    model = build(FAMILIES[name], torch.float32)
+    check_causal(model)
+    assert evaluate(model, random_windows(1, 9)).windows.isfinite().all()

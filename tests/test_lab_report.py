@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import tiny, word_tokenizer
+from transformers import LlamaForSequenceClassification
 
 import fastrot
 from fastrot import RotationError
@@ -190,6 +191,13 @@ def test_what_can_not_be_is_refused_before_anything_runs(schemes, sets, message,
         measure(
             with_heads_of_34, torch.ones(8, 9).long(), schemes, sets, model="", text="", command=""
         )
+
+
+def test_a_model_without_a_head_is_refused_before_anything_runs(monkeypatch):
+    monkeypatch.setattr("fastrot.lab.report.outliers", None)
+    model = LlamaForSequenceClassification(tiny("llama").config)
+    with pytest.raises(RotationError, match="LlamaForSequenceClassification has no language-model"):
+        measure(lambda: model, torch.ones(8, 9).long(), ["a8"], model="", text="", command="")
 
 
 @pytest.mark.usefixtures("without_plots")

@@ -70,6 +70,26 @@ def compare(losses: Losses, others: Losses) -> Difference:
 
 
 @torch.no_grad()
+def check_causal(model: Any) -> None:
+    """Refuse a model that predicts no tokens.
+
+    A model that names no head is asked for its logits, of two tokens.
+
+    Raises:
+        RotationError: it has no language-model head.
+    """
+    if model.get_output_embeddings() is not None:
+        return
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    logits = getattr(model(input_ids=ids, use_cache=False), "logits", None)
+    if logits is None or logits.shape != (1, 2, vocabulary):
+        raise RotationError(
+            f"{type(model).__name__} has no language-model head; pass the causal language model"
+        )
+
+
+@torch.no_grad()
 def evaluate(model: Any, windows: Tensor, done: Callable[[int], Any] | None = None) -> Losses:
     """The losses of a model on every window.
 

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from fastrot.api import apply, plan
 from fastrot.errors import RotationError
-from fastrot.lab.evaluate import Difference, Losses, compare, evaluate
+from fastrot.lab.evaluate import Difference, Losses, check_causal, compare, evaluate
 from fastrot.lab.outliers import Outliers, magnitudes, outliers
 from fastrot.lab.predict import predict
 from fastrot.lab.quantized import check_groups, naming, quantized
@@ -134,8 +134,8 @@ def measure(
         progress: show a bar.
 
     Raises:
-        RotationError: an unknown scheme or set, one that the model does not allow, or too few
-            windows; before anything is measured.
+        RotationError: an unknown scheme or set, one that the model does not allow, too few windows,
+            or no causal language model; before anything is measured.
     """
     if len(windows) < FEWEST:
         raise RotationError(
@@ -144,6 +144,7 @@ def measure(
     cases: dict[str | None, Scheme] = {None: Scheme()}
     cases |= {str(Scheme.parse(name)): Scheme.parse(name) for name in schemes}
     case = load()
+    check_causal(case)
     ordered = _allowed(case) if sets is None else in_order(sets)
     for name in ordered:
         if rotations := rotations_of(name):
