@@ -15,7 +15,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from test_latent import of_two_sizes
 from torch.nn.functional import cross_entropy
-from transformers import BatchEncoding, LlamaForCausalLM
+from transformers import (
+    BatchEncoding,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
+)
 from zoo import FAMILIES, build, inputs
 
 import fastrot
@@ -670,6 +675,13 @@ def test_refusals(model, text, arguments, message):
     with pytest.raises(RotationError, match=message):
         fastrot.learn(model, **{"batches": text, **arguments}, **FAST)
     assert difference(before, fingerprint(model)) == []
+
+
+@pytest.mark.parametrize("kind", [LlamaModel, LlamaForSequenceClassification])
+def test_models_that_predict_no_tokens(kind, text):
+    model = kind(tiny("llama").config).eval()
+    with pytest.raises(RotationError, match=f"{kind.__name__} has no language-model head"):
+        fastrot.learn(model, text, ("R1",), **FAST)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "opt"])

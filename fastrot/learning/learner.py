@@ -17,7 +17,7 @@ from fastrot.api import apply
 from fastrot.checks import check_flag, check_model
 from fastrot.edits import Plan
 from fastrot.errors import RotationError
-from fastrot.lab.evaluate import Losses, compare, evaluate
+from fastrot.lab.evaluate import Losses, check_causal, compare, evaluate
 from fastrot.lab.quantized import quantized
 from fastrot.lab.schemes import Scheme
 from fastrot.learning.balance import check_permutable, orders_of
@@ -88,9 +88,10 @@ def learn(
         options: see :class:`fastrot.Recipe`.
 
     Raises:
-        RotationError: nothing in the recipe can be learned for this scheme, matrices are given
-            already, orders differ between layers, the text is too short, has padding, ids beyond
-            the vocabulary or a held-out window twice, or the file in ``keep`` is of another run.
+        RotationError: the model predicts no tokens, nothing in the recipe can be learned for this
+            scheme, matrices are given already, orders differ between layers, the text is too short
+            or longer than a table of positions, has padding, ids beyond the vocabulary or a
+            held-out window twice, or the file in ``keep`` is of another run.
         TypeError: an argument of the wrong type.
         OSError: that file can't be written.
     """
@@ -105,6 +106,7 @@ def learn(
         refine = REFINED if scheme.weights and not scheme.weights.gptq else 0
     _check_counts(steps, refine, vectors, permute)
     wanted = _learnable(recipe, scheme, permute) if steps or refine else ()
+    check_causal(model)
     reads = vocabulary(model), learned_positions(model)
     windows = windows_in(batches, *reads, "batches")
     if heldout is None:
