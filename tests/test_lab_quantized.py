@@ -258,6 +258,23 @@ def test_windows_of_a_batch_do_not_mind_one_another(scheme):
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("given", ["input_ids", "inputs_embeds", None])
+def test_windows_that_a_model_lays_flat_do_not_mind_one_another(given):
+    """OPT's MLP sees the tokens of all windows in one row."""
+    model = build(FAMILIES["opt"], torch.float32)
+    ids = random_ids(model, 4, 17, seed=0)
+    ids[1] = 5
+
+    def run(ids):
+        x = model.get_input_embeddings()(ids) if given == "inputs_embeds" else ids
+        return model(**{given: x}).logits if given else model(x).logits
+
+    with torch.no_grad(), quantized(model, "a4t"):
+        together = run(ids)
+        alone = torch.cat([run(each) for each in ids.split(1)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
 def test_what_is_not_rounded_may_be_of_any_kind():
     experts = build(FAMILIES["mixtral"], torch.float32)
     ids = random_ids(experts, 2, 9, seed=0)

@@ -44,8 +44,11 @@ def quantized(model: Any, scheme: Scheme | str, text: Tensor | None = None) -> I
         if scheme.kv is not None:
             stack.enter_context(watched(model, kv_rounding(scheme.kv)))
         if scheme.activations is not None:
+            shape: list[int] = []
+            noting = model.register_forward_pre_hook(_noting(shape), with_kwargs=True)
+            stack.callback(noting.remove)
             for name, module in linears.items():
-                hook = _input_rounding(name, scheme.activations)
+                hook = _input_rounding(name, scheme.activations, shape)
                 stack.callback(module.register_forward_pre_hook(hook).remove)
         for weight, data in rounded:
             stack.callback(setattr, weight, "data", weight.data)
@@ -160,16 +163,31 @@ def kv_rounding(numbers: Numbers) -> Watch:
     return rounding
 
 
-def _input_rounding(name: str, numbers: Numbers) -> Any:
+def _noting(shape: list[int]) -> Any:
+    """Keeps how many windows, and tokens in each, the running call of a model has."""
+
+    def noting(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        given = kwargs.get("inputs_embeds") if ids is None else ids
+        shape[:] = given.shape[:2] if isinstance(given, Tensor) else ()
+
+    return noting
+
+
+def _input_rounding(name: str, numbers: Numbers, shape: list[int]) -> Any:
     def rounding(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = args[0]
+        # OPT and others lay the tokens of all windows in one row of vectors.
+        flat = x.dim() == 2 and len(shape) == 2 and len(x) == shape[0] * shape[1]
         with naming(f"input of {name}"):
-            return (_window_by_window(args[0], numbers), *args[1:])
+            rounded = _window_by_window(x.unflatten(0, shape) if flat else x, numbers)
+        return (rounded.reshape(x.shape), *args[1:])
 
     return rounding
 
 
 def _window_by_window(x: Tensor, numbers: Numbers) -> Tensor:
-    """Round activations so that windows of one batch have no scale in common."""
+    """Round activations so that windows of one batch, the first dimension, share no scale."""
     whole = numbers.per == "tensor" or numbers.format == "nvfp4"
     if not whole or x.dim() < 3:
         return fake_quantize(x, numbers)
