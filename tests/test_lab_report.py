@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny, word_tokenizer
+from helpers import contents, tiny, word_tokenizer
 from transformers import LlamaForSequenceClassification
 
 import fastrot
@@ -30,6 +30,9 @@ IMAGES = {"loss": "loss.png", "outliers": "outliers.png", "surface": "surface.pn
 has_matplotlib = pytest.mark.skipif(
     importlib.util.find_spec("matplotlib") is None, reason="needs the extra plots"
 )
+
+
+IMAGES_OF = {name: Path(file) for name, file in IMAGES.items()}
 
 
 def load():
@@ -201,6 +204,20 @@ def test_a_model_without_a_head_is_refused_before_anything_runs(monkeypatch):
 
 
 @pytest.mark.usefixtures("without_plots")
+def test_a_folder_that_can_not_be_written_is_refused_first(tmp_path, capsys, monkeypatch):
+    def refuse(path, *args, **kwargs):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("fastrot.lab.report.measure", None)
+    monkeypatch.setattr(Path, "touch", refuse)
+    for out in (tmp_path / "old", tmp_path / "new" / "folder"):
+        (tmp_path / "old").mkdir(exist_ok=True)
+        assert main(["report", "demo", "--out", str(out)]) == 2
+        assert f"Permission denied: '{out / 'report.json'}'" in capsys.readouterr().err
+    assert [*tmp_path.rglob("*")] == [tmp_path / "old"]
+
+
+@pytest.mark.usefixtures("without_plots")
 def test_the_folder_is_made_first(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("fastrot.lab.report.measure", None)
     (tmp_path / "file").write_text("")
@@ -281,6 +298,29 @@ def test_a_folder_holds_page_plots_and_figures(report, tmp_path):
     assert data["outliers"]["none"]["keys"]["1"]["peak"] == report.outliers["none"]["keys"][1].peak
     assert len(data["cells"]) == 6
     assert set(data["predicted"]["none"]["a4kv4"]) == set(report.outliers["none"])
+
+
+@pytest.mark.parametrize("dies", ["plot", "html", "replace"])
+def test_no_page_shows_files_of_two_reports(dies, report, tmp_path, monkeypatch):
+    """Before anything is replaced the old report is whole; after that there is no old page."""
+    monkeypatch.setattr("fastrot.lab.page.plot", lambda *_: IMAGES_OF)
+    write(report, tmp_path)
+    before = contents(tmp_path)
+    assert set(before) == {"index.html", "report.json"}
+
+    def die(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace" if dies == "replace" else f"fastrot.lab.page.{dies}", die)
+    with pytest.raises(OSError, match="No space left"):
+        write(replace(report, text="another"), tmp_path)
+    if dies == "replace":
+        del before["index.html"]
+    assert contents(tmp_path) == before
+    monkeypatch.undo()
+    monkeypatch.setattr("fastrot.lab.page.plot", lambda *_: IMAGES_OF)
+    write(replace(report, text="another"), tmp_path)
+    assert all(b"another" in data for data in contents(tmp_path).values())
 
 
 @pytest.fixture

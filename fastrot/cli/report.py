@@ -14,6 +14,7 @@ from torch import Tensor
 from fastrot.cli.output import announce
 from fastrot.cli.texts import CONTEXT, spread, windows_of
 from fastrot.lab.sets import in_order
+from fastrot.learning.kept import beside
 
 CALIBRATION = 32
 """Windows that GPTQ sees, at most."""
@@ -62,10 +63,12 @@ def report(args: Namespace) -> int:
 
 @contextmanager
 def _folder(path: Path) -> Iterator[None]:
-    """Make a folder, now rather than after hours; it goes again if nothing comes of it."""
+    """Make a folder to write to, now rather than after hours; it goes if nothing comes of it."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     try:
+        with beside(path / "report.json") as fresh:
+            fresh.touch()
         yield
     except BaseException:
         for folder in missing:

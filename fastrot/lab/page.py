@@ -1,9 +1,11 @@
 """A report as a folder: one static HTML page, its plots, and everything measured as JSON."""
 
 import json
+import os
 from html import escape
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
 from fastrot.lab.evaluate import Difference
 from fastrot.lab.outliers import CACHED, MASSIVE
@@ -27,16 +29,24 @@ pre { padding: .75rem; white-space: pre-wrap; } small { color: #59636e; }
 def write(report: Report, folder: Path) -> Path:
     """Write a report to a folder, which is made; files of an earlier report are replaced.
 
+    They are replaced once all are made. The page goes first and comes last, so that none shows the
+    files of two reports.
+
     Returns:
         The page.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    data = json.dumps(report.to_dict(), indent=1, allow_nan=False)
-    (folder / "report.json").write_text(data + "\n", encoding="utf-8")
-    files = plot(report, folder)
     page = folder / "index.html"
-    images = {name: file.name for name, file in files.items()}
-    page.write_text(html(report, images), encoding="utf-8")
+    with TemporaryDirectory(prefix=".report-", dir=folder) as made:
+        fresh = Path(made)
+        data = json.dumps(report.to_dict(), indent=1, allow_nan=False)
+        (fresh / "report.json").write_text(data + "\n", encoding="utf-8")
+        images = {name: file.name for name, file in plot(report, fresh).items()}
+        others = [*fresh.iterdir()]
+        (fresh / page.name).write_text(html(report, images), encoding="utf-8")
+        page.unlink(missing_ok=True)
+        for file in (*others, fresh / page.name):
+            os.replace(file, folder / file.name)
     return page
 
 
