@@ -65,6 +65,7 @@ def test_unknown_names_are_refused_with_those_that_exist(text):
         ("w4g1", "group=1 is not a size above 1"),
         ("wmxfp4g64", "mxfp4 takes no g64"),
         ("wnvfp4t", "nvfp4 takes no t"),
+        ("wfp8g3", "wfp8g3: group=3: fp8 has groups of an even size"),
         ("afp8mse", "fp8 takes no mse"),
         ("afp8asym", "fp8 takes no asym"),
     ],
@@ -72,6 +73,12 @@ def test_unknown_names_are_refused_with_those_that_exist(text):
 def test_values_that_do_not_exist_are_refused(text, message):
     with pytest.raises(RotationError, match=message):
         Scheme.parse(text)
+
+
+@pytest.mark.parametrize("scheme", [None, 4, b"w4", Numbers()])
+def test_what_is_no_name_is_refused(scheme):
+    with pytest.raises(TypeError, match="a scheme is a name or a Scheme, got "):
+        Scheme.parse(scheme)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +93,7 @@ def test_values_that_do_not_exist_are_refused(text, message):
         {"format": "fp8"},
         {"format": "fp8", "bits": None, "symmetric": False},
         {"format": "mxfp4", "bits": None},
+        {"format": "fp8", "bits": None, "per": "group", "group": 33},
         {"format": "nvfp4", "bits": None, "per": "group", "group": 32},
     ],
 )

@@ -70,6 +70,8 @@ class Numbers:
             raise RotationError(
                 f"group={self.group}: {self.format} has groups of {FORMATS[self.format].group}"
             )
+        elif self.group is not None and self.group % 2:
+            raise RotationError(f"group={self.group}: {self.format} has groups of an even size")
 
     @classmethod
     def of(cls, format: str) -> "Numbers":
@@ -132,9 +134,12 @@ class Scheme:
 
         Raises:
             RotationError: no such scheme.
+            TypeError: neither a name nor a scheme.
         """
         if isinstance(text, Scheme):
             return text
+        if not isinstance(text, str):
+            raise TypeError(f"a scheme is a name or a Scheme, got {text!r}")
         wanted = text.lower()
         if wanted in FLOATS:
             return cls(Numbers.of(wanted), Numbers.of(wanted))
