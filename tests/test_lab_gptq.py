@@ -66,6 +66,18 @@ def test_inputs_that_are_always_zero():
     assert gptq(weight(), torch.zeros(48, 48), INT4).isfinite().all()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_moments_that_are_not_finite_are_refused(value):
+    model = tiny("llama")
+    model.model.layers[0].self_attn.o_proj.weight.data[3, 5] = value
+    before = fingerprint(model)
+    message = r"layers\.0\.mlp\.gate_proj\.weight: the second moments of its inputs are not finite"
+    windows = random_ids(model, 2, 12, seed=0)
+    with pytest.raises(RotationError, match=message), quantized(model, "w4gptq", windows):
+        pass
+    assert difference(before, fingerprint(model)) == []
+
+
 @pytest.mark.parametrize("room", [1, 1 << 30])
 def test_moments_are_those_of_all_inputs(room, monkeypatch):
     """In as many passes as there is room for."""

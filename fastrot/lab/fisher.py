@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastrot.errors import RotationError
+
 STREAM = ("attention", "mlp")
 """Sites behind the norms of the residual stream."""
 
@@ -23,11 +25,19 @@ def descend_from_own_words(model: Any, window: Tensor, generator: torch.Generato
         model: a causal language model, inside :func:`only_activations`; hooks see the gradients.
         window: token ids, ``(1, length)``.
         generator: of the targets, on the CPU.
+
+    Raises:
+        RotationError: logits that are not finite.
     """
     with torch.enable_grad():
         logits = model(input_ids=window.to(model.device)).logits[0].float()
         # The gradient of the summed cross entropy: the odds, less one at what was drawn.
         gradient = logits.detach().softmax(-1)
+        if not gradient.isfinite().all():
+            raise RotationError(
+                f"the logits of {type(model).__name__} are not finite, so no words can be drawn; "
+                "are there NaN or infinite weights?"
+            )
         drawn = torch.multinomial(gradient.cpu(), 1, generator=generator).to(logits.device)
         gradient.scatter_add_(-1, drawn, torch.full_like(drawn, -1, dtype=gradient.dtype))
         logits.backward(gradient)

@@ -37,7 +37,7 @@ def gptq(weight: Tensor, moments: Tensor, numbers: Numbers) -> Tensor:
         Members of the grids, shape and dtype of ``weight``.
 
     Raises:
-        RotationError: the inputs do not divide into groups.
+        RotationError: the inputs do not divide into groups, or moments are not finite.
     """
     w = weight.double() if weight.dtype == torch.float64 else weight.float()
     w = w.clone()
@@ -45,6 +45,11 @@ def gptq(weight: Tensor, moments: Tensor, numbers: Numbers) -> Tensor:
     size = numbers.group or inputs
     if inputs % size:
         raise RotationError(f"{inputs} elements do not divide into groups of {size}")
+    if not moments.isfinite().all():
+        raise RotationError(
+            "the second moments of its inputs are not finite: NaN or infinity in the weights "
+            "before it, or numbers too large to square"
+        )
     inverse = _upper_inverse(moments.to(w))
     rounded = torch.empty_like(w)
     for start in range(0, inputs, BLOCK):
