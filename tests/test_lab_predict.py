@@ -72,6 +72,27 @@ def test_places_are_those_that_a_scheme_rounds():
     assert predict(model, text, schemes(*ROUNDED)) == found
 
 
+@pytest.mark.parametrize(
+    ("scheme", "place"),
+    [
+        ("w4g48", r"model\.layers\.0\.mlp\.down_proj\.weight"),
+        ("a4g48", "down of layer 0"),
+        ("kv4g64", "keys of layer 0"),
+    ],
+)
+def test_a_group_that_does_not_fit_is_named(scheme, place):
+    model = tiny("llama", dtype=torch.float32)
+    with pytest.raises(fastrot.RotationError, match=f"^scheme {scheme}, {place}: .* groups of"):
+        predict(model, random_ids(model, 1, 12, seed=0), schemes("w8a8kv8", scheme))
+
+
+def test_no_words_are_drawn_from_what_is_not_finite():
+    model = tiny("llama", dtype=torch.float32)
+    model.lm_head.weight.data[7] = torch.nan
+    with pytest.raises(fastrot.RotationError, match="logits of LlamaForCausalLM are not finite"):
+        predict(model, random_ids(model, 1, 12, seed=0), schemes("a4"))
+
+
 @pytest.mark.parametrize(("name", "shared"), [("gptj", True), ("falcon_two_norms", False)])
 def test_noise_on_a_tensor_with_two_readers_counts_once(name, shared):
     model = build(FAMILIES[name], torch.float32)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers import contents, tiny, word_tokenizer
 from transformers import LlamaForSequenceClassification
+from zoo import FAMILIES, build
 
 import fastrot
 from fastrot import RotationError
@@ -194,6 +195,30 @@ def test_what_can_not_be_is_refused_before_anything_runs(schemes, sets, message,
         measure(
             with_heads_of_34, torch.ones(8, 9).long(), schemes, sets, model="", text="", command=""
         )
+
+
+def broken():
+    model = tiny("llama")
+    model.model.norm.weight.data[0] = torch.nan
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "schemes", "message"),
+    [
+        ("llama", ["a8", "kv4g64"], r"scheme kv4g64: \d+ channels that layer 0 caches .* of 64"),
+        ("minicpm3", ["kv4g32"], r"scheme kv4g32: \d+ channels that layer 0 caches"),
+        ("mamba", ["kv4"], "scheme kv4: MambaForCausalLM put no keys and values into its cache"),
+        ("mamba", [], "MambaForCausalLM has no place where a scheme rounds"),
+        (broken, ["a8"], "the loss of LlamaForCausalLM is nan before anything is rotated"),
+    ],
+)
+def test_a_model_that_can_not_be_measured_is_refused_first(make, schemes, message, monkeypatch):
+    monkeypatch.setattr("fastrot.lab.report.outliers", None)
+    windows = torch.arange(3, 11)[:, None] + torch.arange(9)
+    load = make if callable(make) else lambda: build(FAMILIES[make], torch.float32)
+    with pytest.raises(RotationError, match=message):
+        measure(load, windows, schemes, ["none"], model="", text="", command="")
 
 
 def test_a_model_without_a_head_is_refused_before_anything_runs(monkeypatch):

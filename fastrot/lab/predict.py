@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from fastrot.lab.fisher import Charged, descend_from_own_words, only_activations
 from fastrot.lab.outliers import SITES, observed
-from fastrot.lab.quantized import linears_of
+from fastrot.lab.quantized import linears_of, naming
 from fastrot.lab.quantizers import fake_quantize
 from fastrot.lab.schemes import Numbers, Scheme
 
@@ -44,12 +44,15 @@ def predict(
     Returns:
         By scheme, then by place, those of :data:`PLACES` that the model has and the scheme rounds.
         Where attention and MLP read the same tensor, its noise counts under the first of them.
+
+    Raises:
+        RotationError: a group that does not fit; names the scheme and the place.
     """
-    wanted: dict[str, set[Numbers]] = defaultdict(set)
-    for scheme in schemes.values():
+    wanted: dict[str, dict[Numbers, str]] = defaultdict(dict)
+    for name, scheme in schemes.items():
         for place in PLACES:
             if numbers := _predictable(scheme, place):
-                wanted[place].add(numbers)
+                wanted[place].setdefault(numbers, name)
     costs: dict[tuple[str, Numbers], float] = defaultdict(float)
 
     def charge(place: str, output: Tensor, numbers: Numbers, error: Tensor) -> None:
@@ -63,14 +66,16 @@ def predict(
     def see(site: str, layer: int, x: Tensor) -> None:
         if charged.before(site, layer, x):
             return
-        for numbers in wanted[site]:
-            charge(site, x, numbers, fake_quantize(x.detach(), numbers) - x.detach())
+        for numbers, name in wanted[site].items():
+            with naming(f"scheme {name}, {site} of layer {layer}"):
+                error = fake_quantize(x.detach(), numbers) - x.detach()
+            charge(site, x, numbers, error)
 
     with ExitStack() as stack:
         stack.enter_context(only_activations(model))
         stack.enter_context(observed(model, see))
-        rounding = _rounding(wanted["weights"], charge)
-        for module in linears_of(model).values() if wanted["weights"] else ():
+        for name, module in linears_of(model).items() if wanted["weights"] else ():
+            rounding = _rounding(name, wanted["weights"], charge)
             stack.callback(module.register_forward_hook(rounding).remove)
         generator = torch.Generator().manual_seed(seed)
         for window in windows.split(1):
@@ -93,15 +98,16 @@ def _predictable(scheme: Scheme, place: str) -> Numbers | None:
 
 
 def _rounding(
-    wanted: set[Numbers], charge: Callable[[str, Tensor, Numbers, Tensor], None]
+    name: str, wanted: Mapping[Numbers, str], charge: Callable[[str, Tensor, Numbers, Tensor], None]
 ) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
     """What rounded weights would add to the output of a linear module."""
 
     def after(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
         weight = module.weight.detach()
         weight = weight if isinstance(module, nn.Linear) else weight.T
-        for numbers in wanted:
-            error = fake_quantize(weight, numbers) - weight
+        for numbers, scheme in wanted.items():
+            with naming(f"scheme {scheme}, {name}.weight"):
+                error = fake_quantize(weight, numbers) - weight
             charge("weights", output, numbers, linear(args[0].detach(), error))
 
     return after

@@ -115,10 +115,14 @@ def layer_of(name: str, layers: Iterable[str]) -> int | None:
 
 
 def check_groups(model: Any, scheme: Scheme) -> None:
-    """Refuse a scheme whose groups do not divide the inputs of linear modules.
+    """Refuse a scheme that does not fit a model.
+
+    Args:
+        model: runs on two tokens if keys and values are to be rounded.
+        scheme: whose groups must divide the inputs of linear modules and what enters the cache.
 
     Raises:
-        RotationError: names the module.
+        RotationError: names the scheme and the place.
     """
     kinds = [numbers for numbers in (scheme.weights, scheme.activations) if numbers]
     for name, module in linears_of(model).items() if kinds else ():
@@ -129,6 +133,20 @@ def check_groups(model: Any, scheme: Scheme) -> None:
                     f"scheme {scheme}: {inputs} inputs of {name} do not divide into groups of "
                     f"{group}"
                 )
+    if scheme.kv is not None:
+        group = scheme.kv.group or 1
+
+        def see(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            for x in (keys, values):
+                if x.shape[-1] % group:
+                    raise RotationError(
+                        f"{x.shape[-1]} channels that layer {layer} caches do not divide into "
+                        f"groups of {group}"
+                    )
+            return keys, values
+
+        with naming(f"scheme {scheme}"), torch.no_grad(), watched(model, see):
+            model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device))
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from fastrot.api import apply, plan
 from fastrot.errors import RotationError
 from fastrot.lab.evaluate import Difference, Losses, check_causal, compare, evaluate
-from fastrot.lab.outliers import Outliers, magnitudes, outliers
+from fastrot.lab.outliers import Outliers, magnitudes, observed, outliers
 from fastrot.lab.predict import predict
 from fastrot.lab.quantized import check_groups, naming, quantized
 from fastrot.lab.schemes import Scheme
@@ -135,7 +135,7 @@ def measure(
 
     Raises:
         RotationError: an unknown scheme or set, one that the model does not allow, too few windows,
-            or no causal language model; before anything is measured.
+            no causal language model, or one that is broken; before anything is measured.
     """
     if len(windows) < FEWEST:
         raise RotationError(
@@ -152,12 +152,13 @@ def measure(
                 plan(case, rotations)
     for scheme in cases.values():
         check_groups(case, scheme)
+    backwards = windows[: max(1, PREDICTED_FROM // windows.shape[1])]
+    _check_run(case, backwards)
     began = time.perf_counter()
     losses: dict[tuple[str | None, str], Losses] = {}
     statistics: dict[str, dict[str, dict[int, Outliers]]] = {}
     surface: Surface | None = None
     looked_at = windows[: max(1, LOOKED_AT // windows.shape[1])]
-    backwards = windows[: max(1, PREDICTED_FROM // windows.shape[1])]
     predicted: dict[str, dict[str, dict[str, float]]] = {}
     tokens = windows[:, 1:].numel()
     total = len(ordered) * (looked_at.numel() + backwards.numel() + tokens * len(cases))
@@ -242,6 +243,21 @@ def _allowed(model: Any) -> list[str]:
             refused.add(name)
             log.warning("%s is left out: %s", name, error)
     return without(SETS, refused)
+
+
+def _check_run(model: Any, windows: Tensor) -> None:
+    """Refuse a model that is broken, or has no place where a scheme rounds."""
+    seen: set[str] = set()
+    with observed(model, lambda site, layer, x: seen.add(site)):
+        loss = evaluate(model, windows).mean
+    kind = type(model).__name__
+    if not seen:
+        raise RotationError(f"{kind} has no place where a scheme rounds, as far as fastrot knows")
+    if not math.isfinite(loss):
+        raise RotationError(
+            f"the loss of {kind} is {loss} before anything is rotated or rounded; are there NaN or "
+            "infinite weights?"
+        )
 
 
 def _most_uneven(statistics: dict[str, dict[int, Outliers]]) -> tuple[str, int]:
