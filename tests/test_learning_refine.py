@@ -157,13 +157,13 @@ def test_without_steps_next_to_nothing_is_captured(uneven, monkeypatch):
     [((3, 2, 1), "second"), ((3, 2, 2.5), "first"), ((1, 3, 2), "none"), ((2, 3, 1), "second")],
 )
 def test_the_gate_takes_the_best(uneven, monkeypatch, losses, taken):
-    """Of the recipe, the first matrices and the second."""
-    given = iter(losses)
+    """Of the recipe, the first matrices and the second; then no rotation is asked."""
+    given = iter((*losses, 1.5))
     spread = torch.tensor([-0.01, 0.01], dtype=torch.float64)
     monkeypatch.setattr(
         learner, "_quantized_losses", lambda *_: Losses(next(given) + spread * next(noise))
     )
-    noise = iter((1, 2, 3))
+    noise = iter((1, 2, 3, 4))
     other = torch.eye(96, dtype=torch.float64)
     monkeypatch.setattr(learner, "refined", lambda *_: ({"R1": [other]}, [0.5]))
     text = random_ids(uneven, 16, 24, seed=3)
@@ -174,6 +174,8 @@ def test_the_gate_takes_the_best(uneven, monkeypatch, losses, taken):
         same = torch.equal(learned.matrices["R1"][0].matrix(), other)
         assert same == (taken == "second")
         assert learned.gain.mean == pytest.approx(min(losses[1:]) - losses[0], abs=0.02)
+    assert learned.unrotated.mean == pytest.approx(min(losses) - 1.5, abs=0.02)
+    assert learned.is_harmful == (taken == "first")
 
 
 def test_refusals(uneven):
