@@ -194,13 +194,18 @@ def test_hooks_of_accelerate():
         fastrot.apply(other, "R1")
 
 
-def test_what_hooks_of_accelerate_hide():
-    """A hook inside a sequence of sequences."""
+@pytest.mark.parametrize("hidden", ["forward", "hook"])
+def test_what_hooks_of_accelerate_hide(hidden):
+    """A forward that they keep, a hook inside a sequence of sequences."""
     model = tiny("llama")
-    mlp = model.get_submodule(f"{FIRST}.mlp")
-    add_hook_to_module(mlp, SequentialHook(ModelHook(), SequentialHook(Doubling())))
+    if hidden == "forward":
+        own_forward(model.model.norm)
+        add_hook_to_module(model.model.norm, ModelHook())
+    else:
+        mlp = model.get_submodule(f"{FIRST}.mlp")
+        add_hook_to_module(mlp, SequentialHook(ModelHook(), SequentialHook(Doubling())))
     with pytest.raises(fastrot.ForeignCodeError, match="test_foreign"):
-        fastrot.apply(model, "R4")
+        fastrot.apply(model, "R1" if hidden == "forward" else "R4")
 
 
 @pytest.mark.parametrize("trust", [False, True])

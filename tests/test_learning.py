@@ -561,7 +561,7 @@ def test_values_of_the_wrong_type(name, value, message, tmp_path):
 
 
 def test_a_file_that_can_not_be_written(tmp_path):
-    with pytest.raises(OSError, match=r"missing/R\.safetensors"):
+    with pytest.raises(OSError, match=r"No such file or directory: .*/missing/R\.safetensors"):
         Learned(("R1",)).save(tmp_path / "missing" / "R.safetensors")
 
 

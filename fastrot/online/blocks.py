@@ -187,7 +187,6 @@ def check_block(name: str, site: OnlineSite, model: nn.Module) -> None:
             f"({type(block).__name__}) calls {child!r} by its name, so its {site.location} can't "
             "be rotated online"
         )
-    check_own_forward(owner, site.group, block)
 
 
 def places_of(block: nn.Module) -> tuple[Place, ...]:

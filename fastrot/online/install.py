@@ -42,13 +42,14 @@ def check_site(model: nn.Module, site: OnlineSite) -> None:
     module = model.get_submodule(site.module)
     if site.location in ATTENTION_LOCATIONS:
         check_attention(site.module, module)
-    elif site.location == "down_input":
+        return
+    holder, child = _holder(model, site)
+    if site.location == "down_input":
         check_experts(site.module, module)
-        check_own_forward(site.module, site.group, module)
-    elif _holder(model, site)[1] is not None:
+    elif child is not None:
         check_block(site.module, site, model)
-    else:
-        check_own_forward(site.module, site.group, module)
+    name = site.module if child is None else site.module.rpartition(".")[0]
+    check_own_forward(name, site.group, holder)
 
 
 def _holder(model: nn.Module, site: OnlineSite) -> tuple[nn.Module, str | None]:
