@@ -206,8 +206,8 @@ def broken():
 @pytest.mark.parametrize(
     ("make", "schemes", "message"),
     [
-        ("llama", ["a8", "kv4g64"], r"scheme kv4g64: \d+ channels that layer 0 caches .* of 64"),
-        ("minicpm3", ["kv4g32"], r"scheme kv4g32: \d+ channels that layer 0 caches"),
+        ("llama", ["a8", "kv4g64"], "scheme kv4g64: keys and values of layer 0: .* of 64"),
+        ("minicpm3", ["kv4g32"], "scheme kv4g32: keys and values of layer 0: .* of 32"),
         ("mamba", ["kv4"], "scheme kv4: MambaForCausalLM put no keys and values into its cache"),
         ("mamba", [], "MambaForCausalLM has no place where a scheme rounds"),
         (broken, ["a8"], "the loss of LlamaForCausalLM is nan before anything is rotated"),

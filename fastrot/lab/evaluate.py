@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from fastrot.errors import RotationError
+from fastrot.verification import vocabulary
 
 BATCH = 8
 LOGITS = 2**26
@@ -80,10 +81,9 @@ def check_causal(model: Any) -> None:
     """
     if model.get_output_embeddings() is not None:
         return
-    vocabulary = model.config.get_text_config().vocab_size
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     logits = getattr(model(input_ids=ids, use_cache=False), "logits", None)
-    if logits is None or logits.shape != (1, 2, vocabulary):
+    if logits is None or logits.shape != (1, 2, vocabulary(model)):
         raise RotationError(
             f"{type(model).__name__} has no language-model head; pass the causal language model"
         )
@@ -99,9 +99,8 @@ def evaluate(model: Any, windows: Tensor, done: Callable[[int], Any] | None = No
         done: told how many tokens were predicted after each batch.
     """
     context = windows.shape[1] - 1
-    vocabulary = model.config.get_text_config().vocab_size
     losses = []
-    for batch in windows.split(min(BATCH, max(1, LOGITS // (context * vocabulary)))):
+    for batch in windows.split(min(BATCH, max(1, LOGITS // (context * vocabulary(model))))):
         batch = batch.to(model.device)
         ids, targets = batch[:, :-1], batch[:, 1:]
         logits = model(input_ids=ids, use_cache=False).logits

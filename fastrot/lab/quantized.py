@@ -134,18 +134,8 @@ def check_groups(model: Any, scheme: Scheme) -> None:
                     f"{group}"
                 )
     if scheme.kv is not None:
-        group = scheme.kv.group or 1
-
-        def see(layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-            for x in (keys, values):
-                if x.shape[-1] % group:
-                    raise RotationError(
-                        f"{x.shape[-1]} channels that layer {layer} caches do not divide into "
-                        f"groups of {group}"
-                    )
-            return keys, values
-
-        with naming(f"scheme {scheme}"), torch.no_grad(), watched(model, see):
+        rounding = watched(model, kv_rounding(scheme.kv))
+        with naming(f"scheme {scheme}"), torch.no_grad(), rounding:
             model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device))
 
 

@@ -38,16 +38,13 @@ class Kept:
             fresh.touch()
 
     def _read(self, path: Path) -> dict[str, Tensor]:
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
-        path.open("rb").close()  # safetensors calls a file missing that can't be read
         try:
-            with safe_open(str(path), "pt") as file:
-                run = (file.metadata() or {}).get("run")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata, tensors = read(path)
         except SafetensorError as error:
             raise RotationError(f"{path} was not kept by a run: {error}; remove it") from None
-        if run != self._run:
+        if metadata.get("run") != self._run:
             raise RotationError(
                 f"{path} was kept by a run with another model, text, recipe or option; repeat that "
                 "run, or remove the file"
@@ -70,6 +67,21 @@ class Kept:
         with beside(self._path) as fresh:
             fresh.write_bytes(save(self._sets, {"run": self._run}))
             os.replace(fresh, self._path)
+
+
+def read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a file.
+
+    Raises:
+        SafetensorError: another format, or a damaged file.
+        OSError: it can't be read.
+    """
+    from safetensors import safe_open
+
+    path.open("rb").close()  # safetensors calls a file missing that can't be read
+    with safe_open(str(path), "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return file.metadata() or {}, tensors
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 
 from fastrot.errors import RotationError
 from fastrot.lab.evaluate import Difference
-from fastrot.learning.kept import beside
+from fastrot.learning.kept import beside, read
 from fastrot.recipe import Recipe
 
 FORMAT = "1"
@@ -113,15 +113,12 @@ class Learned(Recipe):
                 matrix, or a matrix that is not orthogonal to 1e-12.
             OSError: the file can't be read.
         """
-        from safetensors import SafetensorError, safe_open
+        from safetensors import SafetensorError
 
         if Path(path).is_dir():
             raise IsADirectoryError(f"{path} is a folder; give a file that fastrot learn wrote")
-        Path(path).open("rb").close()  # safetensors calls a file missing that can't be read
         try:
-            with safe_open(str(path), "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata, tensors = read(Path(path))
         except SafetensorError as error:
             raise RotationError(f"{path} is no learned recipe: {error}") from None
         if metadata.get("format") != FORMAT or "fastrot" not in metadata:
